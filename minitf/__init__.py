@@ -1,0 +1,25 @@
+"""minitf: transformers as filters and aggregates, whose forward pass returns the walk."""
+
+from minitf.config import ModelConfig, token_tables
+from minitf.model import walk
+from minitf.parameters import Parameters, count, initialize
+from minitf.walk import Change, Edit, LayerWalk, Walk, change, compose, describe, identity_edit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Change",
+    "Edit",
+    "LayerWalk",
+    "ModelConfig",
+    "Parameters",
+    "Walk",
+    "change",
+    "compose",
+    "count",
+    "describe",
+    "identity_edit",
+    "initialize",
+    "token_tables",
+    "walk",
+]

@@ -1,0 +1,90 @@
+"""Aggregates: mixing positions (or branches) under an association.
+
+``u[query] = sum over keys of A[query, key] * v[key]``. Softmax attention computes its association from the
+data; the residual addition is the aggregate over branches with all weights one.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from minitf.filter import in_statistics_dtype
+
+
+def score(
+    q: Float[Array, "batch query head head_width"],
+    k: Float[Array, "batch key key_value_head head_width"],
+    scale: float,
+) -> Float[Array, "batch head query key"]:
+    """``scale * q . k`` for every pair of positions.
+
+    With grouped keys (Ainslie et al. 2023) head i reads key head ``i // (head / key_value_head)``.
+    """
+    batch, query, heads, width = q.shape
+    key, groups = k.shape[1], k.shape[2]
+    grouped = q.reshape(batch, query, groups, heads // groups, width)
+    return (jnp.einsum("bqghc,bkgc->bghqk", grouped, k) * scale).reshape(batch, heads, query, key)
+
+
+def allowed_pairs(length: int, causal: bool, attend_self: bool) -> Bool[np.ndarray, "query key"]:
+    """Which keys a query may see: all, or only the past, with or without its own position."""
+    query, key = np.arange(length)[:, None], np.arange(length)[None, :]
+    allowed = (key <= query) if causal else np.ones((length, length), bool)
+    return allowed if attend_self else allowed & (key != query)
+
+
+def alibi_bias(heads: int, length: int) -> Float[np.ndarray, "head query key"]:
+    """Press et al. 2022: minus slope times distance, the slopes a geometric sequence over the heads.
+
+    For a number of heads that is no power of two, the published rule fills up with every second slope of the
+    next power of two.
+    """
+
+    def slopes(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
+
+    power = 2 ** int(np.floor(np.log2(heads)))
+    slope = np.array(slopes(power) + slopes(2 * power)[0::2][: heads - power])
+    distance = np.abs(np.arange(length)[:, None] - np.arange(length)[None, :])
+    return -slope[:, None, None] * distance
+
+
+def associate(
+    scores: Float[Array, "*batch query key"],
+    multiplicity: Float[Array, "*#batch #query key"] | None = None,
+) -> Float[Array, "*batch query key"]:
+    """Softmax over keys: the association of an attention head; a score of -inf forbids a pair.
+
+    ``multiplicity`` counts how often each key occurs: n equal keys are one key of multiplicity n (any
+    non-negative real, so a probability stands for infinitely many). A query that may see no key gets a row of
+    zeros, not NaN.
+    """
+    s = in_statistics_dtype(scores)
+    if multiplicity is not None:
+        s = jnp.where(multiplicity > 0, s, -jnp.inf)
+    peak = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+    weight = jnp.exp(s - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    if multiplicity is not None:
+        weight = weight * multiplicity
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    return (weight / jnp.where(total == 0, 1.0, total)).astype(scores.dtype)
+
+
+def combine(
+    pattern: Float[Array, "batch head query key"],
+    v: Float[Array, "batch key key_value_head head_width"],
+) -> Float[Array, "batch query head head_width"]:
+    """``z[query] = sum over keys of pattern[query, key] * v[key]``, per head, with grouped values."""
+    batch, heads, query, key = pattern.shape
+    groups, width = v.shape[2], v.shape[3]
+    grouped = pattern.reshape(batch, groups, heads // groups, query, key)
+    return jnp.einsum("bghqk,bkgc->bqghc", grouped, v).reshape(batch, query, heads, width)
+
+
+def add(*branches: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The residual addition: an aggregate over branches with every weight one."""
+    total = branches[0]
+    for branch in branches[1:]:
+        total = total + branch
+    return total

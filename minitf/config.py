@@ -1,0 +1,174 @@
+"""What a model is: one frozen dataclass, checked when it is made."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from minitf.filter import ActivationKind, NormKind
+
+_LEAST = {
+    "vocabulary": 1,
+    "layers": 1,
+    "width": 1,
+    "heads": 1,
+    "length": 1,
+    "head_width": 0,
+    "key_value_heads": 0,
+    "hidden": 0,
+}
+
+PositionKind = Literal["none", "learned", "sinusoidal", "rotary", "alibi"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A transformer, from the paper's one-layer token tables to GPT-2, Llama and BERT shapes.
+
+    Sizes left at 0 follow from the others (read them as ``head_size``, ``groups``, ``hidden_size``): a head is
+    width / heads wide, every head has its own keys and values, the feed-forward is 4 * width wide.
+
+    Raises:
+        ValueError: on a size or a combination that no model can have, naming the field and a value that works.
+    """
+
+    vocabulary: int
+    layers: int = 1
+    width: int = 64
+    heads: int = 1
+    head_width: int = 0
+    key_value_heads: int = 0
+    length: int = 128  # longest sequence; learned positions have one vector for each place
+
+    embedding: Literal["learned", "one_hot"] = "learned"
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False  # a norm on the start of the walk (BLOOM, BERT)
+    tied: bool = False  # the unembedding is the embedding, transposed
+    biases: bool = False  # on linear maps and norms inside the layers
+    unembedding_bias: bool = False
+
+    # "query_key": scores from W_Q and W_K, steps through W_V and W_O. "table": one free matrix Z per head gives
+    # the score x_query^T Z x_key, and the values are the token vectors themselves (Tian et al. 2023).
+    attention: Literal["query_key", "table"] = "query_key"
+    causal: bool = True
+    attend_self: bool = True
+
+    position: PositionKind = "learned"
+    rotary_fraction: float = 1.0  # share of each head that turns
+    rotary_base: float = 10000.0
+    rotary_interleaved: bool = False
+
+    norm: NormKind = "layer"
+    norm_placement: Literal["pre", "post"] = "pre"
+    norm_epsilon: float = 1e-5
+    residual: bool = True
+    parallel: bool = False  # attention and feed-forward both read the layer's start
+
+    feed_forward: Literal["none"] | ActivationKind = "gelu_tanh"
+    hidden: int = 0
+
+    # "normal": 0.02, output maps scaled by 1 / sqrt(2 layers) (GPT-2). "fan_in": uniform within
+    # 1 / sqrt(inputs). "zeros": everything zero, the start of the theory in Tian et al. 2023.
+    initializer: Literal["normal", "fan_in", "zeros"] = "normal"
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        self._check_choices()
+        if self.attention == "query_key" and not self.head_width and self.width % self.heads:
+            raise ValueError(
+                f"{self.heads} heads do not divide a width of {self.width}; choose a width that is a multiple "
+                "of heads, or set head_width"
+            )
+        if self.heads % self.groups:
+            raise ValueError(
+                f"key_value_heads is {self.groups}, which does not divide the {self.heads} heads"
+            )
+        if self.attention == "table" and (self.head_size != self.width or self.groups != 1):
+            raise ValueError(
+                "table attention mixes whole token vectors: leave head_width, key_value_heads at 0"
+            )
+        if self.embedding == "one_hot" and (self.width != self.vocabulary or self.tied):
+            raise ValueError(
+                f"one-hot embeddings are as wide as the vocabulary and cannot be tied; here width is "
+                f"{self.width}, vocabulary is {self.vocabulary}, tied is {self.tied}"
+            )
+        if self.position == "rotary":
+            if self.attention == "table":
+                raise ValueError("table attention has no queries and keys to rotate; choose another position")
+            if not 0 < self.rotary_fraction <= 1 or self.rotated_width % 2 or not self.rotated_width:
+                raise ValueError(
+                    f"rotary_fraction {self.rotary_fraction} of a head_width of {self.head_size} turns "
+                    f"{self.rotated_width} components; it must be an even number of at least 2"
+                )
+        if self.parallel and (self.post_norm or not self.residual):
+            raise ValueError("parallel layers need residual=True and norm_placement='pre'")
+        if self.norm_epsilon < 0:
+            raise ValueError(f"norm_epsilon is {self.norm_epsilon}; it must not be negative")
+
+    def _check_choices(self) -> None:
+        choices = {
+            "embedding": ("learned", "one_hot"),
+            "attention": ("query_key", "table"),
+            "position": get_args(PositionKind),
+            "norm": get_args(NormKind),
+            "norm_placement": ("pre", "post"),
+            "feed_forward": ("none", *get_args(ActivationKind)),
+            "initializer": ("normal", "fan_in", "zeros"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        if self.attention == "table":
+            return self.head_width or self.width
+        return self.head_width or self.width // self.heads
+
+    @property
+    def groups(self) -> int:
+        """How many heads the keys and values have."""
+        return self.key_value_heads or (1 if self.attention == "table" else self.heads)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the feed-forward's hidden layer."""
+        return self.hidden or 4 * self.width
+
+    @property
+    def rotated_width(self) -> int:
+        """How many components of each head turn with the position."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether a norm follows each sub-layer."""
+        return self.norm != "none" and self.norm_placement == "post"
+
+    @property
+    def pre_norm(self) -> bool:
+        """Whether a norm precedes each sub-layer (and the unembedding)."""
+        return self.norm != "none" and self.norm_placement == "pre"
+
+
+def token_tables(vocabulary: int, initializer: Literal["fan_in", "zeros"] = "zeros") -> ModelConfig:
+    """The model of Tian et al. 2023 (Scan and Snap), section 2: free tables Y (decoder) and Z (attention).
+
+    One layer over one-hot tokens; the query does not see itself; no positions, no residual, no feed-forward;
+    the attended sum is divided by its l2 length.
+    """
+    return ModelConfig(
+        vocabulary=vocabulary,
+        width=vocabulary,
+        embedding="one_hot",
+        attention="table",
+        attend_self=False,
+        position="none",
+        norm="l2",
+        norm_placement="post",
+        residual=False,
+        feed_forward="none",
+        initializer=initializer,
+    )

@@ -1,0 +1,138 @@
+"""Filters: maps applied at each position alone, the same whatever the other tokens are.
+
+A filter takes rows, ``[rows, width]`` with rows = batch x position flattened, so by its type it cannot mix
+positions. Whatever mixes them lives in :mod:`minitf.aggregate`.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+NormKind = Literal["none", "l2", "layer", "rms"]
+ActivationKind = Literal["relu", "gelu", "gelu_tanh", "swiglu"]
+
+
+def in_statistics_dtype(x: Array) -> Array:
+    """Upcast to at least float32: means, norms and softmax are never taken in half precision."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def linear(
+    rows: Float[Array, "rows inputs"],
+    weight: Float[Array, "inputs outputs"],
+    bias: Float[Array, " outputs"] | None = None,
+) -> Float[Array, "rows outputs"]:
+    """``rows @ weight + bias``."""
+    out = rows @ weight
+    return out if bias is None else out + bias
+
+
+def embed(
+    tokens: Int[Array, " rows"], table: Float[Array, "vocabulary width"], scale: float = 1.0
+) -> Float[Array, "rows width"]:
+    """The token vectors, ``scale * table[tokens]``."""
+    vectors = table[tokens]
+    return vectors if scale == 1.0 else vectors * scale
+
+
+def unembed(
+    rows: Float[Array, "rows width"],
+    table: Float[Array, "width vocabulary"],
+    bias: Float[Array, " vocabulary"] | None = None,
+) -> Float[Array, "rows vocabulary"]:
+    """Logits: the inner product of each row with every token's output vector."""
+    return linear(rows, table, bias)
+
+
+def sinusoidal_positions(length: int, width: int) -> Float[np.ndarray, "position width"]:
+    """Vaswani et al. 2017, section 3.5: sines on even columns, cosines on odd, base 10000."""
+    angle = np.arange(length)[:, None] / 10000.0 ** (np.arange(0, width, 2) / width)[None, :]
+    table = np.zeros((length, width))
+    table[:, 0::2] = np.sin(angle)
+    table[:, 1::2] = np.cos(angle[:, : width // 2])
+    return table
+
+
+def rotate(
+    rows: Float[Array, "rows head head_width"],
+    positions: Int[Array, " rows"],
+    rotated: int,
+    base: float,
+    interleaved: bool,
+) -> Float[Array, "rows head head_width"]:
+    """Rotary positions (Su et al. 2021) on the first ``rotated`` components of every head.
+
+    Pair j turns by ``position * base ** (-2 j / rotated)`` radians. ``interleaved`` pairs neighbours
+    (0,1), (2,3), ... as the paper and llama2.c do; otherwise component j pairs with j + rotated / 2, as
+    GPT-NeoX and the published Llama weights do.
+    """
+    turning, still = rows[..., :rotated], rows[..., rotated:]
+    frequency = base ** (-np.arange(0, rotated, 2) / rotated)
+    angle = positions.astype(jnp.promote_types(rows.dtype, jnp.float32))[:, None] * frequency
+    cos, sin = (f(angle)[:, None, :].astype(rows.dtype) for f in (jnp.cos, jnp.sin))
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    else:
+        first, second = jnp.split(turning, 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    joined = (
+        jnp.stack(turned, axis=-1).reshape(turning.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    )
+    return jnp.concatenate([joined, still], axis=-1)
+
+
+def center(rows: Float[Array, "rows width"], kind: NormKind) -> Float[Array, "rows width"]:
+    """What a norm divides, in at least float32: the rows, less their mean in LayerNorm."""
+    x = in_statistics_dtype(rows)
+    return x - jnp.mean(x, axis=-1, keepdims=True) if kind == "layer" else x
+
+
+def norm_scale(centered: Float[Array, "rows width"], kind: NormKind, epsilon: float) -> Float[Array, " rows"]:
+    """What a norm divides by: the l2 length, the standard deviation, or the root mean square.
+
+    Epsilon enters as in the respective papers: inside the root for ``layer`` and ``rms``, nowhere for ``l2``
+    (Tian et al. 2023 normalize without one), where a zero row has the scale 1 so that it stays zero.
+    """
+    if kind == "l2":
+        square = jnp.sum(centered * centered, axis=-1)
+        return fenced(jnp.sqrt(jnp.where(square == 0, 1.0, square)))
+    return fenced(jnp.sqrt(jnp.mean(centered * centered, axis=-1) + epsilon))
+
+
+def normalize(
+    centered: Float[Array, "rows width"],
+    scale: Float[Array, " rows"],
+    gain: Float[Array, " width"] | None = None,
+    offset: Float[Array, " width"] | None = None,
+) -> Float[Array, "rows width"]:
+    """Divide by a given scale, then apply gain and offset.
+
+    The scale is an argument, not computed here, so that a walk can record it and an edit can freeze it: with
+    the scale frozen, a norm is an affine map.
+    """
+    x = centered / scale[:, None]
+    x = x if gain is None else x * gain
+    return x if offset is None else x + offset
+
+
+def fenced(x: Array) -> Array:
+    """The same numbers, whoever else reads them.
+
+    XLA would turn x / sqrt(y) into x * rsqrt(y) exactly when nobody else reads sqrt(y), and the logits would
+    depend, in their last bit, on whether the walk is kept.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+def activate(
+    pre: Float[Array, "rows hidden"], kind: ActivationKind, gated: Float[Array, "rows hidden"] | None = None
+) -> Float[Array, "rows hidden"]:
+    """The feed-forward non-linearity; ``swiglu`` multiplies ``silu(pre)`` with the second branch ``gated``."""
+    if kind == "relu":
+        return jax.nn.relu(pre)
+    if kind == "swiglu":
+        return jax.nn.silu(pre) * gated
+    return jax.nn.gelu(pre, approximate=kind == "gelu_tanh")

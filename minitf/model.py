@@ -1,0 +1,294 @@
+"""The forward pass, which returns the walk."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from minitf import aggregate, filter
+from minitf.config import ModelConfig
+from minitf.parameters import FeedForwardParameters, Layer, Norm, Parameters
+from minitf.walk import Change, Edit, LayerWalk, Walk, apply, get, leaf_axes
+
+Stream = Float[Array, "batch position width"]
+
+
+def walk(
+    parameters: Parameters,
+    tokens: Int[Array, "batch position"],
+    config: ModelConfig,
+    *,
+    edit: Edit | None = None,
+    valid: Bool[Array, "batch position"] | None = None,
+    unroll: int | bool = 1,
+) -> Walk:
+    """Run the model and return everything it computed.
+
+    Under ``jit`` what the caller drops is not computed: ``walk(...).logits`` compiles to a plain forward.
+
+    Args:
+        parameters: as ``initialize(config, key)`` makes them; their dtype is the dtype of the computation.
+        tokens: ids below ``config.vocabulary``; ids beyond it are clamped by XLA, so check data before.
+        edit: changes to any leaves, in the order in which the leaves are computed.
+        valid: False marks padding, which no query may see.
+        unroll: layers per iteration of the scan; ``True`` unrolls all of them, so that XLA can also drop the
+            layers after the last one that is used.
+
+    Raises:
+        ValueError: the sequence is longer than ``config.length``, or an edit does not fit the model.
+    """
+    batch, length = tokens.shape
+    if length > config.length:
+        raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
+    edit = edit or Edit()
+    _check_edit(edit, config)
+
+    token_embedding, position_embedding, start = _start(parameters, tokens, config, edit)
+    forbidden = ~jnp.asarray(aggregate.allowed_pairs(length, config.causal, config.attend_self))[None, None]
+    if valid is not None:
+        forbidden = forbidden | ~valid[:, None, None, :]
+
+    def layer(stream: Stream, inputs: tuple[Layer, LayerWalk]) -> tuple[Stream, LayerWalk]:
+        weights, changes = inputs
+        passed = _layer(stream, weights, config, changes, forbidden)
+        return passed.resid_post, passed
+
+    end, layers = jax.lax.scan(
+        layer, start, (parameters.layers, edit.layers), length=config.layers, unroll=unroll
+    )
+    end = apply(edit.end, end)
+    scale, context = None, end
+    if config.pre_norm:
+        scale, context = _norm(end, parameters.final_norm, config, edit.final_norm_scale)
+    context = apply(edit.context, context)
+    return Walk(
+        token_embedding=token_embedding,
+        position_embedding=position_embedding,
+        start=start,
+        layers=layers,
+        end=end,
+        final_norm_scale=scale,
+        context=context,
+        logits=apply(edit.logits, unembed(parameters, context, config)),
+    )
+
+
+def unembed(
+    parameters: Parameters, stream: Stream, config: ModelConfig
+) -> Float[Array, "batch position vocabulary"]:
+    """Logits of context vectors."""
+    if config.tied:
+        table = parameters.embedding.T
+    else:
+        table = parameters.unembedding
+    batch, position, _ = stream.shape
+    logits = filter.unembed(_rows(stream), table, parameters.unembedding_bias)
+    return logits.reshape(batch, position, config.vocabulary)
+
+
+def _start(
+    parameters: Parameters, tokens: Int[Array, "batch position"], config: ModelConfig, edit: Edit
+) -> tuple[Stream, Array | None, Stream]:
+    """The token vectors, the position vectors, and their sum, where the walk starts."""
+    batch, length = tokens.shape
+    if config.embedding == "one_hot":
+        vectors = jax.nn.one_hot(tokens.reshape(-1), config.width, dtype=parameters.unembedding.dtype)
+    else:
+        vectors = filter.embed(tokens.reshape(-1), parameters.embedding, config.embedding_scale)
+    token_embedding = apply(edit.token_embedding, vectors.reshape(batch, length, config.width))
+    position_embedding = None
+    start = token_embedding
+    if config.position in ("learned", "sinusoidal"):
+        table = (
+            parameters.position[:length]
+            if config.position == "learned"
+            else jnp.asarray(filter.sinusoidal_positions(length, config.width), start.dtype)
+        )
+        position_embedding = apply(edit.position_embedding, table)
+        start = aggregate.add(token_embedding, jnp.broadcast_to(position_embedding, start.shape))
+    if config.embedding_norm:
+        _, start = _norm(start, parameters.embedding_norm, config, None)
+    return token_embedding, position_embedding, apply(edit.start, start)
+
+
+def _layer(
+    stream: Stream,
+    weights: Layer,
+    config: ModelConfig,
+    edit: LayerWalk,
+    forbidden: Bool[Array, "#batch 1 query key"],
+) -> LayerWalk:
+    """One layer: an aggregate over positions and a filter, each adding its step."""
+    resid_pre = apply(edit.resid_pre, stream)
+    attended = _attention(resid_pre, weights, config, edit, forbidden)
+    attention_norm_scale = attended.attention_norm_scale
+    resid_mid = attended.attention_step
+    if config.residual:
+        resid_mid = aggregate.add(resid_pre, attended.attention_step)
+    if config.post_norm:
+        attention_norm_scale, resid_mid = _norm(
+            resid_mid, weights.attention_norm, config, edit.attention_norm_scale
+        )
+    attended = attended.replace(
+        resid_pre=resid_pre,
+        attention_norm_scale=attention_norm_scale,
+        resid_mid=apply(edit.resid_mid, resid_mid),
+    )
+    if config.feed_forward == "none":
+        return attended.replace(resid_post=apply(edit.resid_post, attended.resid_mid))
+    return _feed_forward(attended, weights, config, edit)
+
+
+def _attention(
+    resid_pre: Stream,
+    weights: Layer,
+    config: ModelConfig,
+    edit: LayerWalk,
+    forbidden: Bool[Array, "#batch 1 query key"],
+) -> LayerWalk:
+    """Filters to queries, keys and values; their association; the aggregate; the filter back."""
+    batch, length, _ = resid_pre.shape
+    scale, stream = None, resid_pre
+    if config.pre_norm:
+        scale, stream = _norm(resid_pre, weights.attention_norm, config, edit.attention_norm_scale)
+    q, k, v = _query_key_value(stream, weights, config)
+    q, k, v = apply(edit.q, q), apply(edit.k, k), apply(edit.v, v)
+    scores = aggregate.score(q, k, 1.0 if config.attention == "table" else config.head_size**-0.5)
+    if config.position == "alibi":
+        scores = scores + jnp.asarray(aggregate.alibi_bias(config.heads, length), scores.dtype)
+    scores = jnp.where(forbidden, -jnp.inf, apply(edit.scores, scores))
+    pattern = apply(edit.pattern, aggregate.associate(scores))
+    z = apply(edit.z, aggregate.combine(pattern, v))
+
+    attention = weights.attention
+    if config.attention == "table":
+        head_steps, step = z, jnp.sum(z, axis=2)
+    else:
+        # The heads' steps are for the reader of the walk; their sum is one product of all heads at once.
+        head_steps = jnp.einsum("bphc,hcw->bphw", z, attention.output)
+        step = filter.linear(
+            z.reshape(batch * length, -1), attention.output.reshape(-1, config.width), attention.output_bias
+        ).reshape(batch, length, config.width)
+    if edit.head_steps is not None:
+        # The whole moves by as much as the parts do: a neutral edit stays exact to the bit.
+        before, head_steps = head_steps, apply(edit.head_steps, head_steps)
+        step = step + jnp.sum(head_steps - before, axis=2)
+    return LayerWalk(
+        attention_norm_scale=scale,
+        q=q,
+        k=k,
+        v=v,
+        scores=scores,
+        pattern=pattern,
+        z=z,
+        head_steps=head_steps,
+        attention_step=apply(edit.attention_step, step),
+    )
+
+
+def _query_key_value(stream: Stream, weights: Layer, config: ModelConfig) -> tuple[Array, Array, Array]:
+    """What the scores compare and what the association mixes, each ``[batch, position, head, head_width]``."""
+    batch, length, _ = stream.shape
+    rows, attention = _rows(stream), weights.attention
+
+    def heads(weight: Array, bias: Array | None) -> Float[Array, "rows head head_width"]:
+        flat = filter.linear(
+            rows, weight.reshape(weight.shape[0], -1), None if bias is None else bias.reshape(-1)
+        )
+        return flat.reshape(rows.shape[0], *weight.shape[1:])
+
+    if config.attention == "table":
+        q = heads(jnp.moveaxis(attention.table, 0, 1), None)
+        k = v = rows[:, None, :]
+    else:
+        q = heads(attention.query, attention.query_bias)
+        k = heads(attention.key, attention.key_bias)
+        v = heads(attention.value, attention.value_bias)
+    if config.position == "rotary":
+        positions = jnp.tile(jnp.arange(length), batch)
+        q, k = (
+            filter.rotate(x, positions, config.rotated_width, config.rotary_base, config.rotary_interleaved)
+            for x in (q, k)
+        )
+    q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
+    return q, k, v
+
+
+def _feed_forward(passed: LayerWalk, weights: Layer, config: ModelConfig, edit: LayerWalk) -> LayerWalk:
+    """The position-wise half of a layer, from ``resid_mid`` (or, in parallel layers, from the layer's start)."""
+    source = passed.resid_pre if config.parallel else passed.resid_mid
+    batch, length, _ = source.shape
+    scale, stream = None, source
+    if config.pre_norm:
+        scale, stream = _norm(source, weights.feed_forward_norm, config, edit.feed_forward_norm_scale)
+    w: FeedForwardParameters = weights.feed_forward
+
+    def positions(rows: Float[Array, "rows any"]) -> Float[Array, "batch position any"]:
+        return rows.reshape(batch, length, -1)
+
+    rows = _rows(stream)
+    pre = apply(edit.pre, positions(filter.linear(rows, w.into, w.into_bias)))
+    gated = None
+    if w.gate is not None:
+        gated = apply(edit.gated, positions(filter.linear(rows, w.gate, w.gate_bias)))
+    post = filter.activate(_rows(pre), config.feed_forward, None if gated is None else _rows(gated))  # type: ignore[arg-type]
+    post = apply(edit.post, positions(post))
+    step = apply(edit.feed_forward_step, positions(filter.linear(_rows(post), w.out, w.out_bias)))
+
+    resid_post = aggregate.add(passed.resid_mid, step) if config.residual else step
+    if config.post_norm:
+        scale, resid_post = _norm(resid_post, weights.feed_forward_norm, config, edit.feed_forward_norm_scale)
+    return passed.replace(
+        feed_forward_norm_scale=scale,
+        pre=pre,
+        gated=gated,
+        post=post,
+        feed_forward_step=step,
+        resid_post=apply(edit.resid_post, resid_post),
+    )
+
+
+def _norm(
+    stream: Stream, weights: Norm, config: ModelConfig, change: Change | None
+) -> tuple[Float[Array, "batch position"], Stream]:
+    """The norm's scale, edited, and the stream divided by it."""
+    centered = filter.center(_rows(stream), config.norm)
+    scale = filter.norm_scale(centered, config.norm, config.norm_epsilon).reshape(stream.shape[:2])
+    scale = apply(change, scale)
+    out = filter.normalize(centered, scale.reshape(-1), weights.gain, weights.offset)
+    return scale, out.astype(stream.dtype).reshape(stream.shape)
+
+
+def _rows(stream: Float[Array, "batch position any"]) -> Float[Array, "rows any"]:
+    return stream.reshape(-1, stream.shape[-1])
+
+
+def _check_edit(edit: Edit, config: ModelConfig) -> None:
+    """Refuse an edit of a leaf that this model lacks, or without an entry for every layer."""
+    absent = _absent_leaves(config)
+    for name in leaf_axes():
+        change = get(edit, name)
+        if change is None:
+            continue
+        if name in absent:
+            raise ValueError(f"this model's walk has no {name!r}, so an edit of it would do nothing")
+        layers = jnp.shape(change.keep)[:1]
+        if name.startswith("layers.") and layers != (config.layers,):
+            raise ValueError(
+                f"the edit of {name!r} has {layers or 'no'} layers on its first axis; the model has {config.layers}"
+            )
+
+
+def _absent_leaves(config: ModelConfig) -> set[str]:
+    """Leaves that a model of this configuration does not compute."""
+    c = config
+    has: dict[str, bool] = {
+        "position_embedding": c.position in ("learned", "sinusoidal"),
+        "final_norm_scale": c.pre_norm,
+        "layers.attention_norm_scale": c.norm != "none",
+        "layers.gated": c.feed_forward == "swiglu",
+    }
+    feed = c.feed_forward != "none"
+    for name in ("pre", "gated", "post", "feed_forward_step"):
+        has[f"layers.{name}"] = feed and has.get(f"layers.{name}", True)
+    has["layers.feed_forward_norm_scale"] = feed and c.norm != "none"
+    return {name for name, there in has.items() if not there}

@@ -1,0 +1,216 @@
+"""The walk: everything a forward pass computes, as one typed pytree; and edits, which have its shape.
+
+A token starts at its embedding, every sub-layer adds one step, and where the walk ends decides the next token.
+What a caller does not use of a walk is removed by XLA; what a caller wants to change goes in as an edit, a
+walk whose leaves are :class:`Change` (``x -> keep * x + put``) or None.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array
+
+# An array in a walk, a Change in an edit, a shape in a description; None where there is none.
+Leaf = Any
+
+
+def leaf(axes: str) -> Leaf:
+    """A field of a walk, absent by default, with its axes by name."""
+    return struct.field(default=None, metadata={"axes": tuple(axes.split())})
+
+
+@struct.dataclass
+class LayerWalk:
+    """One layer's part of the walk; in :class:`Walk` every leaf has a leading ``layer`` axis.
+
+    The names are the field's. ``q`` and ``k`` are as the scores use them, positions applied; ``scores`` are
+    -inf where a query may not look; ``*_step`` is what a sub-layer adds to the residual stream. Where a norm
+    follows that addition, or there is no residual, the next station is not the last one plus the step:
+    :func:`station_steps` says how the walk moved all the same.
+    """
+
+    resid_pre: Leaf = leaf("batch position width")
+    attention_norm_scale: Leaf = leaf("batch position")
+    q: Leaf = leaf("batch position head head_width")
+    k: Leaf = leaf("batch position key_value_head head_width")
+    v: Leaf = leaf("batch position key_value_head head_width")
+    scores: Leaf = leaf("batch head query key")
+    pattern: Leaf = leaf("batch head query key")
+    z: Leaf = leaf("batch position head head_width")
+    head_steps: Leaf = leaf("batch position head width")
+    attention_step: Leaf = leaf("batch position width")
+    resid_mid: Leaf = leaf("batch position width")
+    feed_forward_norm_scale: Leaf = leaf("batch position")
+    pre: Leaf = leaf("batch position hidden")
+    gated: Leaf = leaf("batch position hidden")
+    post: Leaf = leaf("batch position hidden")
+    feed_forward_step: Leaf = leaf("batch position width")
+    resid_post: Leaf = leaf("batch position width")
+
+
+@struct.dataclass
+class Walk:
+    """The forward pass: the start, every layer's stations and steps, the end, and the logits."""
+
+    token_embedding: Leaf = leaf("batch position width")
+    position_embedding: Leaf = leaf("position width")
+    start: Leaf = leaf("batch position width")
+    layers: LayerWalk = LayerWalk()
+    end: Leaf = leaf("batch position width")
+    final_norm_scale: Leaf = leaf("batch position")
+    context: Leaf = leaf("batch position width")
+    logits: Leaf = leaf("batch position vocabulary")
+
+
+@struct.dataclass
+class Change:
+    """``x -> keep * x + put`` on one leaf; ``keep`` and ``put`` broadcast against the leaf."""
+
+    keep: Array
+    put: Array
+
+
+# An edit is a walk of changes. The alias is for readers: a typo in a leaf's name is an error either way.
+Edit = Walk
+
+
+def apply(change: Change | None, x: Array) -> Array:
+    """The edited value of one leaf."""
+    if change is None:
+        return x
+    return jnp.asarray(change.keep, x.dtype) * x + jnp.asarray(change.put, x.dtype)
+
+
+def leaf_axes() -> dict[str, tuple[str, ...]]:
+    """Every leaf's name and axes: ``{"start": ("batch", "position", "width"), "layers.q": ("layer", ...)}``."""
+    top = {f.name: f.metadata["axes"] for f in dataclasses.fields(Walk) if f.name != "layers"}
+    inner = {f"layers.{f.name}": ("layer", *f.metadata["axes"]) for f in dataclasses.fields(LayerWalk)}
+    return top | inner
+
+
+def leaves(walk: Walk) -> Iterator[tuple[str, Leaf]]:
+    """Name and value of every leaf that is there, in the order of the forward pass."""
+    for name in leaf_axes():
+        value = get(walk, name)
+        if value is not None:
+            yield name, value
+
+
+def get(walk: Walk, name: str) -> Leaf:
+    """The leaf of that name, such as ``"logits"`` or ``"layers.pattern"``."""
+    if name not in leaf_axes():
+        raise ValueError(f"a walk has no leaf {name!r}; it has {', '.join(leaf_axes())}")
+    return getattr(walk.layers, name[7:]) if name.startswith("layers.") else getattr(walk, name)
+
+
+def put(walk: Walk, name: str, value: Leaf) -> Walk:
+    """The same walk (or edit) with one leaf replaced."""
+    get(walk, name)
+    if name.startswith("layers."):
+        return walk.replace(layers=walk.layers.replace(**{name[7:]: value}))
+    return walk.replace(**{name: value})
+
+
+def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index: Any) -> Edit:
+    """An edit of one leaf, at some places on its named axes, everywhere on the others.
+
+    Args:
+        shapes: a walk of arrays or of shapes (``jax.eval_shape`` of the forward pass) to size the edit.
+        name: the leaf, such as ``"layers.z"``.
+        keep, put: scalars or arrays that broadcast to the chosen part of the leaf.
+        **index: axis name = an index, slice, list or boolean mask on that axis, such as ``layer=2, head=[0, 3]``.
+
+    ``change(shapes, "layers.pattern", layer=1, head=0, keep=0.0, put=uniform)`` replaces one head's
+    association. The default ``put`` is minus zero, the one number that leaves every float's bits as they are.
+
+    Raises:
+        ValueError: the leaf or the axis does not exist, or the index lies outside it.
+    """
+    like = get(shapes, name)
+    if like is None:
+        raise ValueError(f"this model's walk has no {name!r}, so it cannot be edited")
+    axes = leaf_axes()[name]
+    for axis in index:
+        if axis not in axes:
+            raise ValueError(f"{name!r} has no axis {axis!r}; its axes are {', '.join(axes)}")
+    spreads = any(np.ndim(x) > 0 for x in (keep, put))
+    shape = tuple(
+        size if spreads or axis in index or axis == "layer" else 1
+        for axis, size in zip(axes, like.shape, strict=True)
+    )
+    where = tuple(index.get(axis, slice(None)) for axis in axes)
+    for axis, size in zip(axes, like.shape, strict=True):
+        chosen = index.get(axis)
+        if isinstance(chosen, int) and not -size <= chosen < size:
+            raise ValueError(f"{axis}={chosen} is outside {name!r}, which has {size} on that axis")
+    return put_change(
+        name,
+        Change(
+            keep=jnp.ones(shape, like.dtype).at[where].set(keep),
+            put=jnp.full(shape, -0.0, like.dtype).at[where].set(put),
+        ),
+    )
+
+
+def put_change(name: str, value: Change) -> Edit:
+    """An edit with one change."""
+    return put(Edit(), name, value)
+
+
+def identity_edit(shapes: Walk) -> Edit:
+    """The edit that changes every leaf to itself, bit for bit."""
+
+    def neutral(like: Any) -> Change:
+        return Change(keep=jnp.ones(like.shape, like.dtype), put=jnp.full(like.shape, -0.0, like.dtype))
+
+    return jax.tree.map(neutral, shapes)
+
+
+def compose(first: Edit, second: Edit) -> Edit:
+    """The edit that does ``first``, then ``second``, on every leaf."""
+
+    def after(a: Change | None, b: Change | None) -> Change | None:
+        if a is None or b is None:
+            return b if a is None else a
+        return Change(keep=b.keep * a.keep, put=b.keep * a.put + b.put)
+
+    return jax.tree.map(after, first, second, is_leaf=lambda x: x is None or isinstance(x, Change))
+
+
+def station_steps(walk: Walk) -> Array:
+    """How the residual stream moved from station to station, ``[station, batch, position, width]``.
+
+    Two moves a layer, attention's and the feed-forward's (zero where there is none). Without post-norms, and
+    with a residual, these are the sub-layers' steps; with them they hold the norm's move too. Their sum is
+    ``end - start`` in every architecture.
+    """
+    layers = walk.layers
+    attention = layers.resid_mid - layers.resid_pre
+    feed_forward = layers.resid_post - layers.resid_mid
+    moves = jnp.stack([attention, feed_forward], axis=1)
+    return moves.reshape(-1, *moves.shape[2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafDescription:
+    """What one leaf of a walk will be: known before anything runs."""
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+def describe(forward: Callable[..., Walk], *arguments: Any, **keywords: Any) -> list[LeafDescription]:
+    """Every leaf's name, axes, shape and bytes, from shapes alone: no array is made."""
+    shapes = jax.eval_shape(forward, *arguments, **keywords)
+    return [
+        LeafDescription(name, leaf_axes()[name], x.shape, x.dtype.name, x.size * x.dtype.itemsize)
+        for name, x in leaves(shapes)
+    ]
