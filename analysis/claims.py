@@ -7,23 +7,23 @@ whose verdict contradicts its numbers cannot be built.
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from scipy import stats
+
+from minitf.files import write_atomically
 
 Direction = Literal["<", ">", "within", "=="]
 Value = float | tuple[float, ...]
 Interval = tuple[float, float]
 Threshold = float | tuple[float, ...] | tuple[Interval, ...]
-Numbers = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray
+Numbers = float | int | Sequence[Any] | np.ndarray | np.floating
 
 
-def _frozen(numbers: Numbers) -> tuple | float:
+def _frozen(numbers: Numbers) -> Any:
     """Numbers of any container as plain floats in tuples."""
     array = np.asarray(numbers, dtype=np.float64)
     if array.ndim == 0:
@@ -37,8 +37,8 @@ def verdict(value: Numbers, threshold: Numbers, direction: Direction) -> bool:
     """Whether every value meets the threshold.
 
     ``<`` and ``>`` are strict and ``==`` is exact; their threshold is one number for all values, or one per
-    value. ``within`` takes an interval ``[low, high]``, ends included, or one interval per value. A value that
-    is not finite meets nothing.
+    value. ``within`` takes an interval ``[low, high]``, ends included, or one interval per value. A value
+    that is not finite meets nothing.
 
     Raises ValueError for an unknown direction and for a threshold that is not finite or has another shape.
     """
@@ -89,8 +89,8 @@ class Claim:
     def __post_init__(self) -> None:
         if self.holds != verdict(self.value, self.threshold, self.direction):
             raise ValueError(
-                f"claim {self.id} says holds={self.holds}, but {self.value} {self.direction} {self.threshold} "
-                f"is {not self.holds}; the verdict must follow from the numbers"
+                f"claim {self.id} says holds={self.holds}, but {self.value} {self.direction} "
+                f"{self.threshold} is {not self.holds}; the verdict must follow from the numbers"
             )
         if self.n < 1:
             raise ValueError(f"claim {self.id} has n={self.n}; a claim rests on at least one sample")
@@ -121,7 +121,7 @@ def claim(
         direction=direction,
         holds=verdict(value, threshold, direction),
         n=int(n),
-        ci95=None if ci95 is None else _frozen(ci95),  # type: ignore[arg-type]
+        ci95=None if ci95 is None else _frozen(ci95),
         note=note,
         expected=expected,
     )
@@ -172,18 +172,9 @@ def save_claims(path: str | Path, claims: Iterable[Claim]) -> None:
 
     Raises ValueError when two claims share an id, OSError when the folder cannot be written.
     """
-    claims, path = list(claims), Path(path)
+    claims = list(claims)
     ids = [c.id for c in claims]
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise ValueError(f"the claim ids {', '.join(twice)} occur more than once; each claim needs its own")
-    text = as_json(claims)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(Path(path), as_json(claims).encode())

@@ -148,7 +148,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
     return _encoding("gpt2", ranks, GPT2_PATTERN, {"<|endoftext|>": _GPT2_END_OF_TEXT})
 
 
-def encode(encoding: tiktoken.Encoding, data: str | bytes) -> Int32[np.ndarray, "token"]:
+def encode(encoding: tiktoken.Encoding, data: str | bytes) -> Int32[np.ndarray, " token"]:
     """The tokens of a text or of any bytes, int32 [token]; `decode_bytes` gives back exactly these bytes.
 
     What looks like a special token ("<|endoftext|>") is plain text. Bytes that are not valid UTF-8 become
@@ -260,7 +260,7 @@ def _problem(cached: Path | None, digest: str) -> str:
     return ""
 
 
-def _encode_text(encoding: tiktoken.Encoding, text: str) -> Int32[np.ndarray, "token"]:
+def _encode_text(encoding: tiktoken.Encoding, text: str) -> Int32[np.ndarray, " token"]:
     return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
 
 

@@ -19,7 +19,7 @@ from minitf.tokenizer import encode
 
 def token_stream(
     encoding: tiktoken.Encoding, documents: Iterable[str], separator: str = "\n\n"
-) -> Int32[np.ndarray, "token"]:
+) -> Int32[np.ndarray, " token"]:
     """All documents, one after another with `separator` between them, as tokens, int32 [token]."""
     stream: list[np.ndarray] = []
     between = encode(encoding, separator)
@@ -28,7 +28,7 @@ def token_stream(
     return np.concatenate(stream[1:]) if stream else np.zeros(0, np.int32)
 
 
-def on_device(ids: Int[np.ndarray, "token"], length: int) -> Int32[Array, "token"]:
+def on_device(ids: Int[np.ndarray, " token"], length: int) -> Int32[Array, " token"]:
     """The token stream as a device array for `random_batch`, int32 [token].
 
     Raises ValueError when there are too few tokens for one window of `length`, and when `length` is below 1.
@@ -38,7 +38,7 @@ def on_device(ids: Int[np.ndarray, "token"], length: int) -> Int32[Array, "token
 
 
 def random_batch(
-    tokens: Int32[Array, "token"], key: PRNGKeyArray, step: int | Int[Array, ""], *, batch: int, length: int
+    tokens: Int32[Array, " token"], key: PRNGKeyArray, step: int | Int[Array, ""], *, batch: int, length: int
 ) -> Int32[Array, "batch length_plus_one"]:
     """`batch` windows at uniformly random places, drawn with `fold_in(key, step)`; int32 [batch, length + 1].
 
@@ -50,7 +50,7 @@ def random_batch(
     return tokens[starts[:, None] + jnp.arange(length + 1)]
 
 
-def tracks(ids: Int[np.ndarray, "token"], batch: int, length: int) -> Int32[Array, "batch track"]:
+def tracks(ids: Int[np.ndarray, " token"], batch: int, length: int) -> Int32[Array, "batch track"]:
     """The stream cut in `batch` equal parallel tracks, for `sequential_batch`; what is left over is dropped.
 
     Track b holds the tokens b * n // batch and after: int32 [batch, len(ids) // batch]. This is the batching
@@ -83,7 +83,7 @@ def sequential_batch(
     return jax.lax.dynamic_slice_in_dim(cut, start, length + 1, axis=1)
 
 
-def windows(ids: Int[np.ndarray, "token"], length: int) -> Int32[np.ndarray, "window length_plus_one"]:
+def windows(ids: Int[np.ndarray, " token"], length: int) -> Int32[np.ndarray, "window length_plus_one"]:
     """The stream as consecutive windows, int32 [(len(ids) - 1) // length, length + 1]: for validation.
 
     Neighbors share one token, so that every token but the first is a target once; the remainder is dropped.

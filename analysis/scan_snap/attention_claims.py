@@ -4,6 +4,8 @@ T1 differentiates minitf's own model; T8, T9, T10b and T14 train it at infinite 
 the closed system of Lemma 4 with Theorem 1's decoder.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +18,14 @@ from minitf.analysis.scan_snap.theory_population import (
     PopulationRun,
     common_tokens,
     distinct_tokens,
-    generator_classes,
+    of_generator,
     population_run,
 )
 from minitf.analysis.scan_snap.theory_simulations import ClosedSystem, closed_system, ratio_law_error
 from minitf.config import token_tables
 from minitf.parameters import AttentionParameters, Layer, Parameters
 from minitf.tables import count_walk
+from minitf.train.sequence_classes import SYN_SMALL, SequenceClasses, syn_medium
 
 SOURCE = "Scan and Snap, arXiv 2305.16380"
 ETA_Y = 0.5
@@ -35,10 +38,10 @@ CLOSED_TIMES = (50, 100, 200, 500, 1000, 2000, 5000, 10_000, CLOSED_STEPS - 1)
 def data_sets() -> dict[str, Classes]:
     """The four data sets of T9 and T10b, all at infinite length."""
     return {
-        "2 queries x 1 (Syn-Small)": generator_classes(2, 1, 10, 10),
-        "1 query x 2": generator_classes(1, 2, 10, 10),
-        "3 queries x 2": generator_classes(3, 2, 10, 10),
-        "1 query x 10, one common token, M = 1000": generator_classes(1, 10, 1, 10, 1000),
+        "2 queries x 1 (Syn-Small)": of_generator(SYN_SMALL),
+        "1 query x 2": of_generator(syn_medium(1)),
+        "3 queries x 2": of_generator(syn_medium(3)),
+        "1 query x 10, one common token, M = 1000": of_generator(SequenceClasses(1, 10, 1), 1000),
     }
 
 
@@ -84,8 +87,8 @@ def t1_lemma1(seed: int = 0, draws: int = 3, vocabulary: int = 30, length: int =
         "scan_snap.T1",
         "The update of the paper's first lemma is exactly the gradient of the model that is trained here.",
         source=f"{SOURCE}, Lemma 1",
-        statistic=f"max |autodiff - Lemma 1| over Y and Z in float64, M = {vocabulary}, T = {length}: model on "
-        "positions, model on counts",
+        statistic=f"max |autodiff - Lemma 1| over Y and Z in float64, M = {vocabulary}, T = {length}: model "
+        "on positions, model on counts",
         value=worst,
         direction="<",
         threshold=1e-10,
@@ -95,7 +98,7 @@ def t1_lemma1(seed: int = 0, draws: int = 3, vocabulary: int = 30, length: int =
 
 def t8_square_law() -> Claim:
     """T8: with attention frozen at zero, a distinct token's push is proportional to its frequency squared."""
-    classes = generator_classes(2, 1, 10, 10)
+    classes = of_generator(SYN_SMALL)
     run = population_run(classes, ETA_Y, 0.0, 201)
     worst, distinct_up, common_down = 0.0, [], []
     for t in (1, 10, 50, 200):
@@ -111,8 +114,8 @@ def t8_square_law() -> Claim:
         "Attention to a class's own tokens grows with the square of their frequency, and attention to shared "
         "tokens falls.",
         source=f"{SOURCE}, Theorem 2",
-        statistic="max |d ln(dz) / d ln P - 2| over neighboring distinct tokens; share of distinct tokens with "
-        "dz > 0; share of common tokens with dz < 0 (Syn-Small, Z = 0, t = 1, 10, 50, 200)",
+        statistic="max |d ln(dz) / d ln P - 2| over neighboring distinct tokens; share of distinct tokens "
+        "with dz > 0; share of common tokens with dz < 0 (Syn-Small, Z = 0, t = 1, 10, 50, 200)",
         value=[worst, float(np.mean(distinct_up)), float(np.mean(common_down))],
         direction="within",
         threshold=[[0, 1e-6], [1, 1], [1, 1]],
@@ -131,11 +134,11 @@ def t9_signs(runs: dict[tuple[str, float], PopulationRun], sets: dict[str, Class
         common_share.append(float(np.mean(down)))
     return claim(
         "scan_snap.T9",
-        "While decoder and attention learn together, attention to distinct tokens only rises and attention to "
-        "common tokens only falls.",
+        "While decoder and attention learn together, attention to distinct tokens only rises and attention "
+        "to common tokens only falls.",
         source=f"{SOURCE}, Theorem 2",
-        statistic=f"smallest share of (step, token) with dz > 0 (distinct), dz < 0 (common) over {len(runs)} runs: "
-        f"{len(sets)} data sets x eta_Z = {', '.join(f'{e:g}' for e in ETA_Z)}",
+        statistic="smallest share of (step, token) with dz > 0 (distinct), dz < 0 (common) over "
+        f"{len(runs)} runs: {len(sets)} data sets x eta_Z = {', '.join(f'{e:g}' for e in ETA_Z)}",
         value=[min(distinct_share), min(common_share)],
         direction="==",
         threshold=1.0,
@@ -152,7 +155,8 @@ def t10_ratio_law(systems: list[ClosedSystem]) -> Claim:
         worst.append(ratio_law_error(system.frequency[0, own], system.z[:, own]))
     return claim(
         "scan_snap.T10",
-        "Two distinct tokens move apart exactly as the growth factor says, if the decoder follows the theory.",
+        "Two distinct tokens move apart exactly as the growth factor says, if the decoder follows the "
+        "theory.",
         source=f"{SOURCE}, Theorem 3",
         statistic="max |r / (r(0) chi) - 1| over all pairs and 20 000 steps, eta_Y = eta_Z = .5, overlaps "
         + ", ".join(f"{s.overlap:g}" for s in systems),
@@ -166,7 +170,8 @@ def t10_ratio_law(systems: list[ClosedSystem]) -> Claim:
 
 def t10b_joint(runs: dict[tuple[str, float], PopulationRun], sets: dict[str, Classes]) -> list[Claim]:
     """T10b: Theorem 3's law in joint training, while the strongest token's logit is below .15."""
-    half, near = [], []
+    half: list[float] = []
+    near: list[float] = []
     for (name, _), run in runs.items():
         classes = sets[name]
         own = distinct_tokens(classes, 0)
@@ -176,26 +181,22 @@ def t10b_joint(runs: dict[tuple[str, float], PopulationRun], sets: dict[str, Cla
         for of, partner in ((half, 4), (near, 8)):
             pair = [partner, 9]
             of.append(ratio_law_error(frequency[pair], z[:, pair]))
-    shared = {
-        "source": f"{SOURCE}, Theorem 3",
-        "direction": "<",
-        "threshold": 0.025,
-        "n": len(runs),
-    }
+    about = functools.partial(
+        claim, source=f"{SOURCE}, Theorem 3", direction="<", threshold=0.025, n=len(runs)
+    )
     runs_named = "; ".join(f"{name}, eta_Z = {eta:g}" for name, eta in runs)
     return [
-        claim(
+        about(
             "scan_snap.T10b",
-            "While attention has moved little, the strongest distinct token and one half as frequent move apart "
-            "as the growth factor says in joint training too.",
+            "While attention has moved little, the strongest distinct token and one half as frequent move "
+            "apart as the growth factor says in joint training too.",
             statistic="max |r / (r(0) chi) - 1| until z_top = .15, strongest against the token of half its "
             f"frequency: {runs_named}",
             value=half,
-            note="The specification does not name the pair; its reference is .9 to 1.9 %. For the nearest pair "
-            "see T10b_near.",
-            **shared,
+            note="The specification does not name the pair; its reference is .9 to 1.9 %. For the nearest "
+            "pair see T10b_near.",
         ),
-        claim(
+        about(
             "scan_snap.T10b_near",
             "The same holds for the strongest token and its nearest rival, nine tenths as frequent.",
             statistic="max |r / (r(0) chi) - 1| until z_top = .15, strongest against second strongest: "
@@ -204,7 +205,6 @@ def t10b_joint(runs: dict[tuple[str, float], PopulationRun], sets: dict[str, Cla
             note="Near-equal tokens separate less than the law says: the decoder keeps directions that it "
             "learned earlier, which Theorem 3 leaves out.",
             expected=False,
-            **shared,
         ),
     ]
 
@@ -224,15 +224,16 @@ def theorem4_shared_query(systems: list[ClosedSystem], etas: list[tuple[float, f
             shown = zip(times, measured, repaired, as_printed, strict=True)
             example = "; ".join(f"t={t}: {b:.3f}, {c:.3f}, {p:.3f}" for t, b, c, p in shown)
     named = ", ".join(f"{s.overlap:g} at eta_Y = {e:g}" for s, (e, _) in zip(systems, etas, strict=True))
-    shared = {
-        "source": f"{SOURCE}, Theorem 4",
-        "direction": "within",
-        "threshold": [0.89, 1.11],
-        "n": len(systems),
-    }
+    about = functools.partial(
+        claim,
+        source=f"{SOURCE}, Theorem 4",
+        direction="within",
+        threshold=[0.89, 1.11],
+        n=len(systems),
+    )
     note = f"Simulated, corrected and printed B at overlap {systems[0].overlap:g}: {example}."
     return [
-        claim(
+        about(
             "scan_snap.theorem4_shared_query",
             "The printed B of Theorem 4 also holds when ten classes share one query.",
             statistic="smallest and largest B printed / B simulated over t = 50 .. 2e4 and overlaps " + named,
@@ -240,16 +241,15 @@ def theorem4_shared_query(systems: list[ClosedSystem], etas: list[tuple[float, f
             note="Its two equations cannot share C_0: the common token falls A = K (1 - f^2) times as fast. "
             + note,
             expected=False,
-            **shared,
         ),
-        claim(
+        about(
             "scan_snap.theorem4_corrected",
-            "With the common token's own rate A = K (1 - f^2), Theorem 4's B holds for ten classes at one query.",
+            "With the common token's own rate A = K (1 - f^2), Theorem 4's B holds for ten classes at one "
+            "query.",
             statistic="smallest and largest B corrected / B simulated over t = 50 .. 2e4 and overlaps "
             + named,
             value=[float(np.min(corrected)), float(np.max(corrected))],
             note="B = (1/(4A)) ln(1 + 4 A Gamma / C_0). " + note,
-            **shared,
         ),
     ]
 
@@ -267,15 +267,15 @@ def t14_transition() -> Claim:
     """T14: the decoder's transition in joint training scales like K ln M / eta_Y."""
     etas, scaled, slopes = (0.25, 0.5, 1.0, 2.0), [], []
     for m in (100, 1000):
-        times = [_half_time(generator_classes(1, 10, 1, 5, m), eta, ETA_Z[1]) for eta in etas]
+        times = [_half_time(of_generator(SequenceClasses(1, 10, 1), m), eta, ETA_Z[1]) for eta in etas]
         scaled += [t / theory.u(10, m, eta) for t, eta in zip(times, etas, strict=True)]
         slopes.append(float(np.polyfit(np.log(etas), np.log(times), 1)[0]))
     return claim(
         "scan_snap.T14",
         "The time at which the model learns the answers is proportional to K ln M over the decoder's rate.",
         source=f"{SOURCE}, Lemma 9 and section 6",
-        statistic="t_half eta_Y / (K ln M) for M = 100 and 1000, each at eta_Y = .25, .5, 1, 2; slope of ln t_half "
-        "on ln eta_Y for M = 100 and 1000 (K = 10, one common token, eta_Z = .05)",
+        statistic="t_half eta_Y / (K ln M) for M = 100 and 1000, each at eta_Y = .25, .5, 1, 2; slope of ln "
+        "t_half on ln eta_Y for M = 100 and 1000 (K = 10, one common token, eta_Z = .05)",
         value=scaled + slopes,
         direction="within",
         threshold=[[1.0, 1.35]] * 8 + [[-1.02, -0.98]] * 2,
@@ -283,12 +283,13 @@ def t14_transition() -> Claim:
 
 
 def attention_claims(seed: int = 0, steps: int = 2000) -> list[Claim]:
-    """All claims of this module, some twenty seconds on one core; ``steps`` of joint training for T9, T10b."""
+    """All claims of this module, some twenty seconds on one core; ``steps`` of joint training for T9,
+    T10b."""
     sets = data_sets()
     runs = {(name, eta): population_run(s, ETA_Y, eta, steps) for name, s in sets.items() for eta in ETA_Z}
     etas = [(eta_y, ETA_Z[0]) for eta_y in (0.5, 5.0) for _ in OVERLAPS]
     systems = [
-        closed_system(overlap, 10, 1000, eta_y, eta_z, CLOSED_STEPS)
+        closed_system(overlap, 10, 1000, eta_y, eta_z, steps=CLOSED_STEPS)
         for overlap, (eta_y, eta_z) in zip(OVERLAPS * 2, etas, strict=True)
     ]
     return [

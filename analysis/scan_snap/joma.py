@@ -17,6 +17,7 @@ from scipy import integrate
 
 AttentionKind = Literal["linear", "exp", "softmax"]
 UnitKind = Literal["linear", "relu"]
+Scalar = Array | float
 
 TOKENS, DISTINCT, UNITS, WIDTH = 20, 10, 20, 30  # Fig. 2: half of the tokens tell the classes apart
 TEMPERATURE, FIG2_RATE, FIG2_STEPS = 0.5, 0.1, 2000
@@ -61,47 +62,36 @@ def _attend(x: Array, z: Array, kind: AttentionKind) -> Array:
     return b if kind == "exp" else b / b.sum(axis=-1, keepdims=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """Frequencies x [query, sample, token], labels y [query, sample], output map, and the start of W and z."""
-
-    x: Array
-    y: Array
-    out: Array
-    w: Array
-    z: Array
-
-
-jax.tree_util.register_dataclass(_Problem)
-
-
-def _draw_problem(case: InvariantCase, generator: np.random.Generator) -> _Problem:
+def _draw_problem(case: InvariantCase, generator: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Frequencies x [query, sample, token], labels y [query, sample], output map, start of W and of z."""
     tokens, samples, units, labels = 8, 64, 6, 4
     x = generator.dirichlet(np.ones(tokens), (case.queries, samples))
     y = generator.integers(0, labels, x.shape[:2])
-    return _Problem(
-        x=x,
-        y=np.argmax(x[..., :labels], axis=-1) if case.structured else y,
-        out=generator.normal(size=(units, labels)),
-        w=0.3 * generator.normal(size=(tokens + case.queries, units)),
-        z=np.full((case.queries, tokens), float(case.attention == "linear")),
+    return (
+        x,
+        np.argmax(x[..., :labels], axis=-1) if case.structured else y,
+        generator.normal(size=(units, labels)),
+        0.3 * generator.normal(size=(tokens + case.queries, units)),
+        np.full((case.queries, tokens), float(case.attention == "linear")),
     )
 
 
 @functools.partial(jax.jit, static_argnames="case")
-def _invariant_error(problem: _Problem, case: InvariantCase, step_size: float, steps: int) -> Array:
+def _invariant_error(
+    problem: tuple[Array, ...], case: InvariantCase, step_size: Scalar, steps: Array | int
+) -> Array:
     """|dz - predicted dz| / |dz| after gradient descent."""
-    x, w0, z0 = problem.x, problem.w, problem.z
+    x, y, out, w0, z0 = problem
     tokens = x.shape[-1]
 
     def loss(state: tuple[Array, Array]) -> Array:
         w, z = state
         pre = _attend(x, z, case.attention) @ w[:tokens] + w[tokens:][:, None]
         hidden = jax.nn.relu(pre) if case.unit == "relu" else pre
-        log_probability = jax.nn.log_softmax(hidden @ problem.out)
-        return -jnp.mean(jnp.take_along_axis(log_probability, problem.y[..., None], axis=-1))
+        log_probability = jax.nn.log_softmax(hidden @ out)
+        return -jnp.mean(jnp.take_along_axis(log_probability, y[..., None], axis=-1))
 
-    def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(_: Array | int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         return jax.tree.map(lambda p, g: p - step_size * g, state, jax.grad(loss)(state))
 
     w, z = jax.lax.fori_loop(0, steps, step, (w0, z0))
@@ -191,8 +181,8 @@ def winner_takes_all(
 ) -> tuple[Float[np.ndarray, " time"], Float[np.ndarray, "token time"], Float[np.ndarray, "token time"]]:
     """One linear unit under exp attention: dv = Delta o e^z, dz = Delta o e^z o v, from v = z = 0.
 
-    Integrated as a joint flow (z is not set to v^2 / 2, so that the invariant is part of what is tested) until
-    the largest v reaches ``until``. Returns the times, v and z.
+    Integrated as a joint flow (z is not set to v^2 / 2, so that the invariant is part of what is tested)
+    until the largest v reaches ``until``. Returns the times, v and z.
     """
     drive = np.asarray(drives)
     tokens = len(drive)
@@ -252,7 +242,8 @@ def _fig4_run(mu: Array, steps: int) -> tuple[Array, Array]:
 def fig4(
     mu: tuple[float, ...] | np.ndarray, steps: int = FIG4_STEPS
 ) -> tuple[Float[np.ndarray, "time component"], Float[np.ndarray, " time"]]:
-    """Fig. 4: v += .02 (mu - v) o softmax(v^2 / 3) from v = .05; v and the entropy in nats before each step."""
+    """Fig. 4: v += .02 (mu - v) o softmax(v^2 / 3) from v = .05; v and the entropy in nats before each
+    step."""
     with jax.enable_x64(True):
         v, entropy = _fig4_run(jnp.asarray(mu), steps)
         return np.asarray(v), np.asarray(entropy)
@@ -265,11 +256,11 @@ def fig4(
 class JomaResults:
     """Everything the report draws of JoMA; float64 numpy arrays only.
 
-    Invariants: ``invariant_error`` [case, step_size, seed], cases in the order of ``INVARIANT_CASES``, for step
-    sizes ``invariant_step`` [step_size], each half of the one before.
+    Invariants: ``invariant_error`` [case, step_size, seed], cases in the order of ``INVARIANT_CASES``, for
+    step sizes ``invariant_step`` [step_size], each half of the one before.
     Fig. 2: correlations of z with its prediction, ``fig2_full``, and with each term alone, ``fig2_first`` and
-    ``fig2_second``, all [variant, seed, step] with variant 0 gaussian, 1 random; ``fig2_x`` the frequencies of
-    the first seed [variant, token, class].
+    ``fig2_second``, all [variant, seed, step] with variant 0 gaussian, 1 random; ``fig2_x`` the frequencies
+    of the first seed [variant, token, class].
     Fig. 3 (gaussian, first seed): ``fig3_v_start``, ``fig3_v_end`` [token (20 contextual, then the query),
     unit] and ``fig3_component`` [step, 4], components 0-3 of v_0.
     Theorem 2: ``winner_time`` [time], ``winner_v``, ``winner_z`` [token, time], ``winner_drive`` [token].

@@ -19,7 +19,8 @@ def _over_seeds(samples: np.ndarray) -> tuple[list[float], list[tuple[float, flo
 
 
 def _invariant_numbers(results: JomaResults, names: list[str]) -> np.ndarray:
-    """Per case: the error at the first step size, and how much it shrinks when the step halves [2 case, seed]."""
+    """Per case: the error at the first step size, and how much it shrinks when the step halves [2 case,
+    seed]."""
     index = [next(i for i, c in enumerate(INVARIANT_CASES) if c.name == name) for name in names]
     error = results.invariant_error[index]
     return np.concatenate([error[:, 0], error[:, 0] / error[:, 1]])
@@ -34,7 +35,8 @@ def _exact_in_the_limit(
         id,
         statement,
         source=f"{SOURCE}, Theorem 1",
-        statistic=f"relative error at step {results.invariant_step[0]:g}, then error(step) / error(step / 2): {cases}",
+        statistic=f"relative error at step {results.invariant_step[0]:g}, then error(step) / error(step / "
+        f"2): {cases}",
         value=value,
         direction="within",
         threshold=[[0, 0.01]] * len(names) + [[1.9, 2.1]] * len(names),
@@ -67,15 +69,15 @@ def invariant_claims(results: JomaResults) -> list[Claim]:
         _exact_in_the_limit(
             results,
             "joma.invariant_exp",
-            "With exponential attention and one query, each attention logit equals half the squared weights of "
-            "its token, up to a constant, all through training.",
+            "With exponential attention and one query, each attention logit equals half the squared weights "
+            "of its token, up to a constant, all through training.",
             ["exp, ReLU units", "exp, linear units"],
         ),
         _exact_in_the_limit(
             results,
             "joma.invariant_linear",
-            "With linear attention and one query, each squared attention logit equals the squared weights of its "
-            "token, up to a constant, all through training.",
+            "With linear attention and one query, each squared attention logit equals the squared weights "
+            "of its token, up to a constant, all through training.",
             ["linear attention, ReLU units", "linear attention, linear units"],
         ),
         _fails(
@@ -89,9 +91,11 @@ def invariant_claims(results: JomaResults) -> list[Claim]:
         _exact_in_the_limit(
             results,
             "joma.invariant_three_queries_summed",
-            "When three queries share the upper layer, the invariant holds for the sum of their attention logits.",
+            "When three queries share the upper layer, the invariant holds for the sum of their attention "
+            "logits.",
             ["exp, three queries summed"],
-            "The corrected form of joma.invariant_three_queries, derived here: each query adds its own part to dW.",
+            "The corrected form of joma.invariant_three_queries, derived here: each query adds its own part "
+            "to dW.",
         ),
         _fails(
             results,
@@ -128,7 +132,8 @@ def linear_unit_claims(results: JomaResults) -> list[Claim]:
         ),
         claim(
             "joma.theorem2_blow_up",
-            "The token with the largest drive runs away at the time sqrt(pi/2) / max|Delta|, and no other does.",
+            "The token with the largest drive runs away at the time sqrt(pi/2) / max|Delta|, and no other "
+            "does.",
             source=source,
             statistic="time at which the winner's v passes 6, over the predicted time, minus 1 (absolute)",
             value=abs(float(results.winner_time[-1]) / blow_up - 1),
@@ -138,7 +143,8 @@ def linear_unit_claims(results: JomaResults) -> list[Claim]:
         ),
         claim(
             "joma.theorem2_winner",
-            "With a linear unit the winner takes all attention: its share goes to 1 and the entropy only falls.",
+            "With a linear unit the winner takes all attention: its share goes to 1 and the entropy only "
+            "falls.",
             source=source,
             statistic="the winner's final share; share of time steps in which the entropy falls",
             value=[float(share[np.argmax(np.abs(drive)), -1]), float(np.mean(np.diff(entropy) < 0))],
@@ -160,7 +166,8 @@ def nonlinear_unit_claims(results: JomaResults) -> list[Claim]:
     return [
         claim(
             "joma.theorem4_t5",
-            "With a nonlinear unit the more salient components converge first, in the ratio computed for time 5.",
+            "With a nonlinear unit the more salient components converge first, in the ratio computed for "
+            "time 5.",
             source=source,
             statistic="ln(1/delta_j) / ln(1/delta_1) at t = 5 for mu = 1.5 and 2 against mu = 1",
             value=at_five,
@@ -212,8 +219,8 @@ def figure_claims(results: JomaResults) -> list[Claim]:
             "joma.fig2_terms",
             "Both terms of the prediction are needed: neither alone follows the attention as well.",
             source=f"{SOURCE}, Fig. 2",
-            statistic="mean over training of full minus single-term correlation: first term (gaussian, random), "
-            "second term (gaussian, random)",
+            statistic="mean over training of full minus single-term correlation: first term (gaussian, "
+            "random), second term (gaussian, random)",
             value=value,
             direction=">",
             threshold=0.0,
@@ -230,8 +237,9 @@ def figure_claims(results: JomaResults) -> list[Claim]:
         claims.append(
             claim(
                 f"joma.fig4_{variant}",
-                "With a nonlinear unit attention first concentrates and then spreads again: the entropy drops "
-                f"and rebounds ({'the authors’' if variant == 'authors' else 'evenly spaced'} targets).",
+                "With a nonlinear unit attention first concentrates and then spreads again: the entropy "
+                f"drops and rebounds ({'the authors’' if variant == 'authors' else 'evenly spaced'} "
+                "targets).",
                 source=f"{SOURCE}, Fig. 4",
                 statistic="entropy in nats at the start, at its minimum, after 5000 steps"
                 + (", after the late steps (200 000)" if len(reference) == 4 else ""),

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from scipy import optimize
 
-Curve = Float[np.ndarray, "*time"]
+Curve = Float[np.ndarray, "*time"] | np.float64
 
 
 def _positive(**numbers: float) -> None:
@@ -53,8 +53,8 @@ def lemma1_update(
 ) -> tuple[Float[np.ndarray, "token output"], Float[np.ndarray, " token"]]:
     """Lemma 1: the gradient ascent directions of ln alpha_n in Y and in the query's row of Z, rates left out.
 
-    dY = f (e_n - alpha)^T and dz = X^T diag(b) X (I - f f^T) / ||v|| Y (e_n - alpha), in logits per unit rate.
-    ``context`` holds the T - 1 contextual tokens, ``z`` the query's attention logits, ``label`` n.
+    dY = f (e_n - alpha)^T and dz = X^T diag(b) X (I - f f^T) / ||v|| Y (e_n - alpha), in logits per unit
+    rate. ``context`` holds the T - 1 contextual tokens, ``z`` the query's attention logits, ``label`` n.
     """
     score = z[context]
     b = np.exp(score - score.max())
@@ -107,7 +107,8 @@ def h(visits: ArrayLike, vocabulary: int, eta_y: float) -> Curve:
 
 
 def gamma(t: ArrayLike, classes: int, vocabulary: int, eta_y: float) -> Curve:
-    """Lemma 9: gamma(t) = (M-1)^2 h(t/K) / (M - 1 + e^{M h(t/K)}), the size of the decoder's push (logits)."""
+    """Lemma 9: gamma(t) = (M-1)^2 h(t/K) / (M - 1 + e^{M h(t/K)}), the size of the decoder's push
+    (logits)."""
     _at_least(1, classes=classes)
     height = h(_times(t) / classes, vocabulary, eta_y)
     return (vocabulary - 1) ** 2 * height / (vocabulary - 1 + np.exp(vocabulary * height))
@@ -223,7 +224,7 @@ def exponent_corrected(push: ArrayLike, initial: float, common_rate: float) -> C
 
 
 def exponent_scanning(
-    t: ArrayLike, classes: int, vocabulary: int, eta_y: float, eta_z: float, initial: float = 1.0
+    t: ArrayLike, classes: int, vocabulary: int, eta_y: float, eta_z: float, *, initial: float = 1.0
 ) -> Curve:
     """Theorem 4 before u: B = (1/4) ln(C_0 + 2 (M-1)^2 eta_Y eta_Z t^2 / (K M^2)), in logits."""
     _at_least(2, vocabulary=vocabulary)
@@ -233,9 +234,10 @@ def exponent_scanning(
 
 
 def exponent_snapping(
-    t: ArrayLike, classes: int, vocabulary: int, eta_y: float, eta_z: float, initial: float = 1.0
+    t: ArrayLike, classes: int, vocabulary: int, eta_y: float, eta_z: float, *, initial: float = 1.0
 ) -> Curve:
-    """Theorem 4 from t_0 on: B = (1/4) ln(C_0 + 2K ((M-1)/M)^2 (eta_Z/eta_Y) ln^2(M eta_Y t/K)), in logits."""
+    """Theorem 4 from t_0 on: B = (1/4) ln(C_0 + 2K ((M-1)/M)^2 (eta_Z/eta_Y) ln^2(M eta_Y t/K)), in
+    logits."""
     _at_least(2, vocabulary=vocabulary)
     _positive(classes=classes, eta_y=eta_y, eta_z=eta_z, initial=initial)
     late = np.log(vocabulary * eta_y * _times(t) / classes) ** 2
@@ -247,9 +249,7 @@ def growth_factor(exponent: ArrayLike) -> Curve:
     return np.exp(2 * np.asarray(exponent, np.float64))
 
 
-def ratio_excess(
-    stronger: ArrayLike, weaker: ArrayLike, gain: ArrayLike = 0.0
-) -> Float[np.ndarray, "*tokens"]:
+def ratio_excess(stronger: ArrayLike, weaker: ArrayLike, gain: ArrayLike = 0.0) -> Curve:
     """Theorem 3: r = (P_l^2 / P_l'^2 - 1) e^{2 z_l}: how far two distinct tokens of a class are apart.
 
     ``stronger`` and ``weaker`` are P(l|n) and P(l'|n) with z(0) = 0; ``gain`` is z_l(t), in logits.
@@ -295,7 +295,8 @@ def fig3_growth(t: ArrayLike, eta_y: float, initial: float = 1.0) -> Curve:
 
 
 def fig9_exponent(t: ArrayLike, ratio: float, vocabulary: int, eta_z: float) -> Curve:
-    """Fig. 9's B(t) at fixed ratio nu = eta_Y / eta_Z; K = 1 and C_0 = 1 fit the paper's axes, unstated there."""
+    """Fig. 9's B(t) at fixed ratio nu = eta_Y / eta_Z; K = 1 and C_0 = 1 fit the paper's axes, unstated
+    there."""
     return exponent_integrated(attention_push(t, 1, vocabulary, ratio * eta_z, eta_z))
 
 

@@ -1,8 +1,9 @@
-"""The theory's claims T3-T7, T11-T13, Theorem 1 under SGD, Remark 1 and Figs. 3, 8, 9.
+"""The theory's claims: T3-T6, T11-T13 and Figs. 3, 8, 9 here, and all of them together in ``theory_claims``.
 
-Closed forms against independent computations (sampling, iteration, root finding, integration). T1, T8-T10b,
-T14 and Theorem 4 need the model or a simulation of attention: :mod:`attention_claims`. Set-ups and criteria
-are those of the specification's table; where it leaves a choice open, ``statistic`` says what was chosen.
+Closed forms against independent computations (sampling, iteration, root finding, integration). What needs a
+simulated decoder (T7, Theorem 1 under SGD, Remark 1) is in :mod:`decoder_claims`, what needs the model or
+simulated attention (T1, T8-T10b, T14, Theorem 4) in :mod:`attention_claims`. Set-ups and criteria are those
+of the specification's table; where it leaves a choice open, ``statistic`` says what was chosen.
 """
 
 import numpy as np
@@ -11,27 +12,25 @@ from scipy import integrate, optimize
 from minitf.analysis.claims import Claim, claim, mean_ci95
 from minitf.analysis.scan_snap import theory
 from minitf.analysis.scan_snap.attention_claims import attention_claims
-from minitf.analysis.scan_snap.theory_population import generator_classes
-from minitf.analysis.scan_snap.theory_simulations import equal_gram, frozen_decoder, split_push
+from minitf.analysis.scan_snap.decoder_claims import decoder_claims
+from minitf.train.sequence_classes import SYN_SMALL
 
 SOURCE = "Scan and Snap, arXiv 2305.16380"
 CLASSES, VOCABULARY, ETA = 10, 1000, 0.5  # the setting of T5-T7, T11, T12
-OVERLAP = 0.3125
 FIG8_REFERENCE = {
     50: {0.1: 0.0957, 0.2: 0.121, 0.5: 0.145, 1.0: 0.161, 2.0: 0.177},
     1000: {0.2: 0.00863, 0.5: 0.0102, 1.0: 0.0110, 2.0: 0.0118, 4.0: 0.0125},
 }
 FIG9_REFERENCE = {
-    (10, 100, 5): {0.5: 0.620, 1.0: 0.671, 2.0: 0.713, 4.0: 0.749, 8.0: 0.783},
-    (1, 10000, 50): {0.5: 1.408, 1.0: 1.450, 2.0: 1.481, 4.0: 1.509, 8.0: 1.533},
+    (10.0, 100, 5.0): {0.5: 0.620, 1.0: 0.671, 2.0: 0.713, 4.0: 0.749, 8.0: 0.783},
+    (1.0, 10000, 50.0): {0.5: 1.408, 1.0: 1.450, 2.0: 1.481, 4.0: 1.509, 8.0: 1.533},
 }
-SGD_TIMES = (30, 100, 300, 1000, 6000)
 
 
 def t3_frequencies(seed: int = 0, seeds: int = 8, samples: int = 1000) -> Claim:
     """T3: what attention picks up from T random tokens approaches its limit like T^(-1/2)."""
     lengths = 2 ** np.arange(5, 14)
-    frequency = generator_classes(1, 1, 10, 10).frequency[0]
+    frequency = SYN_SMALL.weights
     slopes, at_128 = [], []
     for i in range(seeds):
         generator, rms = np.random.default_rng([seed, i]), []
@@ -46,8 +45,8 @@ def t3_frequencies(seed: int = 0, seeds: int = 8, samples: int = 1000) -> Claim:
     mean, ci95 = mean_ci95(slopes)
     return claim(
         "scan_snap.T3",
-        "The longer the sequence, the closer the attended sum is to its infinite-length limit: the error falls "
-        "like one over the square root of the length.",
+        "The longer the sequence, the closer the attended sum is to its infinite-length limit: the error "
+        "falls like one over the square root of the length.",
         source=f"{SOURCE}, Lemma 2",
         statistic="slope of ln rms |v - c| on ln T, T = 32 .. 8192, z ~ N(0, .5^2) anew for each sample",
         value=mean,
@@ -80,8 +79,8 @@ def t4_decoder(steps: int = 200) -> Claim:
         "scan_snap.T4",
         "Training the decoder on one class follows the paper's recursion and its smooth curve exactly.",
         source=f"{SOURCE}, Lemmas 5-7",
-        statistic="max |w_n - (M-1) h* zeta_n|; relative residual of e^y + (M-1) y = M eta s + 1; smallest and "
-        "largest (h* - h) / (2 eta / M); M = 50 and 1000 at Fig. 8's rates",
+        statistic="max |w_n - (M-1) h* zeta_n|; relative residual of e^y + (M-1) y = M eta s + 1; smallest "
+        "and largest (h* - h) / (2 eta / M); M = 50 and 1000 at Fig. 8's rates",
         value=[row_error, root_error, float(np.min(gaps)), float(np.max(gaps))],
         direction="within",
         threshold=[[0, 1e-10], [0, 1e-10], [0, 1], [0, 1]],
@@ -134,7 +133,8 @@ def t6_times() -> Claim:
         errors.append(abs(half / theory.half_time(CLASSES, m, ETA) - 1))
     return claim(
         "scan_snap.T6",
-        "The decoder pushes hardest just before it knows the answer, and it knows it half at a computable time.",
+        "The decoder pushes hardest just before it knows the answer, and it knows it half at a computable "
+        "time.",
         source=f"{SOURCE}, Lemmas 6 and 9",
         statistic="M = 34, 100, 1000, 10000: peak of gamma in u; relative error of "
         "K [(M-1)(1 + ln(M-1)) - 1] / (M eta_Y) against the root of alpha_n = 1/2",
@@ -142,116 +142,6 @@ def t6_times() -> Claim:
         direction="within",
         threshold=[[0.80, 0.95]] * 4 + [[0, 1e-9]] * 4,
     )
-
-
-def _orders(seed: int, seeds: int) -> np.ndarray:
-    draws = [np.random.default_rng([seed, i]).integers(0, CLASSES, SGD_TIMES[-1]) for i in range(seeds)]
-    return np.stack(draws)
-
-
-def t7_modified_update(seed: int = 0, seeds: int = 16) -> Claim:
-    """T7: Theorem 1's iota and beta under the decoder update that the proof uses."""
-    gram = equal_gram(OVERLAP, CLASSES)
-    _, push = frozen_decoder(gram, VOCABULARY, ETA, _orders(seed, seeds), SGD_TIMES[-1:], modified=True)
-    predicted = theory.theorem1_coefficients(gram, VOCABULARY)
-    size = theory.gamma(SGD_TIMES[-1], CLASSES, VOCABULARY, ETA)
-    iota, beta = (x[:, 0] / size for x in split_push(push))
-    pairs = [mean_ci95(iota / predicted[0, 0]), mean_ci95(beta / -predicted[0, 1])]
-    return claim(
-        "scan_snap.T7",
-        "With the decoder update of the proof, a class is pushed towards itself and away from the others as "
-        "strongly as the theory says.",
-        source=f"{SOURCE}, Theorems 1 and 5",
-        statistic="measured over predicted iota and beta at t = 6000 (K = 10, M = 1000, overlap .3125)",
-        value=[mean for mean, _ in pairs],
-        direction="within",
-        threshold=[0.98, 1.02],
-        n=seeds,
-        ci95=[interval for _, interval in pairs] if seeds > 1 else None,
-        note=f"iota {iota.mean():.4f} against {predicted[0, 0]:.4f}, beta {beta.mean():.4f} against "
-        f"{-predicted[0, 1]:.4f}.",
-    )
-
-
-def theorem1_under_sgd(seed: int = 0, seeds: int = 8) -> list[Claim]:
-    """Theorem 1's beta = E' for plain SGD (it fails), and the sign xi > 0 (it holds)."""
-    quotients, smallest = {}, np.inf
-    size = theory.gamma(np.array(SGD_TIMES), CLASSES, VOCABULARY, ETA)
-    for overlap in (OVERLAP, 0.0102):
-        gram = equal_gram(overlap, CLASSES)
-        _, push = frozen_decoder(gram, VOCABULARY, ETA, _orders(seed, seeds), SGD_TIMES, modified=False)
-        quotients[overlap] = split_push(push)[1] / size / theory.equal_overlap_correction(overlap, CLASSES)
-        others = -push * (1 - np.eye(CLASSES))
-        xi = np.einsum("stfn,fn->stn", others, gram) / size[:, None]
-        smallest = min(smallest, float(xi.min()))
-    pairs = [mean_ci95(column) for column in quotients[OVERLAP].T]
-    rare = ", ".join(f"{x:.3f}" for x in quotients[0.0102].mean(axis=0))
-    return [
-        claim(
-            "scan_snap.theorem1_sgd",
-            "Plain SGD on the decoder pushes classes apart as strongly as Theorem 1 says.",
-            source=f"{SOURCE}, Theorem 1",
-            statistic=f"measured beta over gamma E' at t = {', '.join(map(str, SGD_TIMES))} (overlap .3125)",
-            value=[mean for mean, _ in pairs],
-            direction="within",
-            threshold=[0.98, 1.02],
-            n=seeds,
-            ci95=[interval for _, interval in pairs] if seeds > 1 else None,
-            note="The proof replaces SGD by a modified update (T7, which holds); SGD itself starts with beta "
-            f"near 1/M. With overlap .0102 the quotients are {rare}. The sign is right: theorem1_sgd_sign.",
-            expected=False,
-        ),
-        claim(
-            "scan_snap.theorem1_sgd_sign",
-            "Plain SGD pushes every class away from the others: xi is positive, as the rest of the theory needs.",
-            source=f"{SOURCE}, Theorem 1",
-            statistic="smallest xi_n / gamma over classes, times and seeds, overlaps .3125 and .0102",
-            value=smallest,
-            direction=">",
-            threshold=0.0,
-            n=seeds,
-            note="What remains of Theorem 1 for plain SGD: the sign, which Theorems 2 and 3 rest on.",
-        ),
-    ]
-
-
-def remark1() -> list[Claim]:
-    """Remark 1: equal overlaps only lower the rate to (1 - rho) eta_Y; true for K = M alone."""
-    order = np.tile(np.arange(CLASSES), SGD_TIMES[-1] // CLASSES)[None]
-    gram, error = equal_gram(OVERLAP, CLASSES), {}
-    for m in (CLASSES, VOCABULARY):
-        state, _ = frozen_decoder(gram, m, ETA, order, [order.shape[1]], modified=False)
-        rows = gram @ state[0, 0]
-        zeta = m / (m - 1) * (np.eye(CLASSES, CLASSES + 1) - 1 / m)
-        predicted = (m - 1) * theory.h(order.shape[1] / CLASSES, m, (1 - OVERLAP) * ETA) * zeta
-        weight = np.append(np.ones(CLASSES), m - CLASSES)
-        error[m] = float(np.sqrt(np.sum((rows - predicted) ** 2 * weight) / np.sum(predicted**2 * weight)))
-    common = {
-        "source": f"{SOURCE}, Remark 1",
-        "statistic": f"relative error of the predicted decoder rows w_n at t = {order.shape[1]}",
-        "direction": "<",
-        "threshold": 0.02,
-    }
-    return [
-        claim(
-            "scan_snap.remark1_few_classes",
-            "When all classes overlap equally, the decoder learns as if the rate were (1 - rho) times smaller, "
-            "also when there are far fewer classes than tokens (10 and 1000).",
-            value=error[VOCABULARY],
-            note="It needs K = M, since only then do the zeta_n of all classes sum to zero: "
-            "scan_snap.remark1_all_classes.",
-            expected=False,
-            **common,
-        ),
-        claim(
-            "scan_snap.remark1_all_classes",
-            "When all classes overlap equally and every token is some class's answer (K = M = 10), the decoder "
-            "learns as if the rate were (1 - rho) times smaller.",
-            value=error[CLASSES],
-            note="The condition under which Remark 1 holds.",
-            **common,
-        ),
-    ]
 
 
 def _theorem4_exact(t: np.ndarray | float) -> np.ndarray:
@@ -276,7 +166,8 @@ def t11_ode() -> Claim:
         "The theory's growth exponent B follows from its differential equation, and its two simple forms are "
         "close to it before and after the transition.",
         source=f"{SOURCE}, Theorem 4",
-        statistic="max |B integrated - B exact|; |B simple - B exact| at .3u, u (scanning), t0, 10 t0 (snapping)",
+        statistic="max |B integrated - B exact|; |B simple - B exact| at .3u, u (scanning), t0, 10 t0 "
+        "(snapping)",
         value=[float(np.max(np.abs(run.y[0] - _theorem4_exact(times)))), *asymptotic],
         direction="within",
         threshold=[[0, 1e-6]] + [[0, 0.05]] * 4,
@@ -314,7 +205,8 @@ def t13_rate_independence() -> Claim:
         values.append(at_snap[0])
     return claim(
         "scan_snap.T13",
-        "With the ratio of the two learning rates fixed, attention snaps at the same sharpness whatever the rates.",
+        "With the ratio of the two learning rates fixed, attention snaps at the same sharpness whatever the "
+        "rates.",
         source=f"{SOURCE}, section 6",
         statistic="spread of B(t0) over eta_Z = .5 .. 8, and B(t0), for (nu, M) = (10, 100) and (1, 10000)",
         value=spreads + values,
@@ -352,8 +244,8 @@ def figure_claims() -> list[Claim]:
             direction="within",
             threshold=[500, 700],
             note="The figure's C_0 is not stated; e^{2B} would reach 600 only for C_0 near "
-            f"{4 * float(theory.attention_push(700, 10, 1000, 0.5, 0.5)) / (600**2 - 1):.4f}. What holds is the "
-            "order of the curves: scan_snap.fig3_order.",
+            f"{4 * float(theory.attention_push(700, 10, 1000, 0.5, 0.5)) / (600**2 - 1):.4f}. What holds is "
+            "the order of the curves: scan_snap.fig3_order.",
             expected=False,
         ),
         claim(
@@ -380,33 +272,31 @@ def figure_claims() -> list[Claim]:
             "scan_snap.fig9",
             "At a fixed ratio of the rates, larger rates give larger B at the end of Fig. 9.",
             source=f"{SOURCE}, Fig. 9",
-            statistic="B(5) for eta_Y/eta_Z = 10, M = 100 and B(50) for 1, M = 10000, at eta_Z = .5, 1, 2, 4, 8",
+            statistic="B(5) for eta_Y/eta_Z = 10, M = 100 and B(50) for 1, M = 10000, at eta_Z = .5, 1, 2, "
+            "4, 8",
             value=b,
             direction="within",
             threshold=[_half_digit(x, d) for x, d in zip(fig9, nine_digits, strict=True)],
-            note="Threshold: equal to the reference's three decimals. K = 1 and C_0 = 1, which the paper does "
-            "not state; the caption's eta_Z/eta_Y must be eta_Y/eta_Z.",
+            note="Threshold: equal to the reference's three decimals. K = 1 and C_0 = 1, which the paper "
+            "does not state; the caption's eta_Z/eta_Y must be eta_Y/eta_Z.",
         ),
     ]
 
 
-def decoder_claims(seed: int = 0) -> list[Claim]:
-    """All claims of this module, some ten seconds on one core."""
+def closed_form_claims(seed: int = 0) -> list[Claim]:
+    """All claims of this module."""
     return [
         t3_frequencies(seed),
         t4_decoder(),
         t5_gamma(),
         t6_times(),
-        t7_modified_update(seed),
         t11_ode(),
         t12_snapping(),
         t13_rate_independence(),
-        *theorem1_under_sgd(seed),
-        *remark1(),
         *figure_claims(),
     ]
 
 
 def theory_claims(seed: int = 0) -> list[Claim]:
     """T1, T3-T14 and what of the theory does not reproduce; under a minute on one core."""
-    return [*decoder_claims(seed), *attention_claims(seed)]
+    return [*closed_form_claims(seed), *decoder_claims(seed), *attention_claims(seed)]

@@ -1,8 +1,8 @@
 """Infinite-length training of minitf's own token-table model: gradient descent on the expected loss.
 
 With the probabilities P(l|n) as counts the model's pattern is the paper's c_n (Lemma 2), and one step on the
-mean over classes is the expectation of one batch-1 step, so a step is the theory's unit of time. Float64 under
-a local ``enable_x64``. Outputs that are never a label share one decoder column (exact from Y = 0).
+mean over classes is the expectation of one batch-1 step, so a step is the theory's unit of time. Float64
+under a local ``enable_x64``. Outputs that are never a label share one decoder column (exact from Y = 0).
 """
 
 import dataclasses
@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from minitf.parameters import AttentionParameters, Layer, Parameters
 from minitf.tables import count_walk
+from minitf.train.sequence_classes import SequenceClasses
+
+Scalar = Array | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +37,10 @@ class Classes:
         return (self.frequency > 0).sum(axis=0) > 1
 
 
-def generator_classes(
-    queries: int, next_per_query: int, common: int, distinct: int, vocabulary: int = 0
-) -> Classes:
-    """The classes of the paper's generator: weight 1 for each common token, .1 .. 1 for a class's own.
-
-    ``vocabulary`` 0 means the generator's own: contextual tokens, queries and next tokens.
-    """
-    classes = queries * next_per_query
-    tokens = common + classes * distinct
-    weight = np.zeros((classes, tokens))
-    weight[:, :common] = 1.0
-    for n in range(classes):
-        weight[n, common + n * distinct : common + (n + 1) * distinct] = np.linspace(0.1, 1.0, distinct)
-    return Classes(
-        frequency=weight / weight.sum(axis=1, keepdims=True),
-        query=np.repeat(np.arange(queries), next_per_query),
-        vocabulary=vocabulary or tokens + queries + classes,
-    )
+def of_generator(data: SequenceClasses, vocabulary: int = 0) -> Classes:
+    """The classes of the paper's generator, with its own vocabulary (0) or one of another size."""
+    query = data.class_queries - data.contextual
+    return Classes(data.probability, query, vocabulary or data.vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +70,7 @@ def _losses(tables: tuple[Array, Array], frequency: Array, query: Array, vocabul
 
 @functools.partial(jax.jit, static_argnames=("vocabulary", "queries", "steps"))
 def _descend(
-    frequency: Array, query: Array, eta_y: float, eta_z: float, vocabulary: int, queries: int, steps: int
+    frequency: Array, query: Array, eta_y: Scalar, eta_z: Scalar, *, vocabulary: int, queries: int, steps: int
 ) -> tuple[Array, Array, Array]:
     classes, tokens = frequency.shape
 
@@ -116,9 +105,9 @@ def population_run(classes: Classes, eta_y: float, eta_z: float, steps: int) -> 
             jnp.asarray(classes.query),
             eta_y,
             eta_z,
-            classes.vocabulary,
-            int(classes.query.max()) + 1,
-            steps,
+            vocabulary=classes.vocabulary,
+            queries=int(classes.query.max()) + 1,
+            steps=steps,
         )
         return PopulationRun(np.asarray(z), np.asarray(probability), np.asarray(push))
 

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from minitf.analysis.scan_snap import theory
 
+Scalar = Array | float
+
 
 def equal_gram(overlap: float, classes: int) -> Float[np.ndarray, "classes classes"]:
     """F^T F when any two of the classes overlap by ``overlap``."""
@@ -34,7 +36,7 @@ def _residuals(logits: Array, vocabulary: int) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, static_argnames=("vocabulary",))
 def _train_frozen_decoder(
-    start: Array, gram: Array, mixing: Array, order: Array, eta_y: float, vocabulary: int
+    start: Array, gram: Array, mixing: Array, order: Array, eta_y: Scalar, *, vocabulary: int
 ) -> Array:
     def step(coefficients: Array, visited: Array) -> tuple[Array, None]:
         residual, _ = _residuals(gram @ coefficients, vocabulary)
@@ -55,12 +57,13 @@ def frozen_decoder(
     eta_y: float,
     order: Int[np.ndarray, "seeds steps"],
     record: Sequence[int],
+    *,
     modified: bool,
 ) -> tuple[Float[np.ndarray, "seeds records classes outputs"], Float[np.ndarray, "seeds records f n"]]:
     """Batch-1 SGD on Y with frozen features; the classes are visited in the given order.
 
-    ``modified`` is the update of Theorem 5, dY = eta_Y (f_n - F E' e_n) (e_n - alpha_n)^T; otherwise plain SGD,
-    dY = eta_Y f_n (e_n - alpha_n)^T. Returns, after each number of steps in ``record`` (increasing), C with
+    ``modified`` is the update of Theorem 5, dY = eta_Y (f_n - F E' e_n) (e_n - alpha_n)^T; otherwise it is
+    plain SGD, dY = eta_Y f_n (e_n - alpha_n)^T. Returns, after each number of steps in ``record`` (increasing), C with
     Y = F C, and the coefficients of the pushes g_n = Y (e_n - alpha_n) = sum over f of F_f push[f, n].
     Raises ValueError for a record beyond the order or out of order.
     """
@@ -69,11 +72,12 @@ def frozen_decoder(
     classes = gram.shape[0]
     mixing = np.linalg.inv(gram) if modified else np.eye(classes)
     with jax.enable_x64(True):
-        train = jax.vmap(_train_frozen_decoder, in_axes=(0, None, None, 0, None, None))
+        learn = functools.partial(_train_frozen_decoder, vocabulary=vocabulary)
+        train = jax.vmap(learn, in_axes=(0, None, None, 0, None))
         state = jnp.zeros((order.shape[0], classes, classes + 1))
         states, pushes = [], []
         for first, last in zip([0, *record[:-1]], record, strict=True):
-            state = train(state, jnp.asarray(gram), mixing, order[:, first:last], eta_y, vocabulary)
+            state = train(state, jnp.asarray(gram), mixing, order[:, first:last], eta_y)
             states.append(np.asarray(state))
             measure = jax.vmap(_push_coefficients, in_axes=(0, None, None))
             pushes.append(np.asarray(measure(state, jnp.asarray(gram), vocabulary)))
@@ -120,7 +124,7 @@ class ClosedSystem:
 
 @functools.partial(jax.jit, static_argnames=("vocabulary",))
 def _run_closed(
-    frequency: Array, gamma: Array, eta_z: float, vocabulary: int
+    frequency: Array, gamma: Array, eta_z: Scalar, *, vocabulary: int
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     classes, tokens = frequency.shape
     q1, q0 = 1 + 1 / (vocabulary - 1), -vocabulary / (vocabulary - 1) ** 2
@@ -148,14 +152,15 @@ def closed_system(
     vocabulary: int,
     eta_y: float,
     eta_z: float,
+    *,
     steps: int,
     distinct: int = 5,
 ) -> ClosedSystem:
     """Lemma 4, dz = eta_Z gamma sum_n diag(f_n) sum_n' beta_nn' (f_n f_n^T - I) f_n', by Euler steps of 1.
 
-    The distinct tokens of a class have frequencies in the ratio 1 : 2 : ... : ``distinct``; the common token's
-    is chosen so that two classes overlap by ``overlap`` at the start. No factor 1/K, as the lemma prints it.
-    beta is Theorem 1's, of the current features.
+    The distinct tokens of a class have frequencies in the ratio 1 : 2 : ... : ``distinct``; the common
+    token's is chosen so that two classes overlap by ``overlap`` at the start. No factor 1/K, as the lemma
+    prints it. beta is Theorem 1's, of the current features.
     """
     own = np.arange(1, distinct + 1) / distinct
     common = np.sqrt(overlap / (1 - overlap) * np.sum(own**2))
@@ -166,7 +171,9 @@ def closed_system(
     frequency /= frequency.sum(axis=1, keepdims=True)
     size = theory.gamma(np.arange(steps), classes, vocabulary, eta_y)
     with jax.enable_x64(True):
-        _, (z, exponent, xi) = _run_closed(jnp.asarray(frequency), jnp.asarray(size), eta_z, vocabulary)
+        _, (z, exponent, xi) = _run_closed(
+            jnp.asarray(frequency), jnp.asarray(size), eta_z, vocabulary=vocabulary
+        )
         arrays = [np.asarray(x) for x in (z, exponent, xi)]
     return ClosedSystem(frequency, arrays[0], arrays[1], arrays[2], overlap, classes, vocabulary)
 
@@ -174,8 +181,8 @@ def closed_system(
 def ratio_law_error(frequency: Float[np.ndarray, " token"], z: Float[np.ndarray, "time token"]) -> float:
     """max |r / (r(0) chi) - 1| over time and pairs of one class's distinct tokens (Theorem 3).
 
-    ``frequency`` and ``z`` hold the distinct tokens of that class only, weakest first; r is about the stronger
-    token of each pair.
+    ``frequency`` and ``z`` hold the distinct tokens of that class only, weakest first; r is about the
+    stronger token of each pair.
     """
     worst = 0.0
     for weak in range(len(frequency)):

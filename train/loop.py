@@ -1,0 +1,188 @@
+"""The compiled loop: many steps in one program, recording on the way, many runs at once.
+
+One run is a pure function of its hyper-parameters and its key. ``train`` vmaps it over all runs, so a grid of
+seeds and rates is one program; what a run records comes to the host once per chunk.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Key
+
+Tree = Any
+Report = Callable[[int, float], None]  # step, mean loss over the runs
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: pure functions of a key, of parameters, and (the optimizer) of hyper-parameters.
+
+    Attributes:
+        initialize: key -> parameters.
+        batch: (key, step) -> batch, sampled on the device; the key is the run's with the step folded in,
+            so any step can be replayed.
+        loss: (parameters, batch) -> scalar.
+        optimizer: hyper-parameters -> optax transformation; they may be traced numbers.
+        record: parameters -> pytree of arrays, kept at the recorded steps; leaves of a walk, say.
+    """
+
+    initialize: Callable[[Key[Array, ""]], Tree]
+    batch: Callable[[Key[Array, ""], Array], Tree]
+    loss: Callable[[Tree, Tree], Array]
+    optimizer: Callable[[Tree], optax.GradientTransformation]
+    record: Callable[[Tree], Tree] = lambda parameters: ()
+
+
+@dataclass(frozen=True)
+class History:
+    """What training left: leading axes are the runs' (as given), then the record or the step.
+
+    Attributes:
+        loss: ``[run..., step]`` on each step's batch, before the step; float32.
+        records: what ``Task.record`` returned, with axes ``[run..., record, ...]``.
+        record_steps: ``[record]``, how many steps had been taken at each record.
+        parameters: after the last step, ``[run..., ...]``.
+        diverged: ``[run...]``, the first step whose loss was not finite, or -1.
+        finished: False when training was interrupted or stopped early; the arrays hold what was done.
+    """
+
+    loss: np.ndarray
+    records: Tree
+    record_steps: np.ndarray
+    parameters: Tree
+    diverged: np.ndarray
+    finished: bool
+
+
+def every(steps: int, interval: int) -> list[int]:
+    """Record steps 0, interval, 2 interval, ... and the last."""
+    return sorted({*range(0, steps + 1, interval), steps})
+
+
+def log_spaced(steps: int, count: int) -> list[int]:
+    """About ``count`` record steps from 0 to ``steps``, dense at the start; repeated steps are dropped."""
+    return sorted({0, *np.unique(np.geomspace(1, max(steps, 1), count).round().astype(int)).tolist(), steps})
+
+
+def train(
+    task: Task,
+    keys: Key[Array, "seed"],
+    hyper: Tree,
+    record_steps: Sequence[int],
+    *,
+    records_per_chunk: int = 10,
+    how: Literal["vmap", "map"] = "vmap",
+    report: Report | None = None,
+    stop_on_divergence: bool = True,
+) -> History:
+    """Train ``seed x rate`` runs together, to the last of ``record_steps``.
+
+    Args:
+        task: what to train.
+        keys: one typed key per seed. A seed's parameters and data do not depend on its rates, so all the runs
+            of a seed see the same batches, and those are sampled once.
+        hyper: pytree of arrays with one leading axis, the rates; the optimizer gets one entry of each.
+        record_steps: increasing numbers of steps taken; the first is usually 0.
+        records_per_chunk: how many records one dispatch makes: the grain of progress and of interruption.
+        how: ``vmap`` runs the seeds side by side, ``map`` one after another in the same program, which is
+            faster on a CPU once a single run fills its caches.
+        report: called after every chunk.
+        stop_on_divergence: stop after the chunk in which a loss stopped being finite.
+
+    Returns:
+        A history with run axes ``[seed, rate]``. Interrupting (Ctrl-C) between chunks returns what was done,
+        with ``finished=False``.
+
+    Raises:
+        ValueError: the record steps do not increase from at least 0.
+    """
+    steps = np.asarray(record_steps, np.int32)
+    if steps.ndim != 1 or len(steps) == 0 or steps[0] < 0 or np.any(np.diff(steps) <= 0):
+        raise ValueError(f"record steps must increase from at least 0; they are {list(record_steps)}")
+    ends = [steps[i : i + records_per_chunk] for i in range(0, len(steps), records_per_chunk)]
+    most = max(int(e[-1]) - int(s) for e, s in zip(ends, [0, *(e[-1] for e in ends)], strict=False))
+    start, chunk = _programs(task, how, capacity=max(most, 1))
+    state, done = start(keys, hyper), 0
+    losses: list[np.ndarray] = []
+    records: list[Tree] = []
+    try:
+        for targets in ends:
+            # Every chunk has the same shape, so there is one program: repeated targets take no step.
+            padded = np.pad(targets, (0, records_per_chunk - len(targets)), mode="edge")
+            after, loss, record = chunk(keys, hyper, state, jnp.int32(done), padded)
+            losses.append(np.asarray(loss)[..., : int(targets[-1]) - done])
+            records.append(jax.tree.map(lambda x, n=len(targets): np.asarray(x)[:, :, :n], record))
+            state, done = after, int(targets[-1])
+            if report is not None:
+                report(done, _mean_last(losses))
+            if stop_on_divergence and not np.all(np.isfinite(losses[-1])):
+                break
+    except KeyboardInterrupt:
+        if not records:
+            raise
+    loss = np.concatenate(losses[: len(records)], axis=-1)
+    return History(
+        loss=loss,
+        records=jax.tree.map(lambda *xs: np.concatenate(xs, axis=2), *records),
+        record_steps=steps[: sum(len(e) for e in ends[: len(records)])],
+        parameters=state[0],
+        diverged=first_non_finite(loss),
+        finished=len(records) == len(ends),
+    )
+
+
+def first_non_finite(loss: np.ndarray) -> np.ndarray:
+    """The first index on the last axis whose value is not finite, or -1."""
+    bad = ~np.isfinite(loss)
+    return np.where(bad.any(axis=-1), bad.argmax(axis=-1), -1)
+
+
+def _mean_last(losses: list[np.ndarray]) -> float:
+    known = [x for x in losses if x.shape[-1]]
+    return float(np.mean(known[-1][..., -1])) if known else float("nan")
+
+
+def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[Callable, Callable]:
+    """The compiled start and chunk of all runs; ``capacity`` is the most steps that a chunk takes."""
+
+    def start(key: Key[Array, ""], hyper: Tree) -> tuple[Tree, Tree]:
+        parameters = task.initialize(jax.random.fold_in(key, 0))
+        return parameters, task.optimizer(hyper).init(parameters)
+
+    def chunk(
+        key: Key[Array, ""], hyper: Tree, state: tuple[Tree, Tree], done: Array, targets: Array
+    ) -> tuple[tuple[Tree, Tree], Array, Tree]:
+        optimizer = task.optimizer(hyper)
+        batch_key = jax.random.fold_in(key, 1)
+
+        def one_step(carry: tuple) -> tuple:
+            (parameters, moments), losses, step = carry
+            batch = task.batch(jax.random.fold_in(batch_key, step), step)
+            loss, gradient = jax.value_and_grad(task.loss)(parameters, batch)
+            update, moments = optimizer.update(gradient, moments, parameters)
+            losses = losses.at[step - done].set(loss.astype(jnp.float32))
+            return (optax.apply_updates(parameters, update), moments), losses, step + 1
+
+        def to_next_record(carry: tuple, target: Array) -> tuple[tuple, Tree]:
+            carry = jax.lax.while_loop(lambda c: c[2] < target, one_step, carry)
+            return carry, task.record(carry[0][0])
+
+        empty = jnp.full(capacity, jnp.nan, jnp.float32)
+        (state, losses, _), records = jax.lax.scan(to_next_record, (state, empty, done), targets)
+        return state, losses, records
+
+    all_starts = jax.vmap(jax.vmap(start, in_axes=(None, 0)), in_axes=(0, None))
+    rates = jax.vmap(chunk, in_axes=(None, 0, 0, None, None))
+    if how == "map":
+
+        def all_chunks(keys: Array, hyper: Tree, state: Tree, done: Array, targets: Array) -> Any:
+            return jax.lax.map(lambda x: rates(x[0], hyper, x[1], done, targets), (keys, state))
+
+    else:
+        all_chunks = jax.vmap(rates, in_axes=(0, None, 0, None, None))
+    return jax.jit(all_starts), jax.jit(all_chunks)
