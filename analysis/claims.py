@@ -33,7 +33,7 @@ def _frozen(numbers: Numbers) -> Any:
     return tuple(tuple(float(x) for x in row) for row in array)
 
 
-def verdict(value: Numbers, threshold: Numbers, direction: Direction) -> bool:
+def verdict(value: Numbers, threshold: Numbers, direction: str) -> bool:
     """Whether every value meets the threshold.
 
     ``<`` and ``>`` are strict and ``==`` is exact; their threshold is one number for all values, or one per

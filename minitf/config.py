@@ -81,13 +81,9 @@ class ModelConfig:
                 "of heads, or set head_width"
             )
         if self.heads % self.groups:
-            raise ValueError(
-                f"key_value_heads is {self.groups}, which does not divide the {self.heads} heads"
-            )
+            raise ValueError(f"key_value_heads is {self.groups}, which does not divide the {self.heads} heads")
         if self.attention == "table" and (self.head_size != self.width or self.groups != 1):
-            raise ValueError(
-                "table attention mixes whole token vectors: leave head_width, key_value_heads at 0"
-            )
+            raise ValueError("table attention mixes whole token vectors: leave head_width, key_value_heads at 0")
         if self.embedding == "one_hot" and (self.width != self.vocabulary or self.tied):
             raise ValueError(
                 f"one-hot embeddings are as wide as the vocabulary and cannot be tied; here width is "
@@ -101,9 +97,13 @@ class ModelConfig:
                     f"rotary_fraction {self.rotary_fraction} of a head_width of {self.head_size} turns "
                     f"{self.rotated_width} components; it must be an even number of at least 2"
                 )
+            if self.rotary_base <= 0:
+                raise ValueError(f"rotary_base is {self.rotary_base}; it must be positive")
+        if self.embedding_norm and self.norm == "none":
+            raise ValueError("embedding_norm needs a norm, but norm is 'none'; choose l2, layer or rms")
         if self.parallel and (self.post_norm or not self.residual):
             raise ValueError("parallel layers need residual=True and norm_placement='pre'")
-        if self.norm_epsilon < 0:
+        if not self.norm_epsilon >= 0:
             raise ValueError(f"norm_epsilon is {self.norm_epsilon}; it must not be negative")
 
     def _check_choices(self) -> None:

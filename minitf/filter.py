@@ -78,9 +78,7 @@ def rotate(
     else:
         first, second = jnp.split(turning, 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
-    joined = (
-        jnp.stack(turned, axis=-1).reshape(turning.shape) if interleaved else jnp.concatenate(turned, axis=-1)
-    )
+    joined = jnp.stack(turned, axis=-1).reshape(turning.shape) if interleaved else jnp.concatenate(turned, axis=-1)
     return jnp.concatenate([joined, still], axis=-1)
 
 

@@ -52,9 +52,7 @@ def walk(
         passed = _layer(stream, weights, config, changes, forbidden)
         return passed.resid_post, passed
 
-    end, layers = jax.lax.scan(
-        layer, start, (parameters.layers, edit.layers), length=config.layers, unroll=unroll
-    )
+    end, layers = jax.lax.scan(layer, start, (parameters.layers, edit.layers), length=config.layers, unroll=unroll)
     end = apply(edit.end, end)
     scale, context = None, end
     if config.pre_norm:
@@ -171,7 +169,7 @@ def _attention(
     if edit.head_steps is not None:
         # The whole moves by as much as the parts do: a neutral edit stays exact to the bit.
         before, head_steps = head_steps, apply(edit.head_steps, head_steps)
-        step = step + jnp.sum(head_steps - before, axis=2)
+        step = step - jnp.sum(before - head_steps, axis=2)
     return LayerWalk(
         attention_norm_scale=scale,
         q=q,
@@ -191,9 +189,7 @@ def _query_key_value(stream: Stream, weights: Layer, config: ModelConfig) -> tup
     rows, attention = _rows(stream), weights.attention
 
     def heads(weight: Array, bias: Array | None) -> Float[Array, "rows head head_width"]:
-        flat = filter.linear(
-            rows, weight.reshape(weight.shape[0], -1), None if bias is None else bias.reshape(-1)
-        )
+        flat = filter.linear(rows, weight.reshape(weight.shape[0], -1), None if bias is None else bias.reshape(-1))
         return flat.reshape(rows.shape[0], *weight.shape[1:])
 
     if config.attention == "table":
@@ -271,11 +267,13 @@ def _check_edit(edit: Edit, config: ModelConfig) -> None:
             continue
         if name in absent:
             raise ValueError(f"this model's walk has no {name!r}, so an edit of it would do nothing")
-        layers = jnp.shape(change.keep)[:1]
-        if name.startswith("layers.") and layers != (config.layers,):
-            raise ValueError(
-                f"the edit of {name!r} has {layers or 'no'} layers on its first axis; the model has {config.layers}"
-            )
+        for part in (change.keep, change.put):
+            layers = jnp.shape(part)[:1]
+            if name.startswith("layers.") and layers != (config.layers,):
+                raise ValueError(
+                    f"the edit of {name!r} has {layers[0] if layers else 'no'} layers on its first axis; "
+                    f"the model has {config.layers}"
+                )
 
 
 def _absent_leaves(config: ModelConfig) -> set[str]:

@@ -14,9 +14,7 @@ from minitf.parameters import Parameters
 from minitf.walk import LayerWalk, Walk
 
 
-def count_walk(
-    parameters: Parameters, queries: Int[Array, " batch"], counts: Float[Array, "batch token"]
-) -> Walk:
+def count_walk(parameters: Parameters, queries: Int[Array, " batch"], counts: Float[Array, "batch token"]) -> Walk:
     """The walk of the last position, from token counts (Tian et al. 2023, section 2).
 
     Args:
@@ -42,9 +40,7 @@ def count_walk(
     def full(rows: Float[Array, "batch token"]) -> Float[Array, "batch width"]:
         return jnp.pad(rows, ((0, 0), (0, vocabulary - tokens)))
 
-    start = (
-        jnp.zeros((queries.shape[0], vocabulary), scores.dtype).at[jnp.arange(len(queries)), queries].set(1)
-    )
+    start = jnp.zeros((queries.shape[0], vocabulary), scores.dtype).at[jnp.arange(len(queries)), queries].set(1)
     step, end = full(pattern), full(normalized)
     layer = LayerWalk(
         resid_pre=start[:, None],

@@ -280,9 +280,7 @@ def _checked_ids(encoding: tiktoken.Encoding, ids: Iterable[Any]) -> list[int]:
     if array.size == 0:
         return []
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            f"Token ids are a 1-D sequence of integers, not {array.dtype} of shape {array.shape}."
-        )
+        raise ValueError(f"Token ids are a 1-D sequence of integers, not {array.dtype} of shape {array.shape}.")
     wrong = array[(array < 0) | (array >= encoding.n_vocab)]
     if wrong.size:
         raise ValueError(

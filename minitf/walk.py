@@ -80,17 +80,25 @@ Edit = Walk
 
 
 def apply(change: Change | None, x: Array) -> Array:
-    """The edited value of one leaf."""
+    """The edited value of one leaf. Raises ValueError where the change does not fit the leaf's shape."""
     if change is None:
         return x
+    for part in (jnp.shape(change.keep), jnp.shape(change.put)):
+        if len(part) > x.ndim or any(n not in (1, m) for n, m in zip(part[::-1], x.shape[::-1], strict=False)):
+            raise ValueError(f"a change of shape {part} does not fit a leaf of shape {x.shape}")
     return jnp.asarray(change.keep, x.dtype) * x + jnp.asarray(change.put, x.dtype)
 
 
 def leaf_axes() -> dict[str, tuple[str, ...]]:
     """Every leaf's name and axes: ``{"start": ("batch", "position", "width"), "layers.q": ("layer", ...)}``."""
-    top = {f.name: f.metadata["axes"] for f in dataclasses.fields(Walk) if f.name != "layers"}
-    inner = {f"layers.{f.name}": ("layer", *f.metadata["axes"]) for f in dataclasses.fields(LayerWalk)}
-    return top | inner
+    axes: dict[str, tuple[str, ...]] = {}
+    for outer in dataclasses.fields(Walk):
+        if outer.name != "layers":
+            axes[outer.name] = outer.metadata["axes"]
+            continue
+        for inner in dataclasses.fields(LayerWalk):
+            axes[f"layers.{inner.name}"] = ("layer", *inner.metadata["axes"])
+    return axes
 
 
 def leaves(walk: Walk) -> Iterator[tuple[str, Leaf]]:
@@ -123,7 +131,8 @@ def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index
         shapes: a walk of arrays or of shapes (``jax.eval_shape`` of the forward pass) to size the edit.
         name: the leaf, such as ``"layers.z"``.
         keep, put: scalars or arrays that broadcast to the chosen part of the leaf.
-        **index: axis name = an index, slice, list or boolean mask on that axis, such as ``layer=2, head=[0, 3]``.
+        **index: axis name = an index, slice, list or boolean mask on that axis, such as ``layer=2, head=[0, 3]``;
+            several choose every combination. A traced index serves for sweeps and cannot be checked.
 
     ``change(shapes, "layers.pattern", layer=1, head=0, keep=0.0, put=uniform)`` replaces one head's
     association. The default ``put`` is minus zero, the one number that leaves every float's bits as they are.
@@ -143,18 +152,31 @@ def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index
         size if spreads or axis in index or axis == "layer" else 1
         for axis, size in zip(axes, like.shape, strict=True)
     )
-    where = tuple(index.get(axis, slice(None)) for axis in axes)
-    for axis, size in zip(axes, like.shape, strict=True):
-        chosen = index.get(axis)
-        if isinstance(chosen, int) and not -size <= chosen < size:
-            raise ValueError(f"{axis}={chosen} is outside {name!r}, which has {size} on that axis")
-    return put_change(
-        name,
-        Change(
-            keep=jnp.ones(shape, like.dtype).at[where].set(keep),
-            put=jnp.full(shape, -0.0, like.dtype).at[where].set(put),
-        ),
-    )
+    places = [
+        _places(name, axis, full, size, index.get(axis, slice(None)))
+        for axis, full, size in zip(axes, like.shape, shape, strict=True)
+    ]
+    where = jnp.ix_(*(jnp.atleast_1d(p) for p in places))
+    # An axis with a single index is not part of what keep and put broadcast against.
+    single = tuple(axis for axis, p in enumerate(places) if p.ndim == 0)
+
+    def placed(fill: float, value: Any) -> Array:
+        chosen = [p.size for p in places if p.ndim]
+        value = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(value, like.dtype), chosen), single)
+        return jnp.full(shape, fill, like.dtype).at[where].set(value)
+
+    return put_change(name, Change(keep=placed(1.0, keep), put=placed(-0.0, put)))
+
+
+def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array:
+    """The chosen places on one axis of ``full`` places, of which the edit holds ``size``."""
+    if isinstance(chosen, jax.core.Tracer):
+        return jnp.asarray(chosen)
+    try:
+        places = np.arange(full)[np.asarray(chosen) if not isinstance(chosen, slice) else chosen]
+    except IndexError:
+        raise ValueError(f"{axis}={chosen} is outside {name!r}, which has {full} on that axis") from None
+    return jnp.asarray(places if size == full else np.zeros(size, int))
 
 
 def put_change(name: str, value: Change) -> Edit:

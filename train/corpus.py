@@ -99,9 +99,7 @@ def read_paths(paths: Iterable[str | os.PathLike[str]]) -> Corpus:
     for path in given:
         found = dict(_texts_in_folder(path) if path.is_dir() else [(path, _read_text(path))])
         if not found:
-            raise ValueError(
-                f"The folder {path} holds no text file (hidden, empty and binary ones do not count)."
-            )
+            raise ValueError(f"The folder {path} holds no text file (hidden, empty and binary ones do not count).")
         texts |= {file.resolve(): text for file, text in found.items()}
     if len(texts) >= FILES_FOR_A_SPLIT:
         documents = list(texts.values())
@@ -111,9 +109,7 @@ def read_paths(paths: Iterable[str | os.PathLike[str]]) -> Corpus:
     train, validation = split_by_document(documents, f"The text in {named}")
     characters = sum(map(len, texts.values()))
     count = f"{len(texts)} file{'s' if len(texts) > 1 else ''}"
-    return Corpus(
-        given[0].name or str(given[0]), train, validation, f"{named} ({count}, {characters} characters)"
-    )
+    return Corpus(given[0].name or str(given[0]), train, validation, f"{named} ({count}, {characters} characters)")
 
 
 def python_documentation(cache: Path | None = None) -> Corpus:

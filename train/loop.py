@@ -71,7 +71,7 @@ def log_spaced(steps: int, count: int) -> list[int]:
 
 def train(
     task: Task,
-    keys: Key[Array, "seed"],
+    keys: Key[Array, " seed"],
     hyper: Tree,
     record_steps: Sequence[int],
     *,

@@ -58,9 +58,7 @@ def part_of(path: tuple[Any, ...]) -> Literal["attention", "decoder"]:
     return "attention" if path_name(path).startswith("layers.attention.") else "decoder"
 
 
-def by_part(
-    make: Callable[[Rate], optax.GradientTransformation], rates: Rates
-) -> optax.GradientTransformation:
+def by_part(make: Callable[[Rate], optax.GradientTransformation], rates: Rates) -> optax.GradientTransformation:
     """One optimizer with two rates: ``make(rates.attention)`` for the attention weights, the other elsewhere."""
 
     def labels(parameters: Parameters) -> Any:

@@ -37,9 +37,7 @@ class SequenceClasses:
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
         if self.classes < 2:
-            raise ValueError(
-                "there is one class only; two are needed for a next token to be predictable or not"
-            )
+            raise ValueError("there is one class only; two are needed for a next token to be predictable or not")
 
     @property
     def classes(self) -> int:

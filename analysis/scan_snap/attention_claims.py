@@ -155,8 +155,7 @@ def t10_ratio_law(systems: list[ClosedSystem]) -> Claim:
         worst.append(ratio_law_error(system.frequency[0, own], system.z[:, own]))
     return claim(
         "scan_snap.T10",
-        "Two distinct tokens move apart exactly as the growth factor says, if the decoder follows the "
-        "theory.",
+        "Two distinct tokens move apart exactly as the growth factor says, if the decoder follows the theory.",
         source=f"{SOURCE}, Theorem 3",
         statistic="max |r / (r(0) chi) - 1| over all pairs and 20 000 steps, eta_Y = eta_Z = .5, overlaps "
         + ", ".join(f"{s.overlap:g}" for s in systems),
@@ -181,9 +180,7 @@ def t10b_joint(runs: dict[tuple[str, float], PopulationRun], sets: dict[str, Cla
         for of, partner in ((half, 4), (near, 8)):
             pair = [partner, 9]
             of.append(ratio_law_error(frequency[pair], z[:, pair]))
-    about = functools.partial(
-        claim, source=f"{SOURCE}, Theorem 3", direction="<", threshold=0.025, n=len(runs)
-    )
+    about = functools.partial(claim, source=f"{SOURCE}, Theorem 3", direction="<", threshold=0.025, n=len(runs))
     runs_named = "; ".join(f"{name}, eta_Z = {eta:g}" for name, eta in runs)
     return [
         about(
@@ -244,10 +241,8 @@ def theorem4_shared_query(systems: list[ClosedSystem], etas: list[tuple[float, f
         ),
         about(
             "scan_snap.theorem4_corrected",
-            "With the common token's own rate A = K (1 - f^2), Theorem 4's B holds for ten classes at one "
-            "query.",
-            statistic="smallest and largest B corrected / B simulated over t = 50 .. 2e4 and overlaps "
-            + named,
+            "With the common token's own rate A = K (1 - f^2), Theorem 4's B holds for ten classes at one query.",
+            statistic="smallest and largest B corrected / B simulated over t = 50 .. 2e4 and overlaps " + named,
             value=[float(np.min(corrected)), float(np.max(corrected))],
             note="B = (1/(4A)) ln(1 + 4 A Gamma / C_0). " + note,
         ),

@@ -73,8 +73,7 @@ def theorem1_under_sgd(seed: int = 0, seeds: int = 8) -> list[Claim]:
         ),
         claim(
             "scan_snap.theorem1_sgd_sign",
-            "Plain SGD pushes every class away from the others: xi is positive, as the rest of the theory "
-            "needs.",
+            "Plain SGD pushes every class away from the others: xi is positive, as the rest of the theory needs.",
             source=f"{SOURCE}, Theorem 1",
             statistic="smallest xi_n / gamma over classes, times and seeds, overlaps .3125 and .0102",
             value=smallest,

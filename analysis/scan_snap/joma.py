@@ -306,9 +306,7 @@ def run_joma(
     step_sizes = (0.02, 0.01, 0.005)
     errors = [[invariant_errors(c, seed, seeds, size) for size in step_sizes] for c in INVARIANT_CASES]
     starts = [
-        fig2_start(np.random.default_rng([seed, i]), gaussian)
-        for gaussian in (True, False)
-        for i in range(seeds)
+        fig2_start(np.random.default_rng([seed, i]), gaussian) for gaussian in (True, False) for i in range(seeds)
     ]
     with jax.enable_x64(True):
         x, w, z = (jnp.asarray(np.stack(part)) for part in zip(*starts, strict=True))

@@ -26,9 +26,7 @@ def _invariant_numbers(results: JomaResults, names: list[str]) -> np.ndarray:
     return np.concatenate([error[:, 0], error[:, 0] / error[:, 1]])
 
 
-def _exact_in_the_limit(
-    results: JomaResults, id: str, statement: str, names: list[str], note: str = ""
-) -> Claim:
+def _exact_in_the_limit(results: JomaResults, id: str, statement: str, names: list[str], note: str = "") -> Claim:
     value, ci95 = _over_seeds(_invariant_numbers(results, names))
     cases = " and ".join(names)
     return claim(
@@ -91,8 +89,7 @@ def invariant_claims(results: JomaResults) -> list[Claim]:
         _exact_in_the_limit(
             results,
             "joma.invariant_three_queries_summed",
-            "When three queries share the upper layer, the invariant holds for the sum of their attention "
-            "logits.",
+            "When three queries share the upper layer, the invariant holds for the sum of their attention logits.",
             ["exp, three queries summed"],
             "The corrected form of joma.invariant_three_queries, derived here: each query adds its own part "
             "to dW.",
@@ -132,8 +129,7 @@ def linear_unit_claims(results: JomaResults) -> list[Claim]:
         ),
         claim(
             "joma.theorem2_blow_up",
-            "The token with the largest drive runs away at the time sqrt(pi/2) / max|Delta|, and no other "
-            "does.",
+            "The token with the largest drive runs away at the time sqrt(pi/2) / max|Delta|, and no other does.",
             source=source,
             statistic="time at which the winner's v passes 6, over the predicted time, minus 1 (absolute)",
             value=abs(float(results.winner_time[-1]) / blow_up - 1),
@@ -143,8 +139,7 @@ def linear_unit_claims(results: JomaResults) -> list[Claim]:
         ),
         claim(
             "joma.theorem2_winner",
-            "With a linear unit the winner takes all attention: its share goes to 1 and the entropy only "
-            "falls.",
+            "With a linear unit the winner takes all attention: its share goes to 1 and the entropy only falls.",
             source=source,
             statistic="the winner's final share; share of time steps in which the entropy falls",
             value=[float(share[np.argmax(np.abs(drive)), -1]), float(np.mean(np.diff(entropy) < 0))],
@@ -166,8 +161,7 @@ def nonlinear_unit_claims(results: JomaResults) -> list[Claim]:
     return [
         claim(
             "joma.theorem4_t5",
-            "With a nonlinear unit the more salient components converge first, in the ratio computed for "
-            "time 5.",
+            "With a nonlinear unit the more salient components converge first, in the ratio computed for time 5.",
             source=source,
             statistic="ln(1/delta_j) / ln(1/delta_1) at t = 5 for mu = 1.5 and 2 against mu = 1",
             value=at_five,

@@ -1,5 +1,6 @@
 """The paper's synthetic experiments: Syn-Small (Fig. 4, 5) and Syn-Medium (Fig. 6, 11, 12)."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,19 +11,22 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from minitf.analysis.scan_snap.results import SmallRun
+from minitf.analysis.scan_snap import measures
+from minitf.analysis.scan_snap.results import MediumPanel, SmallRun
 from minitf.config import token_tables
 from minitf.parameters import Parameters, initialize
 from minitf.tables import count_walk
 from minitf.train import optimizers
 from minitf.train.loop import History, Report, Task, every, train
 from minitf.train.optimizers import Rates
-from minitf.train.sequence_classes import CountBatch, SequenceClasses, population, sample_counts
+from minitf.train.sequence_classes import CountBatch, SequenceClasses, population, sample_counts, syn_medium
 
 STEPS, BATCH, MOMENTUM, RECORD_EVERY = 100, 128, 0.9, 2
 MEDIUM_QUERIES = (1, 3, 5, 10)
 MEDIUM_ATTENTION_RATES = (0.5, 1.0, 2.0, 3.0)
 MEDIUM_RATIOS = (1.0, 2.0, 5.0, 10.0)
+# Of attention, in units of 1 / vocabulary: the range of the paper's Fig. 11 and 12.
+RECALL_THRESHOLDS = np.linspace(0.92, 1.25, 12)
 
 
 def loss(parameters: Parameters, batch: CountBatch) -> Float[Array, ""]:
@@ -41,7 +45,11 @@ def task(
     def record(parameters: Parameters) -> dict[str, Array]:
         every_class = population(data)
         layers = count_walk(parameters, every_class.queries, every_class.counts).layers
-        return {"association": layers.pattern[0, :, 0, 0], "attention_logits": layers.scores[0, :, 0, 0]}
+        return {
+            "association": layers.pattern[0, :, 0, 0],
+            "attention_logits": layers.scores[0, :, 0, 0],
+            "vocabulary_attention": jax.nn.softmax(layers.q[0, :, 0, 0], axis=-1)[:, : data.contextual],
+        }
 
     return Task(
         initialize=lambda key: initialize(config, key),
@@ -80,8 +88,10 @@ def run_small(
     settings: Sequence[SmallSetting],
     data: SequenceClasses,
     seeds: int,
+    *,
     seed: int = 0,
     steps: int = STEPS,
+    record_every: int = RECORD_EVERY,
     report: Report | None = None,
 ) -> tuple[list[SmallRun], list[History]]:
     """Syn-Small under each setting; settings of one optimizer train as one program."""
@@ -116,3 +126,52 @@ def run_small(
                 common=np.arange(data.contextual) < data.common,
             )
     return [runs[s.name] for s in settings if s.name in runs], histories
+
+
+def run_medium(
+    queries: int,
+    seeds: int,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    length: int = 128,
+    report: Report | None = None,
+) -> tuple[MediumPanel, History]:
+    """One panel of Fig. 6: 16 pairs of rates and all seeds as one program."""
+    data = dataclasses.replace(syn_medium(queries), length=length)
+    rates = grid(MEDIUM_ATTENTION_RATES, MEDIUM_RATIOS)
+    # On a CPU one seed's 16 pairs of rates fill the caches, so seeds go one after another in the program.
+    how: Literal["vmap", "map"] = "map" if jax.default_backend() == "cpu" else "vmap"
+    history = train(
+        task(data, "fan_in", "sgd"),
+        seed_keys(seed, seeds),
+        rates,
+        every(steps, max(1, steps // 5)),
+        records_per_chunk=2,
+        how=how,
+        report=report,
+        stop_on_divergence=False,
+    )
+    shape = (seeds, len(MEDIUM_ATTENTION_RATES), len(MEDIUM_RATIOS))
+    last = {name: x[:, :, -1].astype(np.float64) for name, x in history.records.items()}
+    entropy = measures.distinct_entropy(last["association"], data.is_distinct).mean(axis=-1)
+    recall = measures.recall(last["vocabulary_attention"], data.is_distinct, RECALL_THRESHOLDS / data.vocabulary)
+    return (
+        MediumPanel(
+            queries=queries,
+            next_per_query=data.next_per_query,
+            attention_rates=np.array(MEDIUM_ATTENTION_RATES),
+            ratios=np.array(MEDIUM_RATIOS),
+            entropy=np.moveaxis(entropy.reshape(shape), 0, -1),
+            thresholds=RECALL_THRESHOLDS,
+            recall=np.moveaxis(recall.reshape(*shape, -1), 0, 2),
+            final_loss=np.moveaxis(history.loss[..., -1].reshape(shape), 0, -1),
+        ),
+        history,
+    )
+
+
+def grid(attention_rates: Sequence[float], ratios: Sequence[float]) -> Rates:
+    """Every pair of eta_Z and eta_Y / eta_Z, ratios fastest."""
+    pairs = [(z * ratio, z) for z in attention_rates for ratio in ratios]
+    return Rates(decoder=jnp.array([y for y, _ in pairs]), attention=jnp.array([z for _, z in pairs]))

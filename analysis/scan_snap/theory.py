@@ -20,16 +20,16 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from scipy import optimize
 
-Curve = Float[np.ndarray, "*time"] | np.float64
+Curve = Float[np.ndarray, "*time"]
 
 
-def _positive(**numbers: float) -> None:
+def _positive(**numbers: float | int) -> None:
     for name, number in numbers.items():
         if not (number > 0 and math.isfinite(number)):
             raise ValueError(f"{name} is {number}; it must be a positive number")
 
 
-def _at_least(least: int, **numbers: float) -> None:
+def _at_least(least: int, **numbers: float | int) -> None:
     for name, number in numbers.items():
         if not number >= least:
             raise ValueError(f"{name} is {number}; it must be at least {least}")
@@ -103,7 +103,7 @@ def h(visits: ArrayLike, vocabulary: int, eta_y: float) -> Curve:
         y = np.maximum(y - step, 0.0)
         if np.all(np.abs(step) <= 4 * np.finfo(np.float64).eps * y):
             break
-    return y / vocabulary
+    return np.asarray(y / vocabulary)
 
 
 def gamma(t: ArrayLike, classes: int, vocabulary: int, eta_y: float) -> Curve:
@@ -111,14 +111,14 @@ def gamma(t: ArrayLike, classes: int, vocabulary: int, eta_y: float) -> Curve:
     (logits)."""
     _at_least(1, classes=classes)
     height = h(_times(t) / classes, vocabulary, eta_y)
-    return (vocabulary - 1) ** 2 * height / (vocabulary - 1 + np.exp(vocabulary * height))
+    return np.asarray((vocabulary - 1) ** 2 * height / (vocabulary - 1 + np.exp(vocabulary * height)))
 
 
 def correct_probability(t: ArrayLike, classes: int, vocabulary: int, eta_y: float) -> Curve:
     """alpha_n(t) = e^y / (M - 1 + e^y) with y = M h(t/K): the probability of the right next token."""
     _at_least(1, classes=classes)
     y = vocabulary * h(_times(t) / classes, vocabulary, eta_y)
-    return 1.0 / (1.0 + (vocabulary - 1) * np.exp(-y))
+    return np.asarray(1.0 / (1.0 + (vocabulary - 1) * np.exp(-y)))
 
 
 def half_time(classes: int, vocabulary: int, eta_y: float) -> float:
@@ -145,7 +145,7 @@ def w1(vocabulary: int) -> float:
     def excess(w: float) -> float:
         return w * log_m - math.log1p(w) - offset
 
-    return float(optimize.brentq(excess, 0.0, 10.0, xtol=1e-15, rtol=4e-16 * 4))
+    return float(optimize.brentq(excess, 0.0, 10.0, xtol=1e-15, rtol=4 * np.finfo(np.float64).eps))
 
 
 def t0(classes: int, vocabulary: int, eta_y: float) -> float:
@@ -188,7 +188,7 @@ def frequency_deviation(length: ArrayLike, failure: float) -> Curve:
         raise ValueError(f"the shortest length is {np.min(count) + 1}; a context needs at least T = 2")
     if not 0 < failure < 1:
         raise ValueError(f"failure is {failure}; a probability of failure lies strictly between 0 and 1")
-    return np.sqrt(math.log(2 / failure) / (2 * count))
+    return np.asarray(np.sqrt(math.log(2 / failure) / (2 * count)))
 
 
 def attention_push(t: ArrayLike, classes: int, vocabulary: int, eta_y: float, eta_z: float) -> Curve:
@@ -196,13 +196,13 @@ def attention_push(t: ArrayLike, classes: int, vocabulary: int, eta_y: float, et
     _positive(eta_z=eta_z)
     _at_least(1, classes=classes)
     height = (vocabulary - 1) * h(_times(t) / classes, vocabulary, eta_y)
-    return (eta_z / eta_y) * classes * height**2 / 2
+    return np.asarray((eta_z / eta_y) * classes * height**2 / 2)
 
 
 def exponent_printed(push: ArrayLike, initial: float = 1.0) -> Curve:
     """Theorem 4 as printed: B = (1/4) ln(C_0 + 4 Gamma), in logits; not 0 at t = 0 unless C_0 = 1."""
     _positive(initial=initial)
-    return np.log(initial + 4 * np.asarray(push, np.float64)) / 4
+    return np.asarray(np.log(initial + 4 * np.asarray(push, np.float64)) / 4)
 
 
 def exponent_integrated(push: ArrayLike, initial: float = 1.0) -> Curve:
@@ -211,7 +211,7 @@ def exponent_integrated(push: ArrayLike, initial: float = 1.0) -> Curve:
     The paper drops the constant -(1/4) ln C_0.
     """
     _positive(initial=initial)
-    return np.log1p(4 * np.asarray(push, np.float64) / initial) / 4
+    return np.asarray(np.log1p(4 * np.asarray(push, np.float64) / initial) / 4)
 
 
 def exponent_corrected(push: ArrayLike, initial: float, common_rate: float) -> Curve:
@@ -220,7 +220,7 @@ def exponent_corrected(push: ArrayLike, initial: float, common_rate: float) -> C
     When all K classes share the query, Theorem 2 gives A = K (1 - f_ct^2); Theorem 4 as printed has A = 1.
     """
     _positive(initial=initial, common_rate=common_rate)
-    return np.log1p(4 * common_rate * np.asarray(push, np.float64) / initial) / (4 * common_rate)
+    return np.asarray(np.log1p(4 * common_rate * np.asarray(push, np.float64) / initial) / (4 * common_rate))
 
 
 def exponent_scanning(
@@ -230,7 +230,7 @@ def exponent_scanning(
     _at_least(2, vocabulary=vocabulary)
     _positive(classes=classes, eta_y=eta_y, eta_z=eta_z, initial=initial)
     early = 2 * ((vocabulary - 1) / vocabulary) ** 2 * eta_y * eta_z * _times(t) ** 2 / classes
-    return np.log(initial + early) / 4
+    return np.asarray(np.log(initial + early) / 4)
 
 
 def exponent_snapping(
@@ -241,12 +241,14 @@ def exponent_snapping(
     _at_least(2, vocabulary=vocabulary)
     _positive(classes=classes, eta_y=eta_y, eta_z=eta_z, initial=initial)
     late = np.log(vocabulary * eta_y * _times(t) / classes) ** 2
-    return np.log(initial + 2 * classes * ((vocabulary - 1) / vocabulary) ** 2 * (eta_z / eta_y) * late) / 4
+    return np.asarray(
+        np.log(initial + 2 * classes * ((vocabulary - 1) / vocabulary) ** 2 * (eta_z / eta_y) * late) / 4
+    )
 
 
 def growth_factor(exponent: ArrayLike) -> Curve:
     """Theorem 3: chi = e^{2 B}, by which the squared-ratio excess of two distinct tokens grows at most."""
-    return np.exp(2 * np.asarray(exponent, np.float64))
+    return np.asarray(np.exp(2 * np.asarray(exponent, np.float64)))
 
 
 def ratio_excess(stronger: ArrayLike, weaker: ArrayLike, gain: ArrayLike = 0.0) -> Curve:
@@ -255,7 +257,7 @@ def ratio_excess(stronger: ArrayLike, weaker: ArrayLike, gain: ArrayLike = 0.0) 
     ``stronger`` and ``weaker`` are P(l|n) and P(l'|n) with z(0) = 0; ``gain`` is z_l(t), in logits.
     """
     ratio = np.asarray(stronger, np.float64) / np.asarray(weaker, np.float64)
-    return (ratio**2 - 1) * np.exp(2 * np.asarray(gain, np.float64))
+    return np.asarray((ratio**2 - 1) * np.exp(2 * np.asarray(gain, np.float64)))
 
 
 # Curves for the report

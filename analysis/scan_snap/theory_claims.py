@@ -133,8 +133,7 @@ def t6_times() -> Claim:
         errors.append(abs(half / theory.half_time(CLASSES, m, ETA) - 1))
     return claim(
         "scan_snap.T6",
-        "The decoder pushes hardest just before it knows the answer, and it knows it half at a computable "
-        "time.",
+        "The decoder pushes hardest just before it knows the answer, and it knows it half at a computable time.",
         source=f"{SOURCE}, Lemmas 6 and 9",
         statistic="M = 34, 100, 1000, 10000: peak of gamma in u; relative error of "
         "K [(M-1)(1 + ln(M-1)) - 1] / (M eta_Y) against the root of alpha_n = 1/2",
@@ -166,8 +165,7 @@ def t11_ode() -> Claim:
         "The theory's growth exponent B follows from its differential equation, and its two simple forms are "
         "close to it before and after the transition.",
         source=f"{SOURCE}, Theorem 4",
-        statistic="max |B integrated - B exact|; |B simple - B exact| at .3u, u (scanning), t0, 10 t0 "
-        "(snapping)",
+        statistic="max |B integrated - B exact|; |B simple - B exact| at .3u, u (scanning), t0, 10 t0 (snapping)",
         value=[float(np.max(np.abs(run.y[0] - _theorem4_exact(times)))), *asymptotic],
         direction="within",
         threshold=[[0, 1e-6]] + [[0, 0.05]] * 4,
@@ -272,8 +270,7 @@ def figure_claims() -> list[Claim]:
             "scan_snap.fig9",
             "At a fixed ratio of the rates, larger rates give larger B at the end of Fig. 9.",
             source=f"{SOURCE}, Fig. 9",
-            statistic="B(5) for eta_Y/eta_Z = 10, M = 100 and B(50) for 1, M = 10000, at eta_Z = .5, 1, 2, "
-            "4, 8",
+            statistic="B(5) for eta_Y/eta_Z = 10, M = 100 and B(50) for 1, M = 10000, at eta_Z = .5, 1, 2, 4, 8",
             value=b,
             direction="within",
             threshold=[_half_digit(x, d) for x, d in zip(fig9, nine_digits, strict=True)],

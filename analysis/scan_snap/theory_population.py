@@ -96,9 +96,7 @@ def population_run(classes: Classes, eta_y: float, eta_z: float, steps: int) -> 
     Raises ValueError when the vocabulary has no room for an output that is never a label.
     """
     if classes.vocabulary <= len(classes.query):
-        raise ValueError(
-            f"vocabulary is {classes.vocabulary} for {len(classes.query)} classes; it must be larger"
-        )
+        raise ValueError(f"vocabulary is {classes.vocabulary} for {len(classes.query)} classes; it must be larger")
     with jax.enable_x64(True):
         z, probability, push = _descend(
             jnp.asarray(classes.frequency),

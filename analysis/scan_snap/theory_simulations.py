@@ -63,8 +63,9 @@ def frozen_decoder(
     """Batch-1 SGD on Y with frozen features; the classes are visited in the given order.
 
     ``modified`` is the update of Theorem 5, dY = eta_Y (f_n - F E' e_n) (e_n - alpha_n)^T; otherwise it is
-    plain SGD, dY = eta_Y f_n (e_n - alpha_n)^T. Returns, after each number of steps in ``record`` (increasing), C with
-    Y = F C, and the coefficients of the pushes g_n = Y (e_n - alpha_n) = sum over f of F_f push[f, n].
+    plain SGD, dY = eta_Y f_n (e_n - alpha_n)^T. Returns, after each number of steps in ``record``,
+    which must increase, C with Y = F C, and the coefficients of the pushes
+    g_n = Y (e_n - alpha_n) = sum over f of F_f push[f, n].
     Raises ValueError for a record beyond the order or out of order.
     """
     if list(record) != sorted(set(record)) or record[-1] > order.shape[1]:
@@ -123,14 +124,13 @@ class ClosedSystem:
 
 
 @functools.partial(jax.jit, static_argnames=("vocabulary",))
-def _run_closed(
-    frequency: Array, gamma: Array, eta_z: Scalar, *, vocabulary: int
-) -> tuple[Array, tuple[Array, Array, Array]]:
+def _run_closed(frequency: Array, gamma: Array, eta_z: Scalar, *, vocabulary: int) -> tuple[Array, Array, Array]:
+    """z, B and xi before each step."""
     classes, tokens = frequency.shape
     q1, q0 = 1 + 1 / (vocabulary - 1), -vocabulary / (vocabulary - 1) ** 2
     noise_free = (q1 - q0) * jnp.eye(classes) + q0
 
-    def step(carry: tuple[Array, Array], size: Array) -> tuple[tuple[Array, Array], tuple]:
+    def step(carry: tuple[Array, Array], size: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
         z, exponent = carry
         weighted = frequency * jnp.exp(z)
         f = weighted / jnp.linalg.norm(weighted, axis=1, keepdims=True)
@@ -142,8 +142,8 @@ def _run_closed(
         growth = eta_z * size * jnp.sum(f * (along * f - pushed_away), axis=0)
         return (z + growth, exponent + eta_z * xi), (z, exponent, xi)
 
-    start = (jnp.zeros(tokens), jnp.zeros(()))
-    return jax.lax.scan(step, start, gamma)
+    _, seen = jax.lax.scan(step, (jnp.zeros(tokens), jnp.zeros(())), gamma)
+    return seen
 
 
 def closed_system(
@@ -171,9 +171,7 @@ def closed_system(
     frequency /= frequency.sum(axis=1, keepdims=True)
     size = theory.gamma(np.arange(steps), classes, vocabulary, eta_y)
     with jax.enable_x64(True):
-        _, (z, exponent, xi) = _run_closed(
-            jnp.asarray(frequency), jnp.asarray(size), eta_z, vocabulary=vocabulary
-        )
+        z, exponent, xi = _run_closed(jnp.asarray(frequency), jnp.asarray(size), eta_z, vocabulary=vocabulary)
         arrays = [np.asarray(x) for x in (z, exponent, xi)]
     return ClosedSystem(frequency, arrays[0], arrays[1], arrays[2], overlap, classes, vocabulary)
 
