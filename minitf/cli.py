@@ -96,6 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="minitf",
         args=arguments,
         description="Transformers to understand: train a toy model, watch it learn, take its attention apart.",
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
         code = command.run()

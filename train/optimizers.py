@@ -15,10 +15,13 @@ Rate = float | Float[Array, ""] | Callable[[Any], Any]
 
 @struct.dataclass
 class Rates:
-    """Learning rates of the two parts of a model: ``decoder`` (eta_Y) and ``attention`` (eta_Z)."""
+    """Learning rates of the two parts of a model: ``decoder`` (eta_Y) and ``attention`` (eta_Z).
 
-    decoder: Rate
-    attention: Rate
+    Each is a :data:`Rate`, or an array of them for a grid of runs (so it has no narrower type here).
+    """
+
+    decoder: Any
+    attention: Any
 
 
 def check_rates(**rates: float) -> None:

@@ -5,6 +5,7 @@ tokens, drawn independently. A token of one class alone is distinct; a token of 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,12 +105,13 @@ def syn_medium(queries: int) -> SequenceClasses:
 class CountBatch:
     """Sequences as counts: the model that reads them does not care about order.
 
-    ``queries`` and ``labels`` are ``[batch]``, ``counts`` is ``[batch, token]`` over the contextual tokens.
+    ``queries`` and ``labels`` are ``[batch]`` integers, ``counts`` is ``[batch, token]``, real, over the
+    contextual tokens. (Under ``vmap`` leaves have more axes and may be placeholders, so they have no type here.)
     """
 
-    queries: Int[Array, " batch"]
-    labels: Int[Array, " batch"]
-    counts: Float[Array, "batch token"]
+    queries: Any
+    labels: Any
+    counts: Any
 
 
 def sample_support(
@@ -149,7 +151,7 @@ def sample_counts(data: SequenceClasses, key: Key[Array, ""], batch: int) -> Cou
     )
 
 
-def population(data: SequenceClasses, dtype: jnp.dtype = jnp.float32) -> CountBatch:
+def population(data: SequenceClasses, dtype: jax.typing.DTypeLike = jnp.float32) -> CountBatch:
     """Every class once, infinitely long: counts are the probabilities P(l | n) (Lemma 2)."""
     return CountBatch(
         queries=jnp.asarray(data.class_queries),

@@ -62,7 +62,7 @@ def _extremes(axes: Axes, run: TextRun, entropy: np.ndarray, color: str) -> None
         axes.annotate(
             f"{entropy[i]:.2f}",
             (run.record_steps[i], entropy[i]),
-            xytext=(0, 8 if i == len(entropy) - 1 else -14),
+            xytext=(0, 8 if i == len(entropy) - 1 else -17),
             textcoords="offset points",
             ha="center",
             fontsize=9,
@@ -129,7 +129,7 @@ def attention_matrices(run: TextRun) -> Figure:
     for place, i in zip(axes.flat, chosen, strict=False):
         image = place.imshow(run.snapshot_pattern[i], cmap=style.ATTENTION, vmin=0, vmax=1)
         place.set_title(f"step {int(run.snapshot_steps[i])}")
-        style.token_ticks(place, run.snapshot_tokens)
+        style.token_ticks(place, run.snapshot_tokens, min(6.5, 260 / len(run.snapshot_tokens)))
     for place in axes[:, 0]:
         place.set_ylabel("query: the token that looks")
     for place in axes[-1]:

@@ -69,7 +69,7 @@ def fig9(curves: TheoryCurves) -> Figure:
             place.plot(times, b, color=color, label=rf"$\eta_Z$ = {curves.fig9_eta_z[i]:g}")
             end = curves.fig9_t0[panel, i]
             if end <= times[-1]:
-                place.plot(end, np.interp(end, times, b), MARKERS[i % 6], color=color, mec="white")
+                place.plot(end, np.interp(end, times, b), MARKERS[i % 6], color=color)
         title = rf"$\eta_Y/\eta_Z$ = {curves.fig9_ratio[panel]:g}, M = {curves.fig9_vocabulary[panel]:g}"
         place.set_title(title)
         place.set_xlabel("time (steps); markers at $t_0$")
@@ -92,6 +92,7 @@ def joma_fig2(results: JomaResults) -> Figure:
         image = above.imshow(results.fig2_x[variant], aspect="auto", cmap=style.ATTENTION, vmin=0)
         above.set_title(f"{name}: token frequencies")
         above.set_xlabel("class")
+        above.set_xticks(range(0, 20, 5))
         above.grid(False)
         lines = (
             ("both terms", results.fig2_full, BLUE, "-"),
@@ -121,6 +122,8 @@ def joma_fig3(results: JomaResults) -> Figure:
         image = place.imshow(values, aspect="auto", cmap="PuOr_r", vmin=-highest, vmax=highest)
         place.set_title(title)
         place.set_xlabel("hidden unit")
+        place.set_xticks(range(0, 20, 5))
+        place.set_yticks(range(0, 21, 5))
         place.grid(False)
     axes[0, 0].set_ylabel("token (last: the query)")
     figure.colorbar(image, ax=axes[0, 1], label="weight")
@@ -180,7 +183,7 @@ def joma_theorems(results: JomaResults) -> Figure:
     first.set_xlabel("step size of gradient descent")
     first.set_ylabel("relative error of the invariant")
     first.set_title("Theorem 1: invariants")
-    first.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
+    first.legend(loc="upper left", bbox_to_anchor=(-0.2, -0.2), ncols=2, fontsize=8)
     colors = style.ordered_colors(len(results.winner_drive))
     for drive, v, color in zip(results.winner_drive, results.winner_v, colors, strict=True):
         second.plot(results.winner_time, v, color=color, label=rf"$\Delta$ = {drive:g}")

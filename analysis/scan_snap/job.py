@@ -18,7 +18,8 @@ from minitf.analysis.scan_snap.report import write_report
 
 from minitf.analysis.claims import Claim, as_json, claim, save_claims
 from minitf.analysis.run_folder import Problem, open_run_folder
-from minitf.analysis.scan_snap import synthetic, text
+from minitf.analysis.scan_snap import synthetic
+from minitf.analysis.scan_snap import text as text_runs
 from minitf.analysis.scan_snap.joma import JomaResults, run_joma
 from minitf.analysis.scan_snap.joma_claims import joma_claims
 from minitf.analysis.scan_snap.results import MediumPanel, ScanSnapResults, SmallRun, TextRun, load_run, save_run
@@ -53,7 +54,7 @@ class ScanSnapConfig:
     length: int = 128
     decoder_rate: float | None = None
     attention_rate: float | None = None
-    text_rate: float = text.SGD_RATE
+    text_rate: float = text_runs.SGD_RATE
     text_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -154,15 +155,14 @@ def run(
     folder = open_run_folder(out, dataclasses.asdict(config), overwrite=overwrite, resume=resume)
     with Progress(quiet) as progress:
         job = _Job(config, folder, progress)
-        claims = job.claims("theory", "theory", lambda: theory_claims(config.seed))
-        small, more = _small(job)
-        claims += more
+        small, claims = _small(job)
         medium = _medium(job)
         claims += job.claims("medium", "claims of Fig. 6, 11, 12", lambda: medium_claims(medium))
-        (joma,) = job.runs(["joma"], JomaResults, "JoMA", 1, lambda report: ([run_joma(config.seed)], []))
-        claims += job.claims("joma_theory", "claims of JoMA", lambda: joma_claims(joma))
         runs = _text(job, texts)
         claims += text_claims(runs)
+        claims += job.claims("theory", "theory", lambda: theory_claims(config.seed))
+        (joma,) = job.runs(["joma"], JomaResults, "JoMA", 1, lambda report: ([run_joma(config.seed)], []))
+        claims += job.claims("joma_theory", "claims of JoMA", lambda: joma_claims(joma))
         claims.sort(key=_claim_order)
         with progress.stage("report"):
             save_claims(folder / "claims.json", claims)
@@ -207,23 +207,23 @@ def _text(job: _Job, texts: corpus.Corpus) -> list[TextRun]:
     config, steps = job.config, job.config.text_lengths
     plans: list[tuple[str, str, int, Sequence[float], int]] = [
         ("text_sgd", "sgd", 1, [config.text_rate], steps["sgd"]),
-        ("text_adam", "adam", 1, [text.ADAM_RATE], steps["adam"]),
+        ("text_adam", "adam", 1, [text_runs.ADAM_RATE], steps["adam"]),
     ]
     if config.full:
         plans += [
             ("text_sgd_deep", "sgd", 3, [config.text_rate], steps["sgd"]),
-            ("text_adam_deep", "adam", 3, [text.ADAM_RATE], steps["adam"]),
+            ("text_adam_deep", "adam", 3, [text_runs.ADAM_RATE], steps["adam"]),
             ("text_fig10", "sgd", 1, FIG10_RATES, steps["sgd"]),
         ]
-    prepared: list[text.TextData] = []
+    prepared: list[text_runs.TextData] = []
     runs = []
     for name, optimizer, layers, rates, length in plans:
 
         def make(report: Callable, plan: tuple = (optimizer, layers, rates, length)) -> tuple[list, list]:
             if not prepared:
-                prepared.append(text.prepare(texts, config.vocabulary))
+                prepared.append(text_runs.prepare(texts, config.vocabulary))
             optimizer, layers, rates, length = plan
-            made, history = text.run_text(
+            made, history = text_runs.run_text(
                 prepared[0], optimizer, rates, length, layers=layers, seed=config.seed, report=report
             )
             return made, [history]

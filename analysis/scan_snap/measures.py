@@ -124,20 +124,25 @@ class Progress:
     strongest: np.ndarray  # mass of the strongest distinct token
 
 
-def progress(run: SmallRun) -> Progress:
-    """The curves of Fig. 4 in numbers."""
-    c = np.asarray(run.association, np.float64)
+def law_entropies(run: SmallRun) -> np.ndarray:
+    """:func:`law_entropy` of every class at every record, [seed, record, class], nats."""
     top = strongest(run.probability, run.distinct)
-    law = [
+    per_class = [
         law_entropy(
             np.asarray(run.probability[n, run.distinct[n]], np.float64),
             np.asarray(run.attention_logits[:, :, n, top[n]], np.float64),
         )
         for n in range(len(run.distinct))
     ]
+    return np.stack(per_class, axis=-1)
+
+
+def progress(run: SmallRun) -> Progress:
+    """The curves of Fig. 4 in numbers."""
+    c = np.asarray(run.association, np.float64)
     return Progress(
         entropy=distinct_entropy(c, run.distinct).mean(axis=-1),
-        law=np.mean(law, axis=0),
+        law=law_entropies(run).mean(axis=-1),
         common=common_mass(c, run.common).mean(axis=-1),
         strongest=strongest_mass(c, run.probability, run.distinct).mean(axis=-1),
     )

@@ -12,9 +12,13 @@ FIG7 = "Fig. 7 of arXiv 2305.16380 (WikiText-2 there), settings of the authors' 
 JOMA = "JoMA (arXiv 2310.00535), Fig. 6 and 8 (WikiText-2 there)"
 
 
+# How attention ends cannot be judged before it had the time to.
+LEAST_STEPS = 1000
+
+
 def text_claims(runs: Sequence[TextRun]) -> list[Claim]:
-    """Claims about the lowest layer of the one-layer runs, SGD and Adam, each at its first learning rate."""
-    one_layer = [run for run in runs if run.layers == 1]
+    """Claims about the one-layer runs of at least 1000 steps, SGD and Adam, each at its first learning rate."""
+    one_layer = [run for run in runs if run.layers == 1 and run.record_steps[-1] >= LEAST_STEPS]
     sgd = next((run for run in one_layer if run.optimizer == "sgd"), None)
     adam = next((run for run in one_layer if run.optimizer == "adam"), None)
     claims = []

@@ -1,0 +1,144 @@
+"""The report of the main job: one self-contained ``report.html`` and a PNG of every figure beside it.
+
+The page asks nothing of the network, and its own content security policy forbids it to: it runs exactly the
+scripts whose hashes it names, and text from data is text wherever it stands.
+"""
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from plotly.offline import get_plotlyjs
+
+from minitf.analysis.claims import Claim
+from minitf.analysis.scan_snap import figures, figures_text, figures_theory, report_data, style, theory
+from minitf.analysis.scan_snap.joma import JomaResults
+from minitf.analysis.scan_snap.results import ScanSnapResults
+from minitf.files import write_atomically
+
+HERE = Path(__file__).parent
+
+
+def drawings(results: ScanSnapResults, joma: JomaResults | None) -> dict[str, Callable[[], Figure]]:
+    """Every figure that the results allow, by file name, not yet drawn."""
+    draw: dict[str, Callable[[], Figure]] = {}
+    sgd, adam = (figures.of_optimizer(results.small, kind) for kind in ("sgd", "adam"))
+    if sgd:
+        draw |= {"stages": partial(figures.stages, sgd[0]), "fig4": partial(figures.fig4, sgd)}
+        draw |= {"progress": partial(figures.progress, sgd), "ratios": partial(figures.ratios, sgd)}
+    if adam:
+        draw["fig5"] = partial(figures.fig5, adam)
+    if results.small:
+        draw["loss"] = partial(figures.loss, results.small)
+    if results.medium:
+        draw |= {name: partial(getattr(figures, name), results.medium) for name in ("fig6", "fig11", "fig12")}
+    curves = theory.theory_curves()
+    draw |= {name: partial(getattr(figures_theory, name), curves) for name in ("fig3", "fig8", "fig9")}
+    draw |= _text_drawings(results)
+    if joma is not None:
+        names = ("joma_theorems", "joma_fig2", "joma_fig3", "joma_fig4")
+        draw |= {name: partial(getattr(figures_theory, name), joma) for name in names}
+    return draw
+
+
+def _text_drawings(results: ScanSnapResults) -> dict[str, Callable[[], Figure]]:
+    draw: dict[str, Callable[[], Figure]] = {}
+    single = figures_text.single_layer(results.text)
+    deeper = [r for r in results.text if r.layers > 1]
+    if single:
+        draw["text_entropy"] = partial(figures_text.text_curves, single)
+        draw["text_lift"] = partial(figures_text.lift, single)
+    if deeper:
+        draw["text_layers"] = partial(figures_text.text_layers, deeper)
+    for i, run in enumerate(results.text):
+        name = f"text_attention_{i + 1}_{run.optimizer}_{run.layers}_layers"
+        draw[name] = partial(figures_text.attention_matrices, run)
+    return draw
+
+
+def save_figures(folder: Path, results: ScanSnapResults, joma: JomaResults | None) -> dict[str, bytes]:
+    """Write every figure as ``figures/<name>.png`` under the folder; returns the PNGs by name. Raises OSError."""
+    return {
+        name: style.save_png(draw(), folder / "figures" / f"{name}.png")
+        for name, draw in drawings(results, joma).items()
+    }
+
+
+def _script(text: str) -> Markup:
+    """A script of our own or plotly's, to stand inside a script element as it is.
+
+    Raises ValueError if the text would end the element early.
+    """
+    if "</script" in text.lower() or "<!--" in text:
+        raise ValueError("the script holds '</script' or '<!--' and cannot be inlined in a page")
+    return Markup(text)
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _natural_width(png: bytes) -> int:
+    """The width at which a figure's text is as large as the page's, in CSS pixels, from the PNG's header."""
+    return round(int.from_bytes(png[16:20], "big") * 0.7)
+
+
+def page(
+    results: ScanSnapResults,
+    pictures: Mapping[str, bytes],
+    claims: Sequence[Claim],
+    config: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> str:
+    """The whole report as HTML text. Parts without results are left out."""
+    scripts = {"report": _script((HERE / "report.js").read_text(encoding="utf-8"))}
+    if results.small or results.text:
+        scripts["plotly"] = _script(get_plotlyjs())
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rows = [report_data.claim_row(c) for c in claims]
+    images = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
+    return environment.get_template("report.html.j2").render(
+        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        scripts=scripts,
+        script_hashes=" ".join(_hash(str(s)) for s in scripts.values()),
+        data=Markup(report_data.script_json(report_data.interactive(results))),
+        results=results,
+        single_text=figures_text.single_layer(results.text),
+        run_label=figures_text.run_label,
+        images=images,
+        widths={name: _natural_width(data) for name, data in pictures.items()},
+        claims=rows,
+        counts=report_data.claim_counts(rows),
+        headlines=report_data.headlines(results),
+        fig6_rows=report_data.fig6_rows(results.medium),
+        config=report_data.flat(config),
+        versions=list(versions.items()),
+    )
+
+
+def write_report(
+    folder: Path,
+    results: ScanSnapResults,
+    joma: JomaResults | None,
+    claims: Sequence[Claim],
+    config: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> Path:
+    """Draw all figures and write ``report.html`` into the folder; returns its path. Raises OSError."""
+    pictures = save_figures(folder, results, joma)
+    path = folder / "report.html"
+    write_atomically(path, page(results, pictures, claims, config, versions).encode())
+    return path
