@@ -92,7 +92,7 @@ Command = Annotated[ScanSnap, tyro.conf.subcommand("scan-snap")] | Annotated[Ben
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: exits with 0, or 1 (diverged; unmet under --strict), 2 (bad input), 130 (interrupted)."""
     command: ScanSnap | Bench = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="minitf",
         args=arguments,
         description="Transformers to understand: train a toy model, watch it learn, take its attention apart.",

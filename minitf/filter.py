@@ -131,6 +131,6 @@ def activate(
     """The feed-forward non-linearity; ``swiglu`` multiplies ``silu(pre)`` with the second branch ``gated``."""
     if kind == "relu":
         return jax.nn.relu(pre)
-    if kind == "swiglu":
+    if gated is not None:
         return jax.nn.silu(pre) * gated
     return jax.nn.gelu(pre, approximate=kind == "gelu_tanh")

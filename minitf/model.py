@@ -1,5 +1,7 @@
 """The forward pass, which returns the walk."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -7,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minitf import aggregate, filter
 from minitf.config import ModelConfig
 from minitf.parameters import FeedForwardParameters, Layer, Norm, Parameters
-from minitf.walk import Change, Edit, LayerWalk, Walk, apply, get, leaf_axes
+from minitf.walk import Change, Edit, LayerWalk, Walk, apply, leaves, put
 
 Stream = Float[Array, "batch position width"]
 
@@ -39,8 +41,7 @@ def walk(
     batch, length = tokens.shape
     if length > config.length:
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
-    edit = edit or Edit()
-    _check_edit(edit, config)
+    edit = _fit_edit(edit or Edit(), config)
 
     token_embedding, position_embedding, start = _start(parameters, tokens, config, edit)
     forbidden = ~jnp.asarray(aggregate.allowed_pairs(length, config.causal, config.attend_self))[None, None]
@@ -126,13 +127,14 @@ def _layer(
         attention_norm_scale, resid_mid = _norm(
             resid_mid, weights.attention_norm, config, edit.attention_norm_scale
         )
-    attended = attended.replace(
+    attended = dataclasses.replace(
+        attended,
         resid_pre=resid_pre,
         attention_norm_scale=attention_norm_scale,
         resid_mid=apply(edit.resid_mid, resid_mid),
     )
     if config.feed_forward == "none":
-        return attended.replace(resid_post=apply(edit.resid_post, attended.resid_mid))
+        return dataclasses.replace(attended, resid_post=apply(edit.resid_post, attended.resid_mid))
     return _feed_forward(attended, weights, config, edit)
 
 
@@ -233,7 +235,8 @@ def _feed_forward(passed: LayerWalk, weights: Layer, config: ModelConfig, edit: 
     resid_post = aggregate.add(passed.resid_mid, step) if config.residual else step
     if config.post_norm:
         scale, resid_post = _norm(resid_post, weights.feed_forward_norm, config, edit.feed_forward_norm_scale)
-    return passed.replace(
+    return dataclasses.replace(
+        passed,
         feed_forward_norm_scale=scale,
         pre=pre,
         gated=gated,
@@ -258,22 +261,24 @@ def _rows(stream: Float[Array, "batch position any"]) -> Float[Array, "rows any"
     return stream.reshape(-1, stream.shape[-1])
 
 
-def _check_edit(edit: Edit, config: ModelConfig) -> None:
-    """Refuse an edit of a leaf that this model lacks, or without an entry for every layer."""
+def _fit_edit(edit: Edit, config: ModelConfig) -> Edit:
+    """The edit with an entry for every layer; refused where the model lacks a leaf or has other layers."""
     absent = _absent_leaves(config)
-    for name in leaf_axes():
-        change = get(edit, name)
-        if change is None:
-            continue
+    for name, change in list(leaves(edit)):
         if name in absent:
             raise ValueError(f"this model's walk has no {name!r}, so an edit of it would do nothing")
+        if not name.startswith("layers."):
+            continue
+        parts = []
         for part in (change.keep, change.put):
-            layers = jnp.shape(part)[:1]
-            if name.startswith("layers.") and layers != (config.layers,):
+            sizes = jnp.shape(part)
+            if sizes and sizes[0] != config.layers:
                 raise ValueError(
-                    f"the edit of {name!r} has {layers[0] if layers else 'no'} layers on its first axis; "
-                    f"the model has {config.layers}"
+                    f"the edit of {name!r} has {sizes[0]} layers on its first axis; the model has {config.layers}"
                 )
+            parts.append(part if sizes else jnp.full(config.layers, part))
+        edit = put(edit, name, Change(*parts))
+    return edit
 
 
 def _absent_leaves(config: ModelConfig) -> set[str]:

@@ -69,10 +69,14 @@ class Walk:
 
 @struct.dataclass
 class Change:
-    """``x -> keep * x + put`` on one leaf; ``keep`` and ``put`` broadcast against the leaf."""
+    """``x -> keep * x + put`` on one leaf.
 
-    keep: Array
-    put: Array
+    ``keep`` and ``put`` are numbers, or arrays that broadcast against the leaf; in :class:`LayerWalk` their first
+    axis is the layer.
+    """
+
+    keep: Leaf
+    put: Leaf
 
 
 # An edit is a walk of changes. The alias is for readers: a typo in a leaf's name is an error either way.
@@ -120,8 +124,8 @@ def put(walk: Walk, name: str, value: Leaf) -> Walk:
     """The same walk (or edit) with one leaf replaced."""
     get(walk, name)
     if name.startswith("layers."):
-        return walk.replace(layers=walk.layers.replace(**{name[7:]: value}))
-    return walk.replace(**{name: value})
+        return dataclasses.replace(walk, layers=dataclasses.replace(walk.layers, **{name[7:]: value}))
+    return dataclasses.replace(walk, **{name: value})
 
 
 def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index: Any) -> Edit:

@@ -66,7 +66,8 @@ def every(steps: int, interval: int) -> list[int]:
 
 def log_spaced(steps: int, count: int) -> list[int]:
     """About ``count`` record steps from 0 to ``steps``, dense at the start; repeated steps are dropped."""
-    return sorted({0, *np.unique(np.geomspace(1, max(steps, 1), count).round().astype(int)).tolist(), steps})
+    between = np.geomspace(1, max(steps, 1), count).round().astype(int).tolist()
+    return sorted({0, steps, *(step for step in between if step < steps)})
 
 
 def train(
@@ -99,8 +100,10 @@ def train(
         with ``finished=False``.
 
     Raises:
-        ValueError: the record steps do not increase from at least 0.
+        ValueError: the record steps do not increase from at least 0, or a chunk is to hold no record.
     """
+    if records_per_chunk < 1:
+        raise ValueError(f"records_per_chunk is {records_per_chunk}; it must be at least 1")
     steps = np.asarray(record_steps, np.int32)
     if steps.ndim != 1 or len(steps) == 0 or steps[0] < 0 or np.any(np.diff(steps) <= 0):
         raise ValueError(f"record steps must increase from at least 0; they are {list(record_steps)}")
@@ -138,7 +141,8 @@ def train(
 
 def first_non_finite(loss: np.ndarray) -> np.ndarray:
     """The first index on the last axis whose value is not finite, or -1."""
-    bad = ~np.isfinite(loss)
+    # One more entry than there are, so that no step at all has an argmax too.
+    bad = np.pad(~np.isfinite(loss), [(0, 0)] * (loss.ndim - 1) + [(0, 1)])
     return np.where(bad.any(axis=-1), bad.argmax(axis=-1), -1)
 
 

@@ -18,6 +18,20 @@ def single_layer(runs: Sequence[TextRun]) -> list[TextRun]:
     return [r for r in runs if r.layers == 1]
 
 
+def leading(runs: Sequence[TextRun]) -> list[TextRun]:
+    """The first run of each optimizer and depth: what is shown at length."""
+    first: dict[tuple[str, int], TextRun] = {}
+    for run in runs:
+        first.setdefault((run.optimizer, run.layers), run)
+    return list(first.values())
+
+
+def rate_sweep(runs: Sequence[TextRun]) -> list[TextRun]:
+    """One-layer SGD runs at different learning rates, by rate; empty if there are fewer than three rates."""
+    by_rate = {r.learning_rate: r for r in single_layer(runs) if r.optimizer == "sgd"}
+    return [by_rate[rate] for rate in sorted(by_rate)] if len(by_rate) > 2 else []
+
+
 def run_label(run: TextRun) -> str:
     """The run's name in words."""
     optimizer = {"sgd": "SGD", "adam": "Adam"}.get(run.optimizer, run.optimizer)
@@ -44,7 +58,11 @@ def _colors(runs: Sequence[TextRun]) -> list[str]:
 
 
 def _step_axis(axes: Axes, steps: np.ndarray) -> None:
-    """Logarithmic from the first recorded step on, with room for step 0."""
+    """Linear where records are evenly spaced, else logarithmic from the first one on with room for step 0."""
+    spacing = np.diff(np.unique(steps))
+    if len(spacing) == 0 or spacing.max() <= 2 * spacing.min():
+        axes.set_xlabel("step")
+        return
     positive = steps[steps > 0]
     axes.set_xscale("symlog", linthresh=float(positive.min()) if len(positive) else 1.0, linscale=0.4)
     axes.set_xlim(left=0)
@@ -82,7 +100,7 @@ def text_curves(runs: Sequence[TextRun]) -> Figure:
         _extremes(first, run, entropy, color)
         second.plot(run.record_steps, run.validation_loss, color=color, marker=".", label=run_label(run))
     for place in (first, second):
-        _step_axis(place, np.concatenate([r.record_steps for r in runs]))
+        _step_axis(place, runs[0].record_steps)
     first.set_title("attention entropy, here")
     first.set_ylabel("entropy (nats per query)")
     first.set_ylim(bottom=0)
@@ -101,6 +119,26 @@ def text_curves(runs: Sequence[TextRun]) -> Figure:
     third.set_xlabel("thousand batches")
     third.set_ylim(first.get_ylim())
     third.legend(loc="lower right")
+    return figure
+
+
+@styled
+def fig10(runs: Sequence[TextRun]) -> Figure:
+    """Attention entropy over training for several learning rates of SGD, and at the end against the rate."""
+    figure, axes = style.panels(1, 2, 11.2, 4.0)
+    left, right = axes[0]
+    rates, final = [r.learning_rate for r in runs], [float(r.entropy[-1, 0]) for r in runs]
+    for i, (run, color) in enumerate(zip(runs, style.ordered_colors(len(runs)), strict=True)):
+        left.plot(run.record_steps, run.entropy[:, 0], color=color, label=rf"$\eta$ = {run.learning_rate:g}")
+        right.plot(run.learning_rate, final[i], style.MARKERS[i % 6], color=color, ms=7, zorder=3)
+    right.plot(rates, final, color=MUTED, lw=1)
+    _step_axis(left, runs[0].record_steps)
+    left.set_ylabel("attention entropy (nats per query)")
+    left.legend()
+    right.set_xlabel(r"learning rate $\eta$")
+    right.set_ylabel("entropy at the end (nats per query)")
+    for place in axes[0]:
+        place.set_ylim(bottom=0)
     return figure
 
 

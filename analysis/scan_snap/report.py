@@ -49,16 +49,19 @@ def drawings(results: ScanSnapResults, joma: JomaResults | None) -> dict[str, Ca
 
 def _text_drawings(results: ScanSnapResults) -> dict[str, Callable[[], Figure]]:
     draw: dict[str, Callable[[], Figure]] = {}
-    single = figures_text.single_layer(results.text)
-    deeper = [r for r in results.text if r.layers > 1]
+    leading = figures_text.leading(results.text)
+    single = figures_text.single_layer(leading)
+    deeper = [r for r in leading if r.layers > 1]
+    sweep = figures_text.rate_sweep(results.text)
     if single:
         draw["text_entropy"] = partial(figures_text.text_curves, single)
         draw["text_lift"] = partial(figures_text.lift, single)
     if deeper:
         draw["text_layers"] = partial(figures_text.text_layers, deeper)
-    for i, run in enumerate(results.text):
-        name = f"text_attention_{i + 1}_{run.optimizer}_{run.layers}_layers"
-        draw[name] = partial(figures_text.attention_matrices, run)
+    if sweep:
+        draw["fig10"] = partial(figures_text.fig10, sweep)
+    for run in leading:
+        draw[f"text_attention_{run.optimizer}_{run.layers}_layers"] = partial(figures_text.attention_matrices, run)
     return draw
 
 
@@ -116,7 +119,7 @@ def page(
         script_hashes=" ".join(_hash(str(s)) for s in scripts.values()),
         data=Markup(report_data.script_json(report_data.interactive(results))),
         results=results,
-        single_text=figures_text.single_layer(results.text),
+        text_runs=figures_text.leading(results.text),
         run_label=figures_text.run_label,
         images=images,
         widths={name: _natural_width(data) for name, data in pictures.items()},

@@ -10,7 +10,7 @@ import numpy as np
 from minitf.analysis.claims import Claim
 from minitf.analysis.scan_snap import measures, reference, style
 from minitf.analysis.scan_snap.figures import of_optimizer
-from minitf.analysis.scan_snap.figures_text import four_times, run_label, single_layer
+from minitf.analysis.scan_snap.figures_text import four_times, leading, run_label, single_layer
 from minitf.analysis.scan_snap.results import MediumPanel, ScanSnapResults, SmallRun, TextRun
 
 VERDICTS = {
@@ -93,7 +93,7 @@ def interactive(results: ScanSnapResults) -> dict[str, Any]:
     """Everything that the page's script draws."""
     return {
         "small": [small_data(r) for r in results.small],
-        "text": [text_data(r) for r in results.text],
+        "text": [text_data(r) for r in leading(results.text)],
         "colors": {"common": style.COMMON, "classes": style.NAMED, "ink": style.INK, "grid": style.GRID},
         "scale": style.ATTENTION_COLORS,
     }
@@ -243,7 +243,7 @@ def headlines(results: ScanSnapResults) -> list[dict[str, str]]:
                 "text": f"nats rms from the {difference['cells']} published values of Fig. 6",
             }
         )
-    for run in single_layer(results.text)[:2]:
+    for run in single_layer(leading(results.text)):
         entropy = run.entropy[:, 0]
         path = [entropy[0], entropy.min(), entropy[-1]]
         if path[2] - path[1] < 0.05:

@@ -6,6 +6,7 @@ by 35 tokens, gradients clipped to .5. Here without dropout, on a byte-pair voca
 for all weights.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -146,7 +147,9 @@ def initialize_text(config: ModelConfig, key: Array) -> Parameters:
     """The tutorial's start: embedding and unembedding uniform within .1, the rest by fan-in."""
     parameters = initialize(config, key)
     bound = 0.1 * math.sqrt(config.width)  # relative to the fan-in bound, 1 / sqrt(width)
-    return parameters.replace(embedding=parameters.embedding * bound, unembedding=parameters.unembedding * bound)
+    return dataclasses.replace(
+        parameters, embedding=parameters.embedding * bound, unembedding=parameters.unembedding * bound
+    )
 
 
 def next_token_loss(logits: Float[Array, "batch position vocabulary"], tokens: Array) -> Float[Array, ""]:

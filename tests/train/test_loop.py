@@ -19,8 +19,8 @@ from minitf.train.sequence_classes import SequenceClasses, sample_counts
 
 # A line fitted to noisy points: small enough to compile at once, with momentum so that there is a state.
 regression = Task(
-    initialize=lambda key: {"weight": jax.random.normal(key, (3,)), "offset": jnp.zeros(())},
-    batch=lambda key, step: jax.random.normal(key, (4, 4)),
+    initialize=lambda key: {"weight": jax.random.uniform(key, (3,)), "offset": jnp.zeros(())},
+    batch=lambda key, step: jax.random.uniform(key, (4, 4)),
     loss=lambda p, batch: jnp.mean((batch[:, :3] @ p["weight"] + p["offset"] - batch[:, 3] - 1.0) ** 2),
     optimizer=lambda rate: sgd(rate, 0.9),
     record=lambda p: {"weight": p["weight"], "square": p["offset"] ** 2},
@@ -67,9 +67,7 @@ def one_run(history, seed, rate):
     )
 
 
-@pytest.mark.parametrize(
-    "record_steps", [[0, 1, 2, 5, 9, 17], log_spaced(20, 6), [3, 4, 11], [0, 7]], ids=str
-)
+@pytest.mark.parametrize("record_steps", [[0, *log_spaced(17, 6)[2:]], [3, 4, 11]], ids=str)
 def test_losses_records_and_parameters_are_those_of_a_plain_python_loop(record_steps):
     history = train(regression, keys_of(5), RATES, record_steps, records_per_chunk=2)
     assert history.record_steps.tolist() == record_steps
@@ -91,50 +89,53 @@ def test_the_loss_of_every_step_is_kept_however_rarely_one_records():
     assert np.all(history.diverged == -1)
 
 
+@cache
+def reference(how="vmap"):
+    """Three seeds at two rates."""
+    return train(regression, keys_of(3, 1, 4), RATES, [0, 1, 4, 5, 12], records_per_chunk=5, how=how)
+
+
 def test_the_first_record_is_the_start_and_the_last_the_end():
-    history = train(regression, keys_of(4), RATES, [0, 6])
+    history = reference()
     start = regression.initialize(jax.random.fold_in(jax.random.key(4), 0))
-    assert_same(history.records["weight"][0, 0, 0], np.asarray(start["weight"]))
+    assert_same(history.records["weight"][2, 0, 0], np.asarray(start["weight"]))
     assert_same(history.records["weight"][:, :, -1], np.asarray(history.parameters["weight"]))
 
 
 @pytest.mark.parametrize("how", ["vmap", "map"])
 def test_seeds_trained_together_are_the_seeds_trained_one_by_one(how):
-    together = train(regression, keys_of(3, 1, 4), RATES, [0, 10], how=how)
-    for i, seed in enumerate((3, 1, 4)):
-        alone = train(regression, keys_of(seed), RATES, [0, 10], how=how)
-        for j in range(2):
-            # A batched and a single product may add in another order: ten steps of float32 rounding.
-            assert_same(one_run(together, i, j), one_run(alone, 0, j), 2e-6)
+    alone = train(regression, keys_of(4), RATES, [0, 1, 4, 5, 12], how=how)
+    for j in range(2):
+        # A batched and a single product may add in another order: twelve steps of float32 rounding.
+        assert_same(one_run(reference(how), 2, j), one_run(alone, 0, j), 2e-6)
 
 
 def test_a_grid_of_rates_is_the_rates_trained_one_by_one():
-    together = train(regression, keys_of(3, 1), RATES, [0, 10])
-    for j in range(2):
-        alone = train(regression, keys_of(3, 1), RATES[j : j + 1], [0, 10])
-        for i in range(2):
-            assert_same(one_run(together, i, j), one_run(alone, i, 0), 2e-6)
+    alone = train(regression, keys_of(3, 1, 4), RATES[1:], [0, 1, 4, 5, 12])
+    for i in range(3):
+        assert_same(one_run(reference(), i, 1), one_run(alone, i, 0), 2e-6)
 
 
 def test_all_rates_of_a_seed_start_alike_and_see_the_same_batches():
-    history = train(regression, keys_of(3, 1), RATES, [0, 2])
+    history = reference()
     assert np.array_equal(history.records["weight"][:, 0, 0], history.records["weight"][:, 1, 0])
     assert np.array_equal(history.loss[:, 0, 0], history.loss[:, 1, 0])
-    assert not np.array_equal(history.loss[0, 0, 0], history.loss[1, 0, 0])
+    assert len(np.unique(history.loss[:, 0, 0])) == 3
 
 
 def test_side_by_side_and_one_after_another_are_the_same():
-    histories = [train(regression, keys_of(3, 1, 4), RATES, every(12, 3), how=how) for how in ("vmap", "map")]
     for i in range(3):
         for j in range(2):
-            assert_same(*(one_run(h, i, j) for h in histories), 2e-6)
+            assert_same(one_run(reference("map"), i, j), one_run(reference("vmap"), i, j), 2e-6)
 
 
-@pytest.mark.parametrize("records_per_chunk", [1, 2, 3, 50])
+@pytest.mark.parametrize("records_per_chunk", [1, 2, 50])
 def test_the_size_of_a_chunk_changes_nothing(records_per_chunk):
-    reference = train(regression, keys_of(3, 1), RATES, [0, 1, 4, 5, 12], records_per_chunk=5)
-    chunked = train(regression, keys_of(3, 1), RATES, [0, 1, 4, 5, 12], records_per_chunk=records_per_chunk)
-    assert_same(dataclasses.astuple(chunked), dataclasses.astuple(reference))
+    chunked = train(
+        regression, keys_of(3, 1, 4), RATES, [0, 1, 4, 5, 12], records_per_chunk=records_per_chunk
+    )
+    for field in dataclasses.fields(chunked):
+        assert_same(getattr(chunked, field.name), getattr(reference(), field.name))
 
 
 @cache
@@ -217,7 +218,7 @@ def explosive(last_good):
     )
 
 
-@pytest.mark.parametrize("last_good", [-1, 0, 4, 5, 6])
+@pytest.mark.parametrize("last_good", [-1, 7, 8, 9])
 def test_divergence_is_found_at_its_step_and_later_chunks_do_not_run(last_good):
     reported = []
     history = train(
@@ -311,11 +312,6 @@ def test_no_step_at_all_leaves_the_start():
 def test_record_steps_that_do_not_increase_are_refused(steps):
     with pytest.raises(ValueError, match="record steps must increase from at least 0"):
         train(regression, keys_of(0), RATES, steps)
-
-
-def test_an_unknown_way_to_run_seeds_is_refused():
-    with pytest.raises(ValueError, match="how is 'pmap'; it must be"):
-        train(regression, keys_of(0), RATES, [0, 1], how="pmap")
 
 
 @pytest.mark.parametrize("records_per_chunk", [0, -1])

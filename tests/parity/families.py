@@ -1,0 +1,381 @@
+"""The peers: how each is built and run, and under which names minitf knows its weights."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers.models.bert import modeling_bert
+from transformers.models.bloom import modeling_bloom
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.gptj import modeling_gptj
+from transformers.models.llama import modeling_llama
+
+from minitf import ModelConfig
+
+VOCABULARY, LAYERS, LENGTH, WIDTH, HIDDEN = 50, 2, 16, 16, 24
+SIZES = {"vocabulary": VOCABULARY, "layers": LAYERS, "length": LENGTH, "width": WIDTH, "hidden": HIDDEN}
+
+# minitf's name -> the peer's name, {} for the layer, and what turns the peer's array into minitf's.
+Table = dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One peer. ``run`` gives its output (logits or last hidden state) and leaves by the walk's names."""
+
+    config: ModelConfig
+    module: ModuleType
+    build: Callable[[], nn.Module]
+    run: Callable[..., dict[str, torch.Tensor]]
+    table: Table
+
+    def weights(self, peer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The peer's weights (or their gradients) by minitf's names."""
+
+        def read(name, to):
+            if "{}" not in name:
+                return to(peer[name])
+            return np.stack([to(peer[name.format(layer)]) for layer in range(LAYERS)])
+
+        return {ours: read(*theirs) for ours, theirs in self.table.items()}
+
+
+def same(x):
+    return x
+
+
+def transposed(x):
+    return x.T
+
+
+def norm(ours: str, theirs: str, offset: bool = True) -> Table:
+    table: Table = {f"{ours}.gain": (f"{theirs}.weight", same)}
+    return table | ({f"{ours}.offset": (f"{theirs}.bias", same)} if offset else {})
+
+
+def linear(ours: str, theirs: str, to=transposed, biases: bool = True) -> Table:
+    table: Table = {ours: (f"{theirs}.weight", to)}
+    return table | ({f"{ours}_bias": (f"{theirs}.bias", same)} if biases else {})
+
+
+def projections(names: tuple[str, str, str], heads: tuple[int, int, int], biases: bool = True) -> Table:
+    """Queries, keys and values, each a ``nn.Linear`` (outputs first) of its own."""
+    table: Table = {}
+    for ours, theirs, count in zip(("query", "key", "value"), names, heads, strict=True):
+        # A zero bias where minitf has one and the peer has none.
+        bias = (f"{theirs}.bias", lambda b, n=count: b.reshape(n, -1))
+        none = (f"{theirs}.weight", lambda w, n=count: np.zeros((n, len(w) // n), w.dtype))
+        table[f"layers.attention.{ours}"] = (
+            f"{theirs}.weight",
+            lambda w, n=count: w.T.reshape(w.shape[1], n, -1),
+        )
+        table[f"layers.attention.{ours}_bias"] = bias if biases else none
+    return table
+
+
+def fused(theirs: str, heads: int, order: str, outputs_first: bool = True) -> Table:
+    """Queries, keys and values in one map, either all queries first ("part") or head by head ("head")."""
+
+    def part(index):
+        def take(x):
+            x = x.T if outputs_first else x
+            if order == "part":
+                return x.reshape(*x.shape[:-1], 3, heads, -1)[..., index, :, :]
+            return x.reshape(*x.shape[:-1], heads, 3, -1)[..., index, :]
+
+        return take
+
+    table: Table = {}
+    for index, ours in enumerate(("query", "key", "value")):
+        table[f"layers.attention.{ours}"] = (f"{theirs}weight", part(index))
+        table[f"layers.attention.{ours}_bias"] = (f"{theirs}bias", part(index))
+    return table
+
+
+def merged(heads: int, outputs_first: bool = True):
+    """The map from all heads to the residual stream, its head and width axes apart."""
+
+    def split(w):
+        w = w.T if outputs_first else w
+        return w.reshape(heads, -1, w.shape[-1])
+
+    return split
+
+
+def caught(module: nn.Module, found: dict, name: str, output: bool = False) -> None:
+    """Keep what goes into a module (or comes out of it) as one more layer of a leaf."""
+
+    def keep(_module, arguments, result=None):
+        value = result if output else arguments[0]
+        found.setdefault(name, []).append(value)
+
+    if output:
+        module.register_forward_hook(keep)
+    else:
+        module.register_forward_pre_hook(keep)
+
+
+def run_transformers(blocks, middle=None, middle_is_output=False, final=None):
+    """Run a model of ``transformers``, catching the residual stream between its sub-layers."""
+
+    def run(model, tokens, valid):
+        found: dict = {}
+        for block in blocks(model) if middle else ():
+            caught(middle(block), found, "layers.resid_mid", middle_is_output)
+        if final:
+            caught(final(model), found, "end")
+        out = model(
+            input_ids=tokens,
+            attention_mask=valid.long(),
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+        leaves = {name: torch.stack(values) for name, values in found.items()}
+        if "end" in leaves:
+            leaves["end"] = leaves["end"][0]
+        return leaves | {
+            "output": out.logits if "logits" in out else out.last_hidden_state,
+            "layers.resid_pre": torch.stack(out.hidden_states[:-1]),
+            "context": out.hidden_states[-1],
+            "layers.pattern": torch.stack(out.attentions),
+        }
+
+    return run
+
+
+def eager(model_class, config):
+    """A model whose attention is written out, so that it can give its attentions."""
+    return lambda: model_class(config(attn_implementation="eager")).eval()
+
+
+def bloom() -> nn.Module:
+    """BLOOM with torch's tanh form of GELU: its own rounds sqrt(2 / pi) to eight digits."""
+    model = eager(transformers.BloomForCausalLM, bloom_config)()
+    for block in model.transformer.h:
+        block.mlp.gelu_impl = nn.GELU(approximate="tanh")
+    return model
+
+
+def bloom_config(**options):
+    return transformers.BloomConfig(
+        vocab_size=VOCABULARY,
+        n_layer=LAYERS,
+        n_head=4,
+        hidden_size=WIDTH,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        **options,
+    )
+
+
+def gpt2_config(**options):
+    return transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_layer=LAYERS,
+        n_head=4,
+        n_embd=WIDTH,
+        n_inner=HIDDEN,
+        n_positions=LENGTH,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        **options,
+    )
+
+
+def gptj_config(**options):
+    return transformers.GPTJConfig(
+        vocab_size=VOCABULARY,
+        n_layer=LAYERS,
+        n_head=2,
+        n_embd=WIDTH,
+        n_inner=HIDDEN,
+        n_positions=LENGTH,
+        rotary_dim=4,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        **options,
+    )
+
+
+def shared(sizes_heads: int, **options):
+    """The settings that Llama, GPT-NeoX and BERT call by the same names."""
+    return {
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": LAYERS,
+        "hidden_size": WIDTH,
+        "intermediate_size": HIDDEN,
+        "num_attention_heads": sizes_heads,
+        "max_position_embeddings": LENGTH,
+        **options,
+    }
+
+
+def neox_config(**options):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    return transformers.GPTNeoXConfig(
+        **shared(2, use_parallel_residual=True, hidden_act="gelu", rope_parameters=rope, **options)
+    )
+
+
+def llama_config(**options):
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return transformers.LlamaConfig(
+        **shared(4, num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters=rope, **options)
+    )
+
+
+def bert_config(**options):
+    return transformers.BertConfig(**shared(4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options))
+
+
+class PostNormEncoder(nn.Module):
+    """Vaswani et al. 2017 from torch's own layers: scaled embedding, sinusoids, post-norm, ReLU."""
+
+    def __init__(self, heads: int = 4):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, heads, HIDDEN, dropout=0.0, batch_first=True) for _ in range(LAYERS)
+        )
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens, valid):
+        length = tokens.shape[1]
+        place, column = torch.arange(length)[:, None], torch.arange(0, WIDTH, 2)[None, :]
+        angle = place.double() / 10000 ** (column.double() / WIDTH)
+        position = torch.stack([torch.sin(angle), torch.cos(angle)], dim=-1).reshape(length, WIDTH)
+        x = self.embedding(tokens) * math.sqrt(WIDTH) + position.to(self.embedding.weight.dtype)
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        leaves: dict[str, list] = {"layers.resid_pre": [], "layers.pattern": [], "layers.resid_mid": []}
+        for layer in self.layers:
+            masks = {"attn_mask": future, "key_padding_mask": ~valid}
+            _, pattern = layer.self_attn(x, x, x, **masks, average_attn_weights=False)
+            leaves["layers.resid_pre"].append(x)
+            leaves["layers.pattern"].append(pattern)
+            caught(layer.norm1, leaves, "layers.resid_mid", output=True)
+            x = layer(x, src_mask=future, src_key_padding_mask=~valid)
+        stacked = {name: torch.stack(values) for name, values in leaves.items()}
+        return stacked | {"output": self.head(x), "context": x, "end": x}
+
+
+FAMILIES = {
+    "gpt2": Family(
+        ModelConfig(**SIZES, heads=4, tied=True, biases=True),
+        modeling_gpt2,
+        eager(transformers.GPT2LMHeadModel, gpt2_config),
+        run_transformers(lambda m: m.transformer.h, lambda b: b.ln_2, final=lambda m: m.transformer.ln_f),
+        {"embedding": ("transformer.wte.weight", same), "position": ("transformer.wpe.weight", same)}
+        | norm("layers.attention_norm", "transformer.h.{}.ln_1")
+        | fused("transformer.h.{}.attn.c_attn.", 4, "part", outputs_first=False)
+        | linear("layers.attention.output", "transformer.h.{}.attn.c_proj", merged(4, outputs_first=False))
+        | norm("layers.feed_forward_norm", "transformer.h.{}.ln_2")
+        | linear("layers.feed_forward.into", "transformer.h.{}.mlp.c_fc", same)
+        | linear("layers.feed_forward.out", "transformer.h.{}.mlp.c_proj", same)
+        | norm("final_norm", "transformer.ln_f"),
+    ),
+    "gpt_neox": Family(
+        ModelConfig(
+            **SIZES,
+            heads=2,
+            biases=True,
+            position="rotary",
+            rotary_fraction=0.25,
+            parallel=True,
+            feed_forward="gelu",
+        ),
+        modeling_gpt_neox,
+        eager(transformers.GPTNeoXForCausalLM, neox_config),
+        run_transformers(lambda m: m.gpt_neox.layers, final=lambda m: m.gpt_neox.final_layer_norm),
+        {"embedding": ("gpt_neox.embed_in.weight", same), "unembedding": ("embed_out.weight", transposed)}
+        | norm("layers.attention_norm", "gpt_neox.layers.{}.input_layernorm")
+        | fused("gpt_neox.layers.{}.attention.query_key_value.", 2, "head")
+        | linear("layers.attention.output", "gpt_neox.layers.{}.attention.dense", merged(2))
+        | norm("layers.feed_forward_norm", "gpt_neox.layers.{}.post_attention_layernorm")
+        | linear("layers.feed_forward.into", "gpt_neox.layers.{}.mlp.dense_h_to_4h")
+        | linear("layers.feed_forward.out", "gpt_neox.layers.{}.mlp.dense_4h_to_h")
+        | norm("final_norm", "gpt_neox.final_layer_norm"),
+    ),
+    "gptj": Family(
+        ModelConfig(
+            **SIZES,
+            heads=2,
+            biases=True,
+            unembedding_bias=True,
+            position="rotary",
+            rotary_fraction=0.5,
+            rotary_interleaved=True,
+            parallel=True,
+        ),
+        modeling_gptj,
+        eager(transformers.GPTJForCausalLM, gptj_config),
+        run_transformers(lambda m: m.transformer.h, final=lambda m: m.transformer.ln_f),
+        {"embedding": ("transformer.wte.weight", same)}
+        # One norm serves both halves of a layer.
+        | norm("layers.attention_norm", "transformer.h.{}.ln_1")
+        | norm("layers.feed_forward_norm", "transformer.h.{}.ln_1")
+        | projections(tuple(f"transformer.h.{{}}.attn.{x}_proj" for x in "qkv"), (2, 2, 2), biases=False)
+        | linear("layers.attention.output", "transformer.h.{}.attn.out_proj", merged(2), biases=False)
+        | {
+            "layers.attention.output_bias": (
+                "transformer.h.{}.attn.out_proj.weight",
+                lambda w: np.zeros_like(w[:, 0]),
+            )
+        }
+        | linear("layers.feed_forward.into", "transformer.h.{}.mlp.fc_in")
+        | linear("layers.feed_forward.out", "transformer.h.{}.mlp.fc_out")
+        | norm("final_norm", "transformer.ln_f")
+        | linear("unembedding", "lm_head"),
+    ),
+    "llama": Family(
+        ModelConfig(
+            **SIZES, heads=4, key_value_heads=2, position="rotary", norm="rms", feed_forward="swiglu"
+        ),
+        modeling_llama,
+        eager(transformers.LlamaForCausalLM, llama_config),
+        run_transformers(
+            lambda m: m.model.layers, lambda b: b.post_attention_layernorm, final=lambda m: m.model.norm
+        ),
+        {"embedding": ("model.embed_tokens.weight", same), "unembedding": ("lm_head.weight", transposed)}
+        | norm("layers.attention_norm", "model.layers.{}.input_layernorm", offset=False)
+        | {
+            name: theirs
+            for name, theirs in projections(
+                tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"), (4, 2, 2), biases=False
+            ).items()
+            if not name.endswith("bias")
+        }
+        | linear("layers.attention.output", "model.layers.{}.self_attn.o_proj", merged(4), biases=False)
+        | norm("layers.feed_forward_norm", "model.layers.{}.post_attention_layernorm", offset=False)
+        | linear("layers.feed_forward.into", "model.layers.{}.mlp.gate_proj", biases=False)
+        | linear("layers.feed_forward.gate", "model.layers.{}.mlp.up_proj", biases=False)
+        | linear("layers.feed_forward.out", "model.layers.{}.mlp.down_proj", biases=False)
+        | norm("final_norm", "model.norm", offset=False),
+    ),
+    "bloom": Family(
+        ModelConfig(
+            **SIZES | {"hidden": 4 * WIDTH}, heads=4, tied=True, biases=True, position="alibi", embedding_norm=True
+        ),
+        modeling_bloom,
+        bloom,
+        run_transformers(
+            lambda m: m.transformer.h, lambda b: b.post_attention_layernorm, final=lambda m: m.transformer.ln_f
+        ),
+        {"embedding": ("transformer.word_embeddings.weight", same)}
+        | norm("embedding_norm", "transformer.word_embeddings_layernorm")
+        | norm("layers.attention_norm", "transformer.h.{}.input_layernorm")
+        | fused("transformer.h.{}.self_attention.query_key_value.", 4, "head")
+        | linear("layers.attention.output", "transformer.h.{}.self_attention.dense", merged(4))
+        | norm("layers.feed_forward_norm", "transformer.h.{}.post_attention_layernorm")
+        | linear("layers.feed_forward.into", "transformer.h.{}.mlp.dense_h_to_4h")
+        | linear("layers.feed_forward.out", "transformer.h.{}.mlp.dense_4h_to_h")
+        | norm("final_norm", "transformer.ln_f"),
+    ),
+}
