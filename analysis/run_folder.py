@@ -1,55 +1,132 @@
 """The folder of a run: made, refused or reused, always with a sentence that says why."""
 
+import errno
 import json
+import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minitf.files import write_atomically
 
+CONFIG = "config.json"
+FOLDERS = ("arrays", "figures")
+FILES = ("report.html", "claims.json", "fig6.json", CONFIG)
+
 
 class Problem(ValueError):
-    """Something that a person can put right; its message says how."""
+    """Something that a person can put right; its message says how. ``exit_code`` is that of the command."""
+
+    exit_code = 2
+
+
+class Diverged(Problem):
+    """Training stopped at a loss that is not finite."""
+
+    exit_code = 1
+
+
+@contextmanager
+def told_to_people() -> Iterator[None]:
+    """Make a problem of the errors of code that reads what a person gave, whose messages are for people."""
+    try:
+        yield
+    except Problem:
+        raise
+    except (ValueError, OSError) as error:
+        raise Problem(str(error)) from error
 
 
 def open_run_folder(out: Path, config: dict[str, Any], *, overwrite: bool = False, resume: bool = False) -> Path:
     """A folder that can be written, with ``config.json`` in it, for one run.
 
-    A folder that holds a run is refused, unless ``overwrite`` (what the run made is removed) or ``resume`` (it
-    must be a run of the same configuration). A folder that holds anything else is always refused.
+    A folder that holds a run is refused, unless ``overwrite`` (what the run made is removed, other files stay) or
+    ``resume`` (it must be a run of the same configuration). A folder that holds anything else is always refused.
 
     Raises:
         Problem: the folder cannot be made, written or used.
     """
-    config_file = out / "config.json"
+    check_run_folder(out, config, overwrite=overwrite, resume=resume)
     try:
-        entries = sorted(p.name for p in out.iterdir()) if out.exists() else []
-        if entries and not config_file.exists():
-            raise Problem(
-                f"{out} is not empty and holds no run of minitf (there is {entries[0]}, but no config.json). "
-                "Choose another folder with --out."
-            )
-        if entries and resume:
-            _check_same(json.loads(config_file.read_text()), json.loads(json.dumps(config)), out)
-        elif entries and overwrite:
+        if overwrite:
             _remove_run(out)
-        elif entries:
-            raise Problem(
-                f"{out} already holds a run. Add --resume to go on with it, --overwrite to replace it, or choose "
-                "another folder with --out."
-            )
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe-{uuid.uuid4().hex}"
         probe.write_bytes(b"")
         probe.unlink()
-        write_atomically(config_file, json.dumps(config, indent=1).encode())
-    except (OSError, json.JSONDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"its config.json is damaged ({error})"
-        raise Problem(
-            f"{out} cannot be used for the results: {reason}. Choose another folder with --out."
-        ) from error
+        write_atomically(out / CONFIG, _as_json(config).encode())
+    except OSError as error:
+        raise _unusable(out, error) from error
     return out
+
+
+def check_run_folder(out: Path, config: dict[str, Any], *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse what :func:`open_run_folder` would refuse, as far as that can be told without writing.
+
+    Raises:
+        Problem: the folder cannot be used.
+    """
+    if overwrite and resume:
+        raise Problem("--overwrite and --resume exclude each other: replace the run, or go on with it.")
+    try:
+        entries = sorted(p.name for p in out.iterdir()) if out.exists() else []
+        if not entries:
+            _check_writable(out)
+            return
+        if CONFIG not in entries:
+            raise Problem(
+                f"{out} is not empty and holds no run of minitf (there is {entries[0]}, but no {CONFIG}). "
+                "Choose another folder with --out."
+            )
+        before = _read_config(out / CONFIG)
+    except OSError as error:
+        raise _unusable(out, error) from error
+    if before is None and not set(entries) <= {*FOLDERS, *FILES}:
+        raise Problem(
+            f"{out / CONFIG} is not that of a run of minitf, and {out} holds other files. "
+            "Choose another folder with --out."
+        )
+    if overwrite:
+        return
+    if before is None:
+        raise Problem(f"{out / CONFIG} is damaged. Use --overwrite to run anew, or another folder with --out.")
+    if not resume:
+        raise Problem(
+            f"{out} already holds a run. Add --resume to go on with it, --overwrite to replace it, or choose "
+            "another folder with --out."
+        )
+    _check_same(before, json.loads(_as_json(config)), out)
+
+
+def _check_writable(out: Path) -> None:
+    """Raises OSError when the folder, or the nearest one above it that exists, takes no new entries."""
+    nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{nearest} is not yours to write in")
+
+
+def _as_json(config: dict[str, Any]) -> str:
+    return json.dumps({"made_by": "minitf", **config}, indent=1)
+
+
+def _read_config(file: Path) -> dict[str, Any] | None:
+    """The configuration of a run; None when the file is damaged or of another program. Raises OSError."""
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError:
+        return None
+    return config if isinstance(config, dict) and config.get("made_by") == "minitf" else None
+
+
+def _unusable(out: Path, error: OSError) -> Problem:
+    return Problem(
+        f"{out} cannot be used for the results: {error.strerror or error}. Choose another folder with --out."
+    )
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
@@ -64,7 +141,7 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
 
 def _remove_run(out: Path) -> None:
     """Remove what a run writes, and nothing else."""
-    for name in ("arrays", "figures"):
+    for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("report.html", "claims.json", "fig6.json", "config.json"):
+    for name in FILES:
         (out / name).unlink(missing_ok=True)

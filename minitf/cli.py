@@ -1,81 +1,108 @@
 """The command ``minitf``: a thin layer over functions that a notebook can call."""
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import arg
 
 
 @dataclasses.dataclass(frozen=True)
 class ScanSnap:
     """Watch a one-layer transformer scan and snap (Tian et al. 2023), on synthetic classes and on real text.
 
-    Trains, compares every claim of the paper with what was measured, and writes a report to open in a browser.
-    Takes a few minutes on two cores.
+    Trains it, compares every claim of the paper with what was measured, and writes a report to open in a
+    browser. Takes a few minutes on two cores, and downloads nothing unless you name a data set. Ctrl-C keeps what
+    is finished; --resume goes on from there.
     """
 
-    out: Path = Path("runs/scan-snap")
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/scan-snap")
     """Folder for the report and the results."""
-    seed: int = 0
-    """First random seed; a run with the same seed repeats exactly."""
-    quiet: bool = False
+    quick: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Less, and sooner done: one panel of the learning-rate grid, and short training on text."""
+    full: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Everything: also three-layer models on text, and a sweep of learning rates."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace the run that DIR already holds."""
+    resume: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Go on with the run in DIR where it was interrupted; all other options must be as they were."""
+    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
     """Show no progress."""
-    overwrite: bool = False
-    """Replace the run that OUT already holds."""
-    resume: bool = False
-    """Go on with the run in OUT where it was interrupted."""
-    strict: bool = False
+    strict: Annotated[bool, arg(help_behavior_hint="")] = False
     """Exit with 1 if a claim that should hold does not."""
-    quick: bool = False
-    """One panel of the learning-rate grid and short text runs."""
-    full: bool = False
-    """Everything, also deeper models on text and a sweep of learning rates."""
-    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH [PATH ...]")] = ()
-    """Text to train on: files or folders; or one of wikitext-2, wikitext-103, tinyshakespeare, which is then
-    downloaded. Without it, the documentation that comes with Python is read; nothing is downloaded."""
-    vocabulary: int = 2000
-    """Size of the byte-pair vocabulary that is trained on the text."""
-    length: int = 128
-    """Length T of the synthetic sequences, the query included."""
-    decoder_rate: float | None = None
-    """Also train Syn-Small with this learning rate of the decoder (eta_Y) ..."""
-    attention_rate: float | None = None
-    """... and this one of the attention logits (eta_Z)."""
+    seed: int = 0
+    """First random seed; the same seed gives the same numbers again."""
+    text: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="PATH [PATH ...]",
+            help="Text to train on: files or folders; or one of wikitext-2, wikitext-103, tinyshakespeare, which "
+            "is then downloaded. Without it: the documentation that comes with Python.",
+            help_behavior_hint="",
+        ),
+    ] = ()
     text_rate: float = 5.0
     """Learning rate of SGD on text."""
-    text_steps: int | None = None
-    """Training steps on text; by default 1500 for SGD and 1000 for Adam."""
+    text_steps: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: 1500 for SGD and 1000 for Adam)")
+    ] = None
+    """Training steps on text."""
+    vocabulary: int = 6000
+    """Size of the byte-pair vocabulary that is trained on the text; at least 256."""
+    length: int = 128
+    """Length T of the synthetic sequences, the last token (the query) included."""
+    decoder_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """Try your own pair of learning rates on the small synthetic set: this one for the decoder (eta_Y) ..."""
+    attention_rate: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """... and this one for attention (eta_Z). The paper's are 1 and 1, and 10 and 1; both always run."""
 
     def run(self) -> int:
         """Run it; returns the exit code."""
         from minitf.analysis.claims import unmet
+        from minitf.analysis.run_folder import told_to_people
         from minitf.analysis.scan_snap import job
 
+        if self.quiet:  # it warns while it lists the fonts of a fresh machine
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)
         names = {f.name for f in dataclasses.fields(job.ScanSnapConfig)}
-        config = job.ScanSnapConfig(**{k: v for k, v in vars(self).items() if k in names})
+        with told_to_people():
+            config = job.ScanSnapConfig(**{k: v for k, v in vars(self).items() if k in names})
         claims = job.run(config, self.out, overwrite=self.overwrite, resume=self.resume, quiet=self.quiet)
         missed = unmet(claims)
         expected = [c for c in claims if c.expected]
-        print(f"{len(expected) - len(missed)} of {len(expected)} claims hold that should.")
+        print(f"{len(expected) - len(missed)} of the {len(expected)} claims that should hold do hold.")
         for c in missed:
             print(f"  {c.id} does not: {c.statement}")
         print(f"Report: {(self.out / 'report.html').resolve()}")
         return 1 if self.strict and missed else 0
 
+    def after_interrupt(self) -> str:
+        """What to do after Ctrl-C, for people."""
+        if not (self.out / "config.json").exists():
+            return "Nothing was begun yet."
+        instead = "--resume instead of --overwrite" if self.overwrite else "--resume"
+        return f"What was finished is in {self.out}; run the same command with {instead} to go on from there."
+
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure speed and memory, beside PyTorch where it is installed (the peers extra)."""
+    """Measure speed and memory, beside PyTorch where it is installed (the peers extra).
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What to measure; everything by default. Known: scan-snap."""
-    out: Path = Path("runs/bench")
+    Prints a table and writes bench.json.
+    """
+
+    names: Annotated[
+        tuple[Literal["scan-snap"], ...], tyro.conf.Positional, arg(metavar="[NAME ...]", help_behavior_hint="")
+    ] = ()
+    """What to measure: scan-snap. Everything by default."""
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/bench")
     """Folder for bench.json."""
     seed: int = 0
     """Random seed."""
-    quiet: bool = False
+    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print nothing but errors."""
 
     def run(self) -> int:
@@ -84,6 +111,10 @@ class Bench:
 
         run_benchmarks(self.names, self.out, seed=self.seed, quiet=self.quiet)
         return 0
+
+    def after_interrupt(self) -> str:
+        """What to do after Ctrl-C, for people."""
+        return "Run the command again to measure from the start."
 
 
 Command = Annotated[ScanSnap, tyro.conf.subcommand("scan-snap")] | Annotated[Bench, tyro.conf.subcommand("bench")]
@@ -95,18 +126,23 @@ def main(arguments: list[str] | None = None) -> None:
         Command,
         prog="minitf",
         args=arguments,
-        description="Transformers to understand: train a toy model, watch it learn, take its attention apart.",
+        description="Transformers to understand: train a toy model, watch it learn, take its attention apart. "
+        "Begin with: minitf scan-snap --quick",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    sys.exit(_run(command))
+
+
+def _run(command: ScanSnap | Bench) -> int:
+    """The exit code. Only what a person can put right is told without a stack trace; the rest are bugs."""
     try:
-        code = command.run()
+        from minitf.analysis.run_folder import Problem
+
+        try:
+            return command.run()
+        except Problem as problem:
+            print(f"minitf: {problem}", file=sys.stderr)
+            return problem.exit_code
     except KeyboardInterrupt:
-        print(
-            f"\nminitf: interrupted. What was finished is in {command.out}; add --resume to go on from there.",
-            file=sys.stderr,
-        )
-        code = 130
-    except (ValueError, OSError) as error:
-        print(f"minitf: {error}", file=sys.stderr)
-        code = 1 if type(error).__name__ == "Diverged" else 2
-    sys.exit(code)
+        print(f"\nminitf: interrupted. {command.after_interrupt()}", file=sys.stderr)
+        return 130

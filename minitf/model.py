@@ -122,7 +122,7 @@ def _layer(
     attention_norm_scale = attended.attention_norm_scale
     resid_mid = attended.attention_step
     if config.residual:
-        resid_mid = aggregate.add(resid_pre, attended.attention_step)
+        resid_mid = _residual(resid_pre, attended.attention_step)
     if config.post_norm:
         attention_norm_scale, resid_mid = _norm(
             resid_mid, weights.attention_norm, config, edit.attention_norm_scale
@@ -232,7 +232,7 @@ def _feed_forward(passed: LayerWalk, weights: Layer, config: ModelConfig, edit: 
     post = apply(edit.post, positions(post))
     step = apply(edit.feed_forward_step, positions(filter.linear(_rows(post), w.out, w.out_bias)))
 
-    resid_post = aggregate.add(passed.resid_mid, step) if config.residual else step
+    resid_post = _residual(passed.resid_mid, step) if config.residual else step
     if config.post_norm:
         scale, resid_post = _norm(resid_post, weights.feed_forward_norm, config, edit.feed_forward_norm_scale)
     return dataclasses.replace(
@@ -255,6 +255,11 @@ def _norm(
     scale = apply(change, scale)
     out = filter.normalize(centered, scale.reshape(-1), weights.gain, weights.offset)
     return scale, out.astype(stream.dtype).reshape(stream.shape)
+
+
+def _residual(stream: Stream, step: Stream) -> Stream:
+    """The residual addition, on rows: what follows reads rows, and XLA then shares the sum with it."""
+    return aggregate.add(_rows(stream), _rows(step)).reshape(stream.shape)
 
 
 def _rows(stream: Float[Array, "batch position any"]) -> Float[Array, "rows any"]:

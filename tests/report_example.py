@@ -6,6 +6,7 @@ Syn-Small is really trained, by a few lines of numpy; the rest has plausible sha
 import functools
 
 import numpy as np
+
 from minitf.analysis.claims import Claim, claim
 from minitf.analysis.scan_snap import joma, measures, reference
 from minitf.analysis.scan_snap.results import MediumPanel, ScanSnapResults, SmallRun, TextRun

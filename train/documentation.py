@@ -66,7 +66,8 @@ def _cleaned(text: str) -> str:
     plain = re.sub(r"(?::[a-z:]+:)?(`{1,2})~?([^`'\n]+)\1", r"\2", "\n".join(lines))
     # A docstring may spell out half of a surrogate pair, which has no bytes and so no tokens.
     encodable = plain.encode("utf-8", errors="replace").decode("utf-8")
-    return re.sub(r"\n{3,}", "\n\n", encodable).strip()
+    # Lines are broken where the source was, which says nothing about English.
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", encodable)).strip()
 
 
 def _unrepeated(documents: Iterable[str]) -> Iterator[str]:

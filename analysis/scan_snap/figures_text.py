@@ -70,10 +70,10 @@ def _step_axis(axes: Axes, steps: np.ndarray) -> None:
 
 
 def _extremes(axes: Axes, run: TextRun, entropy: np.ndarray, color: str) -> None:
-    """Mark the lowest entropy where there is a rebound after it, and the end."""
+    """Mark the end, and the lowest entropy where Adam rebounds from it."""
     lowest = int(entropy.argmin())
     points = {len(entropy) - 1}
-    if entropy[-1] - entropy[lowest] > 0.05:
+    if run.optimizer == "adam" and entropy[-1] - entropy[lowest] > 0.05:
         points.add(lowest)
     for i in points:
         axes.plot(run.record_steps[i], entropy[i], "o", color=color, mec="white", ms=7, clip_on=False, zorder=5)
@@ -191,5 +191,5 @@ def lift(runs: Sequence[TextRun]) -> Figure:
         place.set_title(run_label(run))
     axes[0, 0].set_ylabel("attention relative to uniform")
     axes[0, 0].set_ylim(bottom=0)
-    axes[0, -1].legend(loc="upper left")
+    axes[0, -1].legend(loc="best")
     return figure

@@ -10,8 +10,8 @@ from minitf.analysis.scan_snap.style import BLUE, GREEN, INK, MARKERS, MUTED, NA
 from minitf.analysis.scan_snap.theory import TheoryCurves
 
 
-def _beside(axes: Axes, **how: object) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), **how)  # type: ignore[arg-type]
+def _beside(axes: Axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 @styled

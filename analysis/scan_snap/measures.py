@@ -76,7 +76,7 @@ def ratio_excess(
     return (stronger / weaker) ** 2 - 1
 
 
-def ratio_growth(logit: Float[np.ndarray, "*rest"], start: Float[np.ndarray, "*rest"]) -> np.ndarray:
+def ratio_growth(logit: Float[np.ndarray, "*#rest"], start: Float[np.ndarray, "*#rest"]) -> np.ndarray:
     """Theorem 3's chi_l = e^{2 (z_l(t) - z_l(0))}: r(t) / r(0) for every weaker distinct token."""
     return np.exp(2 * (logit - start))
 

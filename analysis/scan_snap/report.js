@@ -142,13 +142,14 @@
       `looks: <b>${plain(run.full[query])}</b> (${query + 1})<br>at: <b>${plain(run.full[key])}</b> (${key + 1})` +
       `<br>attention ${value === null ? "–" : value.toFixed(3)}`));
     const places = labels.map((_, place) => place);
-    const side = Math.max(holder.clientWidth, 13 * count + 100);
+    const room = 14 + 6.4 * Math.min(14, Math.max(...run.tokens.map((token) => token.length)));
+    const side = Math.max(holder.clientWidth, 13 * count + room);
     const ticks = {
       ...axis, tickmode: "array", tickvals: places, ticktext: labels, showgrid: false, automargin: false,
-      tickfont: { size: Math.max(7, Math.min(11, (side - 100) / count - 3)) }, ticks: "",
+      tickfont: { size: Math.max(7, Math.min(11, (side - room) / count - 3)) }, ticks: "",
     };
     const layout = {
-      font, width: side, height: side, margin: { l: 96, r: 4, t: 6, b: 96 },
+      font, width: side, height: side, margin: { l: room, r: 4, t: 6, b: room },
       xaxis: { ...ticks, tickangle: -90 }, yaxis: { ...ticks, autorange: "reversed" },
       hoverlabel: { align: "left", bgcolor: "#fff", bordercolor: data.colors.ink, font: { ...font } },
     };

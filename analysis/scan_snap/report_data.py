@@ -20,12 +20,16 @@ VERDICTS = {
     (False, True): ("surprise", "holds, though known not to reproduce"),
 }
 
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 def number(x: float) -> str:
-    """A number for people, four significant digits, with a true minus sign."""
+    """A number for people: four significant digits, a true minus sign, powers of ten written out."""
     if not math.isfinite(x):
         return "not finite"
-    return f"{x:.4g}".replace("-", "−")
+    mantissa, _, exponent = f"{x:.4g}".partition("e")
+    power = f" × 10{str(int(exponent)).translate(SUPERSCRIPTS)}" if exponent else ""
+    return mantissa.replace("-", "−") + power
 
 
 def script_json(data: Any) -> str:
@@ -43,7 +47,8 @@ def _finite(item: Any) -> Any:
     if isinstance(item, list | tuple):
         return [_finite(x) for x in item]
     if isinstance(item, float):
-        return float(f"{item:.4g}") if math.isfinite(item) else None
+        rounded = float(f"{item:.4g}")  # the largest numbers round up to infinity
+        return rounded if math.isfinite(rounded) else None
     return item
 
 
@@ -105,7 +110,7 @@ def interactive(results: ScanSnapResults) -> dict[str, Any]:
 def _limit(threshold: Any, direction: str) -> str:
     if direction == "within":
         return f"{number(threshold[0])} to {number(threshold[1])}"
-    return f"{direction} {number(threshold)}"
+    return f"{'exactly' if direction == '==' else direction} {number(threshold)}"
 
 
 def _limits(claim: Claim) -> list[str]:
@@ -226,7 +231,10 @@ def headlines(results: ScanSnapResults) -> list[dict[str, str]]:
         curves = measures.progress(sgd[0])
         start, end = (float(curves.common.mean(axis=0)[i]) for i in (0, -1))
         cards.append(
-            {"number": f"{start:.0%} → {end:.0%}", "text": "of the attention goes to common tokens, before and after"}
+            {
+                "number": f"{start:.0%} → {end:.0%}",
+                "text": "of the attention goes to common tokens, before and after",
+            }
         )
         start, end = (float(curves.entropy.mean(axis=0)[i]) for i in (0, -1))
         cards.append(

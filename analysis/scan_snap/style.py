@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -36,7 +36,7 @@ ATTENTION_COLORS = ("#ffffff", "#d6e6f4", "#9dc6e3", "#4a98c9", "#1664ab", "#083
 ATTENTION = LinearSegmentedColormap.from_list("attention", ATTENTION_COLORS)
 DPI = 150
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
@@ -91,9 +91,9 @@ def panels(rows: int, columns: int, width: float, height: float, **shared: Any) 
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def ordered_colors(count: int) -> list[tuple[float, ...]]:
+def ordered_colors(count: int) -> list[str]:
     """``count`` colors from dark to light for quantities that have an order."""
-    return [tuple(c) for c in matplotlib.colormaps["viridis"](np.linspace(0.0, 0.82, max(count, 1)))]
+    return [to_hex(c) for c in matplotlib.colormaps["viridis"](np.linspace(0.0, 0.82, max(count, 1)))]
 
 
 def band(

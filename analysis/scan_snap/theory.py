@@ -14,12 +14,14 @@ for M < 2 (w1 and t0: M < 4), K < 1, rates or C_0 that are not positive, and neg
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from numpy.typing import ArrayLike
 from scipy import optimize
 
+Numbers = float | int | np.ndarray | np.floating | Sequence[Any]
 Curve = Float[np.ndarray, "*time"]
 
 
@@ -35,7 +37,7 @@ def _at_least(least: int, **numbers: float | int) -> None:
             raise ValueError(f"{name} is {number}; it must be at least {least}")
 
 
-def _times(t: ArrayLike) -> np.ndarray:
+def _times(t: Numbers) -> np.ndarray:
     array = np.asarray(t, np.float64)
     if not np.all(array >= 0):
         raise ValueError(f"the earliest time is {np.min(array)}; times must be 0 or later")
@@ -87,7 +89,7 @@ def h_star(visits: int, vocabulary: int, eta_y: float) -> Float[np.ndarray, " vi
     return path
 
 
-def h(visits: ArrayLike, vocabulary: int, eta_y: float) -> Curve:
+def h(visits: Numbers, vocabulary: int, eta_y: float) -> Curve:
     """Lemma 6: the continuous h(s), root of e^{M h} + (M - 1) M h = M eta_Y s + 1.
 
     Newton on y = M h, started at min(ln(M eta_Y s + 1), eta_Y s), which bounds the root from above; the left
@@ -106,7 +108,7 @@ def h(visits: ArrayLike, vocabulary: int, eta_y: float) -> Curve:
     return np.asarray(y / vocabulary)
 
 
-def gamma(t: ArrayLike, classes: int, vocabulary: int, eta_y: float) -> Curve:
+def gamma(t: Numbers, classes: int, vocabulary: int, eta_y: float) -> Curve:
     """Lemma 9: gamma(t) = (M-1)^2 h(t/K) / (M - 1 + e^{M h(t/K)}), the size of the decoder's push
     (logits)."""
     _at_least(1, classes=classes)
@@ -114,7 +116,7 @@ def gamma(t: ArrayLike, classes: int, vocabulary: int, eta_y: float) -> Curve:
     return np.asarray((vocabulary - 1) ** 2 * height / (vocabulary - 1 + np.exp(vocabulary * height)))
 
 
-def correct_probability(t: ArrayLike, classes: int, vocabulary: int, eta_y: float) -> Curve:
+def correct_probability(t: Numbers, classes: int, vocabulary: int, eta_y: float) -> Curve:
     """alpha_n(t) = e^y / (M - 1 + e^y) with y = M h(t/K): the probability of the right next token."""
     _at_least(1, classes=classes)
     y = vocabulary * h(_times(t) / classes, vocabulary, eta_y)
@@ -178,7 +180,7 @@ def equal_overlap_correction(overlap: float, classes: int) -> float:
 # Attention and snapping (sections 5 and 6, appendices E and F)
 
 
-def frequency_deviation(length: ArrayLike, failure: float) -> Curve:
+def frequency_deviation(length: Numbers, failure: float) -> Curve:
     """Lemma 2: sqrt(ln(2/delta) / (2 (T-1))) bounds a token's frequency error with probability 1 - delta.
 
     ``length`` is T, so T - 1 contextual tokens; ``failure`` is delta.
@@ -191,7 +193,7 @@ def frequency_deviation(length: ArrayLike, failure: float) -> Curve:
     return np.asarray(np.sqrt(math.log(2 / failure) / (2 * count)))
 
 
-def attention_push(t: ArrayLike, classes: int, vocabulary: int, eta_y: float, eta_z: float) -> Curve:
+def attention_push(t: Numbers, classes: int, vocabulary: int, eta_y: float, eta_z: float) -> Curve:
     """Gamma(t) = eta_Z int_0^t gamma = (eta_Z/eta_Y) K (M-1)^2 h(t/K)^2 / 2, exactly (logits)."""
     _positive(eta_z=eta_z)
     _at_least(1, classes=classes)
@@ -199,13 +201,13 @@ def attention_push(t: ArrayLike, classes: int, vocabulary: int, eta_y: float, et
     return np.asarray((eta_z / eta_y) * classes * height**2 / 2)
 
 
-def exponent_printed(push: ArrayLike, initial: float = 1.0) -> Curve:
+def exponent_printed(push: Numbers, initial: float = 1.0) -> Curve:
     """Theorem 4 as printed: B = (1/4) ln(C_0 + 4 Gamma), in logits; not 0 at t = 0 unless C_0 = 1."""
     _positive(initial=initial)
     return np.asarray(np.log(initial + 4 * np.asarray(push, np.float64)) / 4)
 
 
-def exponent_integrated(push: ArrayLike, initial: float = 1.0) -> Curve:
+def exponent_integrated(push: Numbers, initial: float = 1.0) -> Curve:
     """Theorem 4's equation integrated from B(0) = 0: B = (1/4) ln(1 + 4 Gamma / C_0), in logits.
 
     The paper drops the constant -(1/4) ln C_0.
@@ -214,7 +216,7 @@ def exponent_integrated(push: ArrayLike, initial: float = 1.0) -> Curve:
     return np.asarray(np.log1p(4 * np.asarray(push, np.float64) / initial) / 4)
 
 
-def exponent_corrected(push: ArrayLike, initial: float, common_rate: float) -> Curve:
+def exponent_corrected(push: Numbers, initial: float, common_rate: float) -> Curve:
     """B = (1/(4 A)) ln(1 + 4 A Gamma / C_0) where the common token falls A times faster than B grows.
 
     When all K classes share the query, Theorem 2 gives A = K (1 - f_ct^2); Theorem 4 as printed has A = 1.
@@ -224,7 +226,7 @@ def exponent_corrected(push: ArrayLike, initial: float, common_rate: float) -> C
 
 
 def exponent_scanning(
-    t: ArrayLike, classes: int, vocabulary: int, eta_y: float, eta_z: float, *, initial: float = 1.0
+    t: Numbers, classes: int, vocabulary: int, eta_y: float, eta_z: float, *, initial: float = 1.0
 ) -> Curve:
     """Theorem 4 before u: B = (1/4) ln(C_0 + 2 (M-1)^2 eta_Y eta_Z t^2 / (K M^2)), in logits."""
     _at_least(2, vocabulary=vocabulary)
@@ -234,7 +236,7 @@ def exponent_scanning(
 
 
 def exponent_snapping(
-    t: ArrayLike, classes: int, vocabulary: int, eta_y: float, eta_z: float, *, initial: float = 1.0
+    t: Numbers, classes: int, vocabulary: int, eta_y: float, eta_z: float, *, initial: float = 1.0
 ) -> Curve:
     """Theorem 4 from t_0 on: B = (1/4) ln(C_0 + 2K ((M-1)/M)^2 (eta_Z/eta_Y) ln^2(M eta_Y t/K)), in
     logits."""
@@ -246,12 +248,12 @@ def exponent_snapping(
     )
 
 
-def growth_factor(exponent: ArrayLike) -> Curve:
+def growth_factor(exponent: Numbers) -> Curve:
     """Theorem 3: chi = e^{2 B}, by which the squared-ratio excess of two distinct tokens grows at most."""
     return np.asarray(np.exp(2 * np.asarray(exponent, np.float64)))
 
 
-def ratio_excess(stronger: ArrayLike, weaker: ArrayLike, gain: ArrayLike = 0.0) -> Curve:
+def ratio_excess(stronger: Numbers, weaker: Numbers, gain: Numbers = 0.0) -> Curve:
     """Theorem 3: r = (P_l^2 / P_l'^2 - 1) e^{2 z_l}: how far two distinct tokens of a class are apart.
 
     ``stronger`` and ``weaker`` are P(l|n) and P(l'|n) with z(0) = 0; ``gain`` is z_l(t), in logits.
@@ -267,22 +269,22 @@ def ratio_excess(stronger: ArrayLike, weaker: ArrayLike, gain: ArrayLike = 0.0) 
 class TheoryCurves:
     """The paper's theoretical figures as arrays; float64 throughout.
 
-    Fig. 3 (K=10, M=1000, eta_Z=.5, C_0=1): ``fig3_growth`` e^{2B} [eta_y, time], ``fig3_t0`` [eta_y].
+    Fig. 3 (K=10, M=1000, eta_Z=.5, C_0=1): ``fig3_growth`` e^{2B} [curve, step], ``fig3_t0`` [curve].
     Fig. 8: ``fig8_h_star`` and ``fig8_h`` [vocabulary, eta_y, visits], ``fig8_eta_y`` [vocabulary, eta_y].
     Fig. 9 (K=1, C_0=1): ``fig9_exponent`` B [panel, eta_z, time], ``fig9_time`` [panel, time], ``fig9_t0``
     [panel, eta_z]; panel 0 has nu = eta_Y/eta_Z = 10 and M = 100, panel 1 has nu = 1 and M = 10000.
     Times are steps, visits are visits of one class.
     """
 
-    fig3_time: Float[np.ndarray, " time"]
-    fig3_eta_y: Float[np.ndarray, " eta_y"]
-    fig3_growth: Float[np.ndarray, "eta_y time"]
-    fig3_t0: Float[np.ndarray, " eta_y"]
+    fig3_time: Float[np.ndarray, " step"]
+    fig3_eta_y: Float[np.ndarray, " curve"]
+    fig3_growth: Float[np.ndarray, "curve step"]
+    fig3_t0: Float[np.ndarray, " curve"]
     fig8_visits: Float[np.ndarray, " visits"]
     fig8_vocabulary: Float[np.ndarray, " vocabulary"]
-    fig8_eta_y: Float[np.ndarray, "vocabulary eta_y"]
-    fig8_h_star: Float[np.ndarray, "vocabulary eta_y visits"]
-    fig8_h: Float[np.ndarray, "vocabulary eta_y visits"]
+    fig8_eta_y: Float[np.ndarray, "vocabulary fig8_eta_y"]
+    fig8_h_star: Float[np.ndarray, "vocabulary fig8_eta_y visits"]
+    fig8_h: Float[np.ndarray, "vocabulary fig8_eta_y visits"]
     fig9_time: Float[np.ndarray, "panel time"]
     fig9_eta_z: Float[np.ndarray, " eta_z"]
     fig9_ratio: Float[np.ndarray, " panel"]
@@ -291,12 +293,12 @@ class TheoryCurves:
     fig9_t0: Float[np.ndarray, "panel eta_z"]
 
 
-def fig3_growth(t: ArrayLike, eta_y: float, initial: float = 1.0) -> Curve:
+def fig3_growth(t: Numbers, eta_y: float, initial: float = 1.0) -> Curve:
     """Fig. 3's growth factor e^{2B} at K=10, M=1000, eta_Z=.5; the paper does not state C_0 (``initial``)."""
     return growth_factor(exponent_integrated(attention_push(t, 10, 1000, eta_y, 0.5), initial))
 
 
-def fig9_exponent(t: ArrayLike, ratio: float, vocabulary: int, eta_z: float) -> Curve:
+def fig9_exponent(t: Numbers, ratio: float, vocabulary: int, eta_z: float) -> Curve:
     """Fig. 9's B(t) at fixed ratio nu = eta_Y / eta_Z; K = 1 and C_0 = 1 fit the paper's axes, unstated
     there."""
     return exponent_integrated(attention_push(t, 1, vocabulary, ratio * eta_z, eta_z))

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minitf.parameters import AttentionParameters, Layer, Parameters
 from minitf.tables import count_walk
@@ -32,7 +32,7 @@ class Classes:
     vocabulary: int
 
     @property
-    def common(self) -> Float[np.ndarray, " token"]:
+    def common(self) -> Bool[np.ndarray, " token"]:
         """Which tokens occur in more than one class."""
         return (self.frequency > 0).sum(axis=0) > 1
 

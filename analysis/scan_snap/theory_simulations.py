@@ -89,7 +89,8 @@ def split_push(push: Float[np.ndarray, "*batch f n"]) -> tuple[np.ndarray, np.nd
     """Mean iota and mean beta over the classes: g_n = iota f_n - beta sum over the other f_n'."""
     classes = push.shape[-1]
     own = np.trace(push, axis1=-2, axis2=-1)
-    return own / classes, -(push.sum(axis=(-2, -1)) - own) / (classes * (classes - 1))
+    beta = -(push.sum(axis=(-2, -1)) - own) / (classes * (classes - 1))
+    return np.asarray(own / classes), np.asarray(beta)
 
 
 # The closed system: Lemma 4's attention with Theorem 1's decoder push

@@ -30,7 +30,7 @@ def layer(stream, weights, config, batch):
     q = project(attention.query, attention.query_bias)
     k = project(attention.key, attention.key_bias)
     v = project(attention.value, attention.value_bias)
-    scores = jnp.einsum("bqhc,bkhc->bhqk", q, k) * head_width**-0.5
+    scores = jnp.einsum("bqhc,bkhc->bhqk", q * head_width**-0.5, k)
     if config.causal:
         past = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
         scores = jnp.where(past, scores, -jnp.inf)
