@@ -89,6 +89,11 @@ class ModelConfig:
                 f"one-hot embeddings are as wide as the vocabulary and cannot be tied; here width is "
                 f"{self.width}, vocabulary is {self.vocabulary}, tied is {self.tied}"
             )
+        self._check_positions_and_norms()
+        if self.parallel and (self.post_norm or not self.residual):
+            raise ValueError("parallel layers need residual=True and norm_placement='pre'")
+
+    def _check_positions_and_norms(self) -> None:
         if self.position == "rotary":
             if self.attention == "table":
                 raise ValueError("table attention has no queries and keys to rotate; choose another position")
@@ -101,9 +106,7 @@ class ModelConfig:
                 raise ValueError(f"rotary_base is {self.rotary_base}; it must be positive")
         if self.embedding_norm and self.norm == "none":
             raise ValueError("embedding_norm needs a norm, but norm is 'none'; choose l2, layer or rms")
-        if self.parallel and (self.post_norm or not self.residual):
-            raise ValueError("parallel layers need residual=True and norm_placement='pre'")
-        if not self.norm_epsilon >= 0:
+        if self.norm_epsilon < 0:
             raise ValueError(f"norm_epsilon is {self.norm_epsilon}; it must not be negative")
 
     def _check_choices(self) -> None:

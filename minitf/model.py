@@ -38,7 +38,7 @@ def walk(
     Raises:
         ValueError: the sequence is longer than ``config.length``, or an edit does not fit the model.
     """
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     if length > config.length:
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
     edit = _fit_edit(edit or Edit(), config)
@@ -75,10 +75,7 @@ def unembed(
     parameters: Parameters, stream: Stream, config: ModelConfig
 ) -> Float[Array, "batch position vocabulary"]:
     """Logits of context vectors."""
-    if config.tied:
-        table = parameters.embedding.T
-    else:
-        table = parameters.unembedding
+    table = parameters.embedding.T if config.tied else parameters.unembedding
     batch, position, _ = stream.shape
     logits = filter.unembed(_rows(stream), table, parameters.unembedding_bias)
     return logits.reshape(batch, position, config.vocabulary)

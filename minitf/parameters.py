@@ -29,7 +29,7 @@ class Norm:
 
 @struct.dataclass
 class AttentionParameters:
-    """``query``, ``key``, ``value`` are ``[width, head, head_width]``, ``output`` is ``[head, head_width, width]``.
+    """``query``, ``key``, ``value`` are ``[width, head, head_width]``, ``output`` ``[head, head_width, width]``.
 
     ``table`` is ``[head, query_width, key_width]``, the free attention logits Z of a table model, which has no
     other weights. Biases have the shape of what they are added to.

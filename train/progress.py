@@ -80,6 +80,7 @@ class _State:
         self.title, self.steps, self.loss = title, steps, math.nan
         self._clock, self._began = clock, clock()
         self._base = self._last = 0
+        self._first: tuple[int, float] | None = None  # steps and seconds when the first chunk was done
 
     @property
     def done(self) -> int:
@@ -93,12 +94,15 @@ class _State:
         if step < self._last:
             self._base += self._last
         self._last, self.loss = step, loss
+        self._first = self._first or (self.done, self.seconds)
 
     def _loss(self) -> str:
         return "" if math.isnan(self.loss) else f"loss {self.loss:.3g}"
 
     def _rate(self) -> str:
-        rate = self.done / max(self.seconds, 1e-9)
+        # The first chunk took its time to compile; it counts only while there is no other.
+        steps, since = self._first if self._first and self.done > self._first[0] else (0, 0.0)
+        rate = (self.done - steps) / max(self.seconds - since, 1e-9)
         return f"{rate:.0f} steps/s" if rate >= 9.95 else f"{rate:.1f} steps/s"
 
     def short(self, finished: bool = False) -> str:

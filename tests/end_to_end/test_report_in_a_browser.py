@@ -37,27 +37,46 @@ def browser():
         browser.close()
 
 
+class Opened:
+    """The report in a tab, and whatever went wrong or was asked of the network since."""
+
+    def __init__(self, browser, address: str) -> None:
+        self.seen: list[str] = []
+        self.requests: list[str] = []
+        self.page = browser.new_page(viewport={"width": 1200, "height": 900})
+        self.page.on("console", lambda message: self.seen.append(f"console {message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.seen.append(f"error: {error}"))
+        self.page.on("dialog", self._dialog)
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(address)
+        self.page.locator("#text-matrices .heatmaplayer").last.wait_for(state="attached")
+
+    def _dialog(self, dialog) -> None:
+        self.seen.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+
+@pytest.fixture(scope="module")
+def opened(browser, report):
+    return Opened(browser, report.as_uri())
+
+
 @pytest.fixture
-def page(browser, report):
-    """The opened report; afterwards, nothing went wrong and nothing was asked of the network."""
-    page = browser.new_page(viewport={"width": 1200, "height": 900})
-    seen = []
-    page.on("console", lambda message: seen.append(f"console {message.type}: {message.text}"))
-    page.on("pageerror", lambda error: seen.append(f"error: {error}"))
-    page.on("dialog", lambda dialog: (seen.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    requests = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(report.as_uri())
-    page.wait_for_selector("#attention-plot .plotly, #attention-plot svg")
+def page(opened, report):
+    """The report as it opens; afterwards, nothing went wrong and nothing was asked of the network."""
+    page = opened.page
+    page.set_viewport_size({"width": 1200, "height": 900})
+    for control in ("#small-run", "#small-class", "#text-run"):
+        page.select_option(control, index=0)
+    set_time(page, 0)
+    page.locator("#claim-search").fill("")
+    page.locator(".filters button[data-filter=all]").click()
     yield page
-    page.wait_for_timeout(100)
-    assert seen == []
-    assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()]
-    assert (
-        page.evaluate("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length")
-        == 0
-    )
-    page.close()
+    page.wait_for_timeout(50)
+    assert opened.seen == []
+    assert [url for url in opened.requests if not url.startswith("data:")] == [report.as_uri()]
+    loaded = page.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
 
 
 def bars(page):
@@ -114,7 +133,7 @@ def test_playing_runs_through_time_and_stops_at_the_end(page):
     set_time(page, 48)
     page.locator("#small-play").click()
     assert page.locator("#small-play").inner_text() == "Pause"
-    page.wait_for_function("document.getElementById('small-play').textContent === 'Play'")
+    page.get_by_role("button", name="Play", exact=True).wait_for()
     assert page.locator("#small-step").inner_text() == "100 of 100"
 
 
@@ -139,7 +158,7 @@ def test_choosing_another_run_changes_the_picture(page):
 
 def test_a_script_as_a_token_stays_text(page):
     page.locator("#text").scroll_into_view_if_needed()
-    labels = page.locator("#text-matrices .ytick text").all_inner_texts()
+    labels = page.locator("#text-matrices .ytick text").all_text_contents()
     assert any(label.startswith("␣<script>aler") for label in labels)
     assert any(label == "␣<b>empty</b>" for label in labels)
     assert any(label == "␣$x$" for label in labels)

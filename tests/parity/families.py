@@ -22,7 +22,7 @@ VOCABULARY, LAYERS, LENGTH, WIDTH, HIDDEN = 50, 2, 16, 16, 24
 SIZES = {"vocabulary": VOCABULARY, "layers": LAYERS, "length": LENGTH, "width": WIDTH, "hidden": HIDDEN}
 
 # minitf's name -> the peer's name, {} for the layer, and what turns the peer's array into minitf's.
-Table = dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]
+Table = dict[str, tuple[str, Callable[..., np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,15 @@ class Family:
     build: Callable[[], nn.Module]
     run: Callable[..., dict[str, torch.Tensor]]
     table: Table
+    output: str = "logits"  # the leaf that the peer's output is
 
     def weights(self, peer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The peer's weights (or their gradients) by minitf's names."""
 
-        def read(name, to):
-            if "{}" not in name:
-                return to(peer[name])
-            return np.stack([to(peer[name.format(layer)]) for layer in range(LAYERS)])
+        def read(names, to):
+            if "{}" not in names:
+                return to(*(peer[name] for name in names.split("+")))
+            return np.stack([to(peer[names.format(layer)]) for layer in range(LAYERS)])
 
         return {ours: read(*theirs) for ours, theirs in self.table.items()}
 
@@ -64,18 +65,24 @@ def linear(ours: str, theirs: str, to=transposed, biases: bool = True) -> Table:
     return table | ({f"{ours}_bias": (f"{theirs}.bias", same)} if biases else {})
 
 
-def projections(names: tuple[str, str, str], heads: tuple[int, int, int], biases: bool = True) -> Table:
-    """Queries, keys and values, each a ``nn.Linear`` (outputs first) of its own."""
+def projections(
+    theirs: str, parts: tuple[str, str, str], heads: tuple[int, int, int], biases: str | None = "bias"
+) -> Table:
+    """Queries, keys and values, each a ``nn.Linear`` (outputs first) of its own.
+
+    ``biases="zeros"`` fills in zeros where minitf has biases and the peer has none.
+    """
     table: Table = {}
-    for ours, theirs, count in zip(("query", "key", "value"), names, heads, strict=True):
-        # A zero bias where minitf has one and the peer has none.
-        bias = (f"{theirs}.bias", lambda b, n=count: b.reshape(n, -1))
-        none = (f"{theirs}.weight", lambda w, n=count: np.zeros((n, len(w) // n), w.dtype))
-        table[f"layers.attention.{ours}"] = (
-            f"{theirs}.weight",
-            lambda w, n=count: w.T.reshape(w.shape[1], n, -1),
-        )
-        table[f"layers.attention.{ours}_bias"] = bias if biases else none
+    for ours, part, count in zip(("query", "key", "value"), parts, heads, strict=True):
+        name = theirs.format("{}", part)
+        table[f"layers.attention.{ours}"] = (f"{name}.weight", lambda w, n=count: w.T.reshape(w.shape[1], n, -1))
+        if biases == "bias":
+            table[f"layers.attention.{ours}_bias"] = (f"{name}.bias", lambda b, n=count: b.reshape(n, -1))
+        if biases == "zeros":
+            table[f"layers.attention.{ours}_bias"] = (
+                f"{name}.weight",
+                lambda w, n=count: np.zeros((n, len(w) // n), w.dtype),
+            )
     return table
 
 
@@ -151,7 +158,8 @@ def run_transformers(blocks, middle=None, middle_is_output=False, final=None):
 
 def eager(model_class, config):
     """A model whose attention is written out, so that it can give its attentions."""
-    return lambda: model_class(config(attn_implementation="eager")).eval()
+    options = {"attn_implementation": "eager", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    return lambda: model_class(config(**options)).eval()
 
 
 def bloom() -> nn.Module:
@@ -321,7 +329,7 @@ FAMILIES = {
         # One norm serves both halves of a layer.
         | norm("layers.attention_norm", "transformer.h.{}.ln_1")
         | norm("layers.feed_forward_norm", "transformer.h.{}.ln_1")
-        | projections(tuple(f"transformer.h.{{}}.attn.{x}_proj" for x in "qkv"), (2, 2, 2), biases=False)
+        | projections("transformer.h.{}.attn.{}_proj", ("q", "k", "v"), (2, 2, 2), biases="zeros")
         | linear("layers.attention.output", "transformer.h.{}.attn.out_proj", merged(2), biases=False)
         | {
             "layers.attention.output_bias": (
@@ -345,13 +353,7 @@ FAMILIES = {
         ),
         {"embedding": ("model.embed_tokens.weight", same), "unembedding": ("lm_head.weight", transposed)}
         | norm("layers.attention_norm", "model.layers.{}.input_layernorm", offset=False)
-        | {
-            name: theirs
-            for name, theirs in projections(
-                tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"), (4, 2, 2), biases=False
-            ).items()
-            if not name.endswith("bias")
-        }
+        | projections("model.layers.{}.self_attn.{}_proj", ("q", "k", "v"), (4, 2, 2), biases=None)
         | linear("layers.attention.output", "model.layers.{}.self_attn.o_proj", merged(4), biases=False)
         | norm("layers.feed_forward_norm", "model.layers.{}.post_attention_layernorm", offset=False)
         | linear("layers.feed_forward.into", "model.layers.{}.mlp.gate_proj", biases=False)
@@ -377,5 +379,58 @@ FAMILIES = {
         | linear("layers.feed_forward.into", "transformer.h.{}.mlp.dense_h_to_4h")
         | linear("layers.feed_forward.out", "transformer.h.{}.mlp.dense_4h_to_h")
         | norm("final_norm", "transformer.ln_f"),
+    ),
+    "bert": Family(
+        ModelConfig(
+            **SIZES,
+            heads=4,
+            tied=True,
+            biases=True,
+            causal=False,
+            norm_placement="post",
+            norm_epsilon=1e-12,
+            embedding_norm=True,
+            feed_forward="gelu",
+        ),
+        modeling_bert,
+        eager(transformers.BertModel, bert_config),
+        run_transformers(lambda m: m.encoder.layer, lambda b: b.attention.output, middle_is_output=True),
+        {
+            "embedding": ("embeddings.word_embeddings.weight", same),
+            # Every token here has type 0, so its vector belongs to every position.
+            "position": (
+                "embeddings.position_embeddings.weight+embeddings.token_type_embeddings.weight",
+                lambda position, kind: position + kind[0],
+            ),
+        }
+        | norm("embedding_norm", "embeddings.LayerNorm")
+        | projections("encoder.layer.{}.attention.self.{}", ("query", "key", "value"), (4, 4, 4))
+        | linear("layers.attention.output", "encoder.layer.{}.attention.output.dense", merged(4))
+        | norm("layers.attention_norm", "encoder.layer.{}.attention.output.LayerNorm")
+        | linear("layers.feed_forward.into", "encoder.layer.{}.intermediate.dense")
+        | linear("layers.feed_forward.out", "encoder.layer.{}.output.dense")
+        | norm("layers.feed_forward_norm", "encoder.layer.{}.output.LayerNorm"),
+        output="context",
+    ),
+    "torch_encoder": Family(
+        ModelConfig(
+            **SIZES,
+            heads=4,
+            biases=True,
+            position="sinusoidal",
+            embedding_scale=math.sqrt(WIDTH),
+            norm_placement="post",
+            feed_forward="relu",
+        ),
+        ModuleType("nothing"),
+        PostNormEncoder,
+        lambda model, tokens, valid: model(tokens, valid),
+        {"embedding": ("embedding.weight", same), "unembedding": ("head.weight", transposed)}
+        | fused("layers.{}.self_attn.in_proj_", 4, "part")
+        | linear("layers.attention.output", "layers.{}.self_attn.out_proj", merged(4))
+        | norm("layers.attention_norm", "layers.{}.norm1")
+        | linear("layers.feed_forward.into", "layers.{}.linear1")
+        | linear("layers.feed_forward.out", "layers.{}.linear2")
+        | norm("layers.feed_forward_norm", "layers.{}.norm2"),
     ),
 }

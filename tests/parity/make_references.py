@@ -16,9 +16,12 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import minitf
 
-from parity.families import FAMILIES
+# Behind minitf, which must not be taken for the folder of its tests.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from parity.families import FAMILIES  # noqa: E402
 
 FOLDER = Path(__file__).parent / "references"
 GRADIENTS = ("embedding", "layers.attention.query", "layers.attention.output", "layers.feed_forward.into")
@@ -97,8 +100,8 @@ def make(family):
         model, found = run(family, everything, tokens)
         arrays |= {f"gradient.{n}": g for n, g in gradients(model, family, found["output"]).items()}
         _, padded = run(family, padding, tokens)
-    for prefix, leaves in (("full", found), ("padded", padded)):
-        arrays |= {f"{prefix}.{name}": value.detach().numpy() for name, value in leaves.items()}
+    arrays |= {f"full.{name}": value.detach().numpy() for name, value in found.items()}
+    arrays |= {f"padded.{name}": padded[name].detach().numpy() for name in ("output", "layers.pattern")}
     # safetensors writes the memory as it lies, whatever the strides.
     return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
@@ -111,7 +114,7 @@ def main():
     FOLDER.mkdir(exist_ok=True)
     peer = f"torch {torch.__version__}, transformers {transformers.__version__}"
     for name, family in FAMILIES.items():
-        about = {"config": json.dumps(asdict(family.config)), "peer": peer}
+        about = {"config": json.dumps(asdict(family.config)), "output": family.output, "peer": peer, "minitf": minitf.__version__}
         save_file(make(family), FOLDER / f"{name}.safetensors", metadata=about)
 
 

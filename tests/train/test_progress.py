@@ -38,6 +38,7 @@ def test_a_bar_shows_title_percentage_loss_rate_and_time_in_full(width):
     ):
         clock.now = 10.0
         r(120, 0.0000123456)
+        clock.now = 14.0
         r(200, 0.00001)
     (line,) = shown(console)
     assert line.split() == [
@@ -71,7 +72,25 @@ def test_a_second_program_of_a_stage_goes_on_where_the_first_ended():
         report(50, 2.0)
         clock.now = 70.0
         report(80, 0.5)
-    assert console.file.getvalue().splitlines()[0] == "Syn-Small: 90% in 70 s, loss 0.5, 2.6 steps/s"
+    assert console.file.getvalue().splitlines()[0].startswith("Syn-Small: 90% in 70 s, loss 0.5, ")
+
+
+def test_compiling_does_not_count_against_the_rate():
+    console, clock = plain(), Clock()
+    with Progress(False, console=console, clock=clock) as progress, progress.stage("a", 30) as report:
+        clock.now = 20.0
+        report(10, 1.0)
+        clock.now = 22.0
+        report(30, 1.0)
+    assert console.file.getvalue() == "a: done in 22 s, loss 1, 10 steps/s\n"
+
+
+def test_one_chunk_has_the_rate_of_all_its_time():
+    console, clock = plain(), Clock()
+    with Progress(False, console=console, clock=clock) as progress, progress.stage("a", 30) as report:
+        clock.now = 20.0
+        report(30, 1.0)
+    assert console.file.getvalue() == "a: done in 20 s, loss 1, 1.5 steps/s\n"
 
 
 def test_where_there_is_no_terminal_a_stage_has_one_line_and_one_a_minute_before():
