@@ -207,6 +207,6 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(getattr(entry, "name", entry)) for entry in path)
 
 
-def named(parameters: Parameters) -> dict[str, Array]:
+def named(parameters: Parameters) -> dict[str, Weight]:
     """The weights by name, flat: what a safetensors file holds."""
     return {path_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(parameters)}

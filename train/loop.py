@@ -4,8 +4,12 @@ One run is a pure function of its hyper-parameters and its key. ``train`` vmaps 
 seeds and rates is one program; what a run records comes to the host once per chunk.
 """
 
+import os
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -70,6 +74,26 @@ def log_spaced(steps: int, count: int) -> list[int]:
     return sorted({0, steps, *(step for step in between if step < steps)})
 
 
+@dataclass(frozen=True)
+class Programs:
+    """A task compiled for some shape of seeds, rates and records; :func:`train` takes it to run it again.
+
+    Attributes:
+        start: (keys, hyper) -> state; ``chunk``: (keys, hyper, state, steps done, targets) -> state, losses, records.
+        parts: in how many equal parts the seeds run at once, each in its own thread.
+        records_per_chunk: how many records one chunk makes.
+        seconds: what compiling took.
+        temporary_bytes: what one part's chunk needs beside its inputs and outputs, as the compiler says.
+    """
+
+    start: Callable[[Array, Tree], Tree]
+    chunk: Callable[..., tuple[Tree, Array, Tree]]
+    parts: int
+    records_per_chunk: int
+    seconds: float
+    temporary_bytes: int
+
+
 def train(
     task: Task,
     keys: Key[Array, " seed"],
@@ -80,6 +104,7 @@ def train(
     how: Literal["vmap", "map"] = "vmap",
     report: Report | None = None,
     stop_on_divergence: bool = True,
+    programs: Programs | None = None,
 ) -> History:
     """Train ``seed x rate`` runs together, to the last of ``record_steps``.
 
@@ -90,10 +115,11 @@ def train(
         hyper: pytree of arrays with one leading axis, the rates; the optimizer gets one entry of each.
         record_steps: increasing numbers of steps taken; the first is usually 0.
         records_per_chunk: how many records one dispatch makes: the grain of progress and of interruption.
-        how: ``vmap`` runs the seeds side by side, ``map`` one after another in the same program, which is
-            faster on a CPU once a single run fills its caches.
+        how: ``vmap`` runs the seeds side by side; ``map`` runs them one after another in the same program, and
+            equal shares of them on the CPU's cores, which is faster there once a single run fills its caches.
         report: called after every chunk.
         stop_on_divergence: stop after the chunk in which a loss stopped being finite.
+        programs: of :func:`compile_programs` with the same arguments, to compile once and run often.
 
     Returns:
         A history with run axes ``[seed, rate]``. Interrupting (Ctrl-C) between chunks returns what was done,
@@ -102,41 +128,97 @@ def train(
     Raises:
         ValueError: the record steps do not increase from at least 0, or a chunk is to hold no record.
     """
+    chunks = _chunks(record_steps, records_per_chunk)
+    if programs is None:
+        programs = compile_programs(
+            task, keys, hyper, record_steps, records_per_chunk=records_per_chunk, how=how
+        )
+    shares = jnp.split(keys, programs.parts)
+    states, done = [programs.start(share, hyper) for share in shares], 0
+    losses: list[np.ndarray] = []
+    records: list[Tree] = []
+    with ThreadPoolExecutor(programs.parts) as threads:
+        try:
+            for targets in chunks:
+                # Every chunk has the same shape, so there is one program: repeated targets take no step.
+                padded = np.pad(targets, (0, records_per_chunk - len(targets)), mode="edge")
+                step = partial(_advance, programs.chunk, hyper, done, padded)
+                after, loss, record = zip(*threads.map(step, shares, states), strict=True)
+                losses.append(np.concatenate(loss)[..., : int(targets[-1]) - done])
+                records.append(jax.tree.map(lambda *x, n=len(targets): np.concatenate(x)[:, :, :n], *record))
+                states, done = list(after), int(targets[-1])
+                if report is not None:
+                    report(done, _mean_last(losses))
+                if stop_on_divergence and not np.all(np.isfinite(losses[-1])):
+                    break
+        except KeyboardInterrupt:
+            if not records:
+                raise
+    loss = np.concatenate(losses[: len(records)], axis=-1)
+    return History(
+        loss=loss,
+        records=jax.tree.map(lambda *xs: np.concatenate(xs, axis=2), *records),
+        record_steps=np.concatenate(chunks[: len(records)]),
+        parameters=jax.tree.map(lambda *xs: jnp.concatenate(xs), *(state[0] for state in states)),
+        diverged=first_non_finite(loss),
+        finished=len(records) == len(chunks),
+    )
+
+
+def _advance(
+    chunk: Callable, hyper: Tree, done: int, targets: np.ndarray, keys: Array, state: Tree
+) -> tuple[Tree, np.ndarray, Tree]:
+    """One chunk of one share of the seeds, waited for; losses and records on the host."""
+    state, loss, records = chunk(keys, hyper, state, np.int32(done), targets)
+    return state, np.asarray(loss), jax.tree.map(np.asarray, records)
+
+
+def _chunks(record_steps: Sequence[int], records_per_chunk: int) -> list[np.ndarray]:
+    """The record steps, checked, in the groups that one dispatch makes."""
     if records_per_chunk < 1:
         raise ValueError(f"records_per_chunk is {records_per_chunk}; it must be at least 1")
     steps = np.asarray(record_steps, np.int32)
     if steps.ndim != 1 or len(steps) == 0 or steps[0] < 0 or np.any(np.diff(steps) <= 0):
         raise ValueError(f"record steps must increase from at least 0; they are {list(record_steps)}")
-    ends = [steps[i : i + records_per_chunk] for i in range(0, len(steps), records_per_chunk)]
-    most = max(int(e[-1]) - int(s) for e, s in zip(ends, [0, *(e[-1] for e in ends)], strict=False))
-    start, chunk = _programs(task, how, capacity=max(most, 1))
-    state, done = start(keys, hyper), 0
-    losses: list[np.ndarray] = []
-    records: list[Tree] = []
-    try:
-        for targets in ends:
-            # Every chunk has the same shape, so there is one program: repeated targets take no step.
-            padded = np.pad(targets, (0, records_per_chunk - len(targets)), mode="edge")
-            after, loss, record = chunk(keys, hyper, state, jnp.int32(done), padded)
-            losses.append(np.asarray(loss)[..., : int(targets[-1]) - done])
-            records.append(jax.tree.map(lambda x, n=len(targets): np.asarray(x)[:, :, :n], record))
-            state, done = after, int(targets[-1])
-            if report is not None:
-                report(done, _mean_last(losses))
-            if stop_on_divergence and not np.all(np.isfinite(losses[-1])):
-                break
-    except KeyboardInterrupt:
-        if not records:
-            raise
-    loss = np.concatenate(losses[: len(records)], axis=-1)
-    return History(
-        loss=loss,
-        records=jax.tree.map(lambda *xs: np.concatenate(xs, axis=2), *records),
-        record_steps=steps[: sum(len(e) for e in ends[: len(records)])],
-        parameters=state[0],
-        diverged=first_non_finite(loss),
-        finished=len(records) == len(ends),
+    return [steps[i : i + records_per_chunk] for i in range(0, len(steps), records_per_chunk)]
+
+
+def compile_programs(
+    task: Task,
+    keys: Key[Array, " seed"],
+    hyper: Tree,
+    record_steps: Sequence[int],
+    *,
+    records_per_chunk: int = 10,
+    how: Literal["vmap", "map"] = "vmap",
+) -> Programs:
+    """Compile what :func:`train` runs, with the same arguments; raises what it raises."""
+    began = time.perf_counter()
+    chunks = _chunks(record_steps, records_per_chunk)
+    # The most steps that any chunk takes.
+    capacity = max(int(c[-1]) - int(s) for c, s in zip(chunks, [0, *(c[-1] for c in chunks)], strict=False))
+    parts = _parts(len(keys)) if how == "map" else 1
+    share = keys[: len(keys) // parts]
+    start, chunk = _programs(task, how, max(capacity, 1))
+    compiled_start = start.lower(share, hyper).compile()
+    state = jax.eval_shape(start, share, hyper)
+    targets = jax.ShapeDtypeStruct((records_per_chunk,), np.int32)
+    compiled = chunk.lower(share, hyper, state, jax.ShapeDtypeStruct((), np.int32), targets).compile()
+    memory = compiled.memory_analysis()
+    return Programs(
+        start=compiled_start,
+        chunk=compiled,
+        parts=parts,
+        records_per_chunk=records_per_chunk,
+        seconds=time.perf_counter() - began,
+        temporary_bytes=0 if memory is None else int(memory.temp_size_in_bytes),
     )
+
+
+def _parts(seeds: int) -> int:
+    """Into how many equal shares to divide the seeds: at most one per core of a CPU, one elsewhere."""
+    cores = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    return max(n for n in range(1, max(seeds, 1) + 1) if n <= cores and seeds % n == 0)
 
 
 def first_non_finite(loss: np.ndarray) -> np.ndarray:
@@ -151,8 +233,8 @@ def _mean_last(losses: list[np.ndarray]) -> float:
     return float(np.mean(known[-1][..., -1])) if known else float("nan")
 
 
-def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[Callable, Callable]:
-    """The compiled start and chunk of all runs; ``capacity`` is the most steps that a chunk takes."""
+def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[Any, Any]:
+    """The jitted start and chunk of all runs; ``capacity`` is the most steps that a chunk takes."""
 
     def start(key: Key[Array, ""], hyper: Tree) -> tuple[Tree, Tree]:
         parameters = task.initialize(jax.random.fold_in(key, 0))

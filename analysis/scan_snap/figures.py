@@ -13,6 +13,7 @@ from minitf.analysis.scan_snap.results import MediumPanel, SmallRun
 from minitf.analysis.scan_snap.style import BLUE, COMMON, INK, MARKERS, MUTED, NAMED, styled
 
 FIG4_STEPS = (0, 2, 4, 6, 8, 10)
+SMALLEST_LOSS = 1e-8  # below, a mean of single-precision losses is rounding, and often zero
 
 
 def rates_label(run: SmallRun) -> str:
@@ -163,6 +164,7 @@ def ratios(runs: Sequence[SmallRun], n: int = 0) -> Figure:
                 excess / excess[:, :1],
                 color,
                 f"{times:.3g} times rarer",
+                error=True,
                 marker=MARKERS[i % 6],
                 markevery=(2 * i, max(1, len(run.record_steps) // 5)),
             )
@@ -183,11 +185,13 @@ def loss(runs: Sequence[SmallRun]) -> Figure:
     figure, axes = style.panels(1, 1, 7.6, 4.2)
     place = axes[0, 0]
     for i, run in enumerate(runs):
-        style.band(place, np.arange(run.loss.shape[1]), run.loss, NAMED[i % 6], rates_label(run))
+        shown = np.maximum(run.loss, SMALLEST_LOSS)
+        style.band(place, np.arange(run.loss.shape[1]), shown, NAMED[i % 6], rates_label(run))
     if any(r.optimizer == "sgd" and (r.decoder_rate, r.attention_rate) == reference.FIG4_LOSS_RATES for r in runs):
         label = "authors' log, SGD (1, 1)"
         place.plot(reference.FIG4_LOSS_STEP, reference.FIG4_LOSS, "o", mfc="white", mec=INK, label=label, zorder=5)
     place.set_yscale("log")
+    place.set_ylim(bottom=SMALLEST_LOSS)
     place.set_xlabel("step")
     place.set_ylabel("loss (nats per token)")
     place.legend(loc="upper left", bbox_to_anchor=(1.01, 1))

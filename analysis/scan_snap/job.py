@@ -116,7 +116,7 @@ class _Job:
     def claims(self, name: str, title: str, make: Callable[[], list[Claim]]) -> list[Claim]:
         """A stage that yields claims."""
         file = self.arrays / f"{name}.claims.json"
-        kept = self._kept(title, [file], lambda: [_claim_from(row) for row in json.loads(file.read_bytes())])
+        kept = self._kept(title, [file], lambda: _read_claims(file))
         if kept is not None:
             return kept
         with self.progress.stage(title):
@@ -129,7 +129,7 @@ class _Job:
             if self.interrupted():
                 raise KeyboardInterrupt
         write_atomically(file, as_json(made).encode())
-        return [_claim_from(row) for row in json.loads(file.read_bytes())]
+        return _read_claims(file)
 
     def runs(
         self,
@@ -365,6 +365,13 @@ def _identity(texts: corpus.Corpus) -> dict[str, str]:
     """What the text was, so that no run goes on with another one under the same name."""
     digest = hashlib.sha256(json.dumps([texts.train, texts.validation]).encode()).hexdigest()
     return {"text_source": texts.source, "text_sha256": digest[:16]}
+
+
+def _read_claims(file: Path) -> list[Claim]:
+    rows = json.loads(file.read_bytes())
+    if not isinstance(rows, list):
+        raise ValueError("claims are a list")
+    return [_claim_from(row) for row in rows]
 
 
 def _claim_from(row: dict[str, Any]) -> Claim:

@@ -6,7 +6,7 @@
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;")
     .replace(/\$/g, "&#36;");
   const font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: data.colors.ink };
-  const config = { displayModeBar: false, responsive: true };
+  const config = { displayModeBar: false };
   const axis = { gridcolor: data.colors.grid, zeroline: false, fixedrange: true, automargin: true };
 
   const title = (text) => ({ text, font: { size: 13 } });
@@ -27,7 +27,7 @@
     };
   };
 
-  const drawAttention = (run, n, record, narrow) => {
+  const drawAttention = (run, n, record, width, narrow) => {
     const tokens = run.common.map((_, token) => token).filter((token) => run.probability[n][token] > 0);
     const highest = Math.max(...run.attention.flat(2));
     const traces = [kindTrace(run, "common", run.common, data.colors.common, "/", n, record)];
@@ -41,7 +41,7 @@
       marker: { symbol: "line-ew", size: narrow ? 8 : 20, line: { width: 2, color: data.colors.ink } },
     });
     const layout = {
-      font, barmode: "overlay", bargap: 0.15, height: 340, margin: { l: 52, r: 8, t: 8, b: 44 },
+      font, barmode: "overlay", bargap: 0.15, width, height: 340, margin: { l: 52, r: 8, t: 8, b: 44 },
       xaxis: { ...axis, title: title("contextual token"), range: [-0.7, run.common.length - 0.3], showgrid: false },
       yaxis: { ...axis, title: title("attention"), range: [0, highest * 1.12], rangemode: "tozero" },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
@@ -49,7 +49,7 @@
     return Plotly.react("attention-plot", traces, layout, config);
   };
 
-  const drawCurves = (run, n, record, narrow) => {
+  const drawCurves = (run, n, record, width, narrow) => {
     const color = data.colors.classes[n % data.colors.classes.length];
     const pick = (rows) => rows.map((row) => row[n]);
     const line = (name, y, where, look) => ({
@@ -83,7 +83,7 @@
     const [top, bottom] = narrow ? [[0.6, 1], [0, 0.4]] : [[0, 1], [0, 1]];
     const step = { ...axis, title: title("step"), range: [0, run.steps[run.steps.length - 1]] };
     const layout = {
-      font, height: narrow ? 520 : 320, margin: { l: 52, r: 12, t: 8, b: 44 }, hovermode: "x", shapes, annotations,
+      font, width, height: narrow ? 520 : 320, margin: { l: 52, r: 12, t: 8, b: 44 }, hovermode: "x", shapes, annotations,
       xaxis: { ...step, domain: left, anchor: "y" }, xaxis2: { ...step, domain: right, anchor: "y2" },
       yaxis: { ...axis, title: title("attention"), domain: top, rangemode: "tozero" },
       yaxis2: { ...axis, title: title("entropy (nats)"), domain: bottom, anchor: "x2" },
@@ -98,10 +98,11 @@
     const draw = () => {
       const run = data.small[Number(runs.value)];
       const record = Math.min(Number(time.value), run.steps.length - 1);
-      const narrow = byId("attention-plot").clientWidth < 620;
+      const width = byId("attention-plot").clientWidth;
+      const narrow = width < 620;
       byId("small-step").textContent = `${run.steps[record]} of ${run.steps[run.steps.length - 1]}`;
-      drawAttention(run, Number(classes.value), record, narrow);
-      drawCurves(run, Number(classes.value), record, narrow);
+      drawAttention(run, Number(classes.value), record, width, narrow);
+      drawCurves(run, Number(classes.value), record, width, narrow);
     };
     const choose = () => {
       const run = data.small[Number(runs.value)];
@@ -158,7 +159,7 @@
       type: "heatmap", z: run.patterns[index], x: places, y: places, text, colorscale, zmin: 0, zmax: 1,
       showscale: false, hovertemplate: "%{text}<extra></extra>",
     };
-    return Plotly.react(holder, [trace], layout, { displayModeBar: false });
+    return Plotly.react(holder, [trace], layout, config);
   };
 
   const startText = () => {

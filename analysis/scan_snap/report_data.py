@@ -28,7 +28,9 @@ def number(x: float) -> str:
     if not math.isfinite(x):
         return "not finite"
     mantissa, _, exponent = f"{x:.4g}".partition("e")
-    power = f" × 10{str(int(exponent)).translate(SUPERSCRIPTS)}" if exponent else ""
+    power = (
+        f"\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10{str(int(exponent)).translate(SUPERSCRIPTS)}" if exponent else ""
+    )
     return mantissa.replace("-", "−") + power
 
 
@@ -254,7 +256,7 @@ def headlines(results: ScanSnapResults) -> list[dict[str, str]]:
     for run in single_layer(leading(results.text)):
         entropy = run.entropy[:, 0]
         path = [entropy[0], entropy.min(), entropy[-1]]
-        if path[2] - path[1] < 0.05:
+        if run.optimizer != "adam" or path[2] - path[1] < 0.05:
             path.pop(1)
         cards.append(
             {

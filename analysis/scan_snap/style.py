@@ -97,12 +97,21 @@ def ordered_colors(count: int) -> list[str]:
 
 
 def band(
-    axes: Axes, x: np.ndarray, samples: np.ndarray, color: Any, label: str | None = None, **line: Any
+    axes: Axes,
+    x: np.ndarray,
+    samples: np.ndarray,
+    color: Any,
+    label: str | None = None,
+    error: bool = False,
+    **line: Any,
 ) -> None:
-    """The mean over seeds (axis 0) as a line, and its smallest and largest as a band."""
-    axes.plot(x, samples.mean(axis=0), color=color, label=label, **line)
+    """The mean over seeds (axis 0) as a line, with a band: the smallest and largest, or the standard error."""
+    mean = samples.mean(axis=0)
+    axes.plot(x, mean, color=color, label=label, **line)
     if len(samples) > 1:
-        axes.fill_between(x, samples.min(axis=0), samples.max(axis=0), color=color, alpha=0.16, linewidth=0)
+        half = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
+        low, high = (mean - half, mean + half) if error else (samples.min(axis=0), samples.max(axis=0))
+        axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
 
 
 def note(axes: Axes, x: float, y: float, text: str, **how: Any) -> None:

@@ -108,8 +108,8 @@ def test_numbers_that_are_not_finite_become_null():
     [
         (0.148, "0.148"),
         (-1.5, "−1.5"),
-        (4.819e-5, "4.819 × 10⁻⁵"),
-        (1234567.0, "1.235 × 10⁶"),
+        (4.819e-5, "4.819\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10⁻⁵"),
+        (1234567.0, "1.235\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10⁶"),
         (np.nan, "not finite"),
     ],
 )

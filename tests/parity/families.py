@@ -158,7 +158,7 @@ def run_transformers(blocks, middle=None, middle_is_output=False, final=None):
 
 def eager(model_class, config):
     """A model whose attention is written out, so that it can give its attentions."""
-    options = {"attn_implementation": "eager", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    options = {"attn_implementation": "eager", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     return lambda: model_class(config(**options)).eval()
 
 
@@ -302,7 +302,7 @@ FAMILIES = {
         modeling_gpt_neox,
         eager(transformers.GPTNeoXForCausalLM, neox_config),
         run_transformers(lambda m: m.gpt_neox.layers, final=lambda m: m.gpt_neox.final_layer_norm),
-        {"embedding": ("gpt_neox.embed_in.weight", same), "unembedding": ("embed_out.weight", transposed)}
+        {"embedding": ("gpt_neox.embed_in.weight", same), "unembedding": ("lm_head.weight", transposed)}
         | norm("layers.attention_norm", "gpt_neox.layers.{}.input_layernorm")
         | fused("gpt_neox.layers.{}.attention.query_key_value.", 2, "head")
         | linear("layers.attention.output", "gpt_neox.layers.{}.attention.dense", merged(2))

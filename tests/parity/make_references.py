@@ -61,8 +61,8 @@ def draw_weights(model):
             values = 0.2 * values + float(name.endswith("weight"))
         else:
             values /= np.sqrt(parameter.shape[-1])
-        # Both precisions start from the same float32 numbers.
-        parameter.data = torch.tensor(values.astype(np.float32)).to(parameter.dtype)
+        # Both precisions start from the same numbers, of which two can be added exactly in float32.
+        parameter.data = torch.tensor(np.round(values * 2**14) / 2**14, dtype=parameter.dtype)
 
 
 def inputs(vocabulary):
@@ -91,7 +91,7 @@ def run(family, valid, tokens):
 def make(family):
     """All arrays of one reference file, by name."""
     tokens, padding = inputs(family.config.vocabulary)
-    everything = np.ones_like(padding)
+    everything = np.ones_like(padding)  # no padding
     model, single = run(family, everything, tokens)
     arrays = {f"weights.{name}": value for name, value in family.weights(numbers(model)).items()}
     arrays |= {"tokens": tokens.astype(np.int32), "valid": padding}
