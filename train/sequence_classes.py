@@ -136,11 +136,18 @@ def sample_tokens(
     return jnp.concatenate([context, query[:, None]], axis=1), jnp.asarray(data.class_labels)[classes]
 
 
-def sample_counts(data: SequenceClasses, key: Key[Array, ""], batch: int) -> CountBatch:
-    """The same sequences as :func:`sample_tokens` with the same key, as counts."""
+def sample_support_counts(
+    data: SequenceClasses, key: Key[Array, ""], batch: int
+) -> tuple[Int[Array, " batch"], Float[Array, "batch support"]]:
+    """The same sequences as classes and counts over each class's support."""
     classes, places = sample_support(data, key, batch)
     held = jnp.arange(data.support.shape[1])
-    per_support = jnp.sum(places[:, :, None] == held, axis=1).astype(jnp.float32)
+    return classes, jnp.sum(places[:, :, None] == held, axis=1).astype(jnp.float32)
+
+
+def sample_counts(data: SequenceClasses, key: Key[Array, ""], batch: int) -> CountBatch:
+    """The same sequences as :func:`sample_tokens` with the same key, as counts."""
+    classes, per_support = sample_support_counts(data, key, batch)
     common, own = per_support[:, : data.common], per_support[:, data.common :]
     # A class's own tokens go to its block of the vocabulary: an outer product with the one-hot class.
     blocks = jax.nn.one_hot(classes, data.classes, dtype=jnp.float32)[:, :, None] * own[:, None, :]

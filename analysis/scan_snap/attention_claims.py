@@ -190,7 +190,7 @@ def t10b_joint(runs: dict[tuple[str, float], PopulationRun], sets: dict[str, Cla
             statistic="max |r / (r(0) chi) - 1| until z_top = .15, strongest against the token of half its "
             f"frequency: {runs_named}",
             value=half,
-            note="The specification does not name the pair; its reference is .9 to 1.9 %. For the nearest "
+            note="The paper does not name a pair; an independent simulation found .9 to 1.9 %. For the nearest "
             "pair see T10b_near.",
         ),
         about(

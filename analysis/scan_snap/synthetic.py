@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ import optax
 from jaxtyping import Array, Float
 
 from minitf.analysis.scan_snap import measures
+from minitf.analysis.scan_snap.grouped import grouped, place
 from minitf.analysis.scan_snap.results import MediumPanel, SmallRun
 from minitf.config import token_tables
 from minitf.parameters import Parameters, initialize
 from minitf.tables import count_walk
 from minitf.train import optimizers
-from minitf.train.loop import History, Report, Task, every, train
+from minitf.train.loop import History, Programs, Report, Task, compile_programs, every, train
 from minitf.train.optimizers import Rates
 from minitf.train.sequence_classes import CountBatch, SequenceClasses, population, sample_counts, syn_medium
 
@@ -128,6 +129,30 @@ def run_small(
     return [runs[s.name] for s in settings if s.name in runs], histories
 
 
+def _medium_data(queries: int, length: int) -> SequenceClasses:
+    return dataclasses.replace(syn_medium(queries), length=length)
+
+
+def _medium_training(queries: int, seeds: int, seed: int, steps: int, length: int) -> dict[str, Any]:
+    """What ``train`` and ``compile_programs`` are called with for one panel."""
+    data = _medium_data(queries, length)
+    # On a CPU one seed's 16 pairs of rates fill the caches, so seeds go one after another in the program.
+    how: Literal["vmap", "map"] = "map" if jax.default_backend() == "cpu" else "vmap"
+    return {
+        "task": grouped(task(data, "fan_in", "sgd"), data, BATCH),
+        "keys": seed_keys(seed, seeds),
+        "hyper": grid(MEDIUM_ATTENTION_RATES, MEDIUM_RATIOS),
+        "record_steps": every(steps, max(1, steps // 5)),
+        "records_per_chunk": 2,
+        "how": how,
+    }
+
+
+def compile_medium(queries: int, seeds: int, *, steps: int = STEPS, length: int = 128) -> Programs:
+    """The program of :func:`run_medium` with the same arguments, to compile it once and run it often."""
+    return compile_programs(**_medium_training(queries, seeds, 0, steps, length))
+
+
 def run_medium(
     queries: int,
     seeds: int,
@@ -136,22 +161,16 @@ def run_medium(
     steps: int = STEPS,
     length: int = 128,
     report: Report | None = None,
+    programs: Programs | None = None,
 ) -> tuple[MediumPanel, History]:
     """One panel of Fig. 6: 16 pairs of rates and all seeds as one program."""
-    data = dataclasses.replace(syn_medium(queries), length=length)
-    rates = grid(MEDIUM_ATTENTION_RATES, MEDIUM_RATIOS)
-    # On a CPU one seed's 16 pairs of rates fill the caches, so seeds go one after another in the program.
-    how: Literal["vmap", "map"] = "map" if jax.default_backend() == "cpu" else "vmap"
-    history = train(
-        task(data, "fan_in", "sgd"),
-        seed_keys(seed, seeds),
-        rates,
-        every(steps, max(1, steps // 5)),
-        records_per_chunk=2,
-        how=how,
-        report=report,
-        stop_on_divergence=False,
+    data, training = _medium_data(queries, length), _medium_training(queries, seeds, seed, steps, length)
+    history = train(**training, report=report, stop_on_divergence=False, programs=programs)
+    start = jax.vmap(lambda key: task(data, "fan_in", "sgd").initialize(jax.random.fold_in(key, 0)))(
+        training["keys"]
     )
+    start = jax.tree.map(lambda x, n=history.loss.shape[1]: jnp.repeat(x[:, None], n, axis=1), start)
+    history = dataclasses.replace(history, parameters=place(history.parameters, start, data))
     shape = (seeds, len(MEDIUM_ATTENTION_RATES), len(MEDIUM_RATIOS))
     last = {name: x[:, :, -1].astype(np.float64) for name, x in history.records.items()}
     entropy = measures.distinct_entropy(last["association"], data.is_distinct).mean(axis=-1)

@@ -2,8 +2,8 @@
 
 Closed forms against independent computations (sampling, iteration, root finding, integration). What needs a
 simulated decoder (T7, Theorem 1 under SGD, Remark 1) is in :mod:`decoder_claims`, what needs the model or
-simulated attention (T1, T8-T10b, T14, Theorem 4) in :mod:`attention_claims`. Set-ups and criteria are those
-of the specification's table; where it leaves a choice open, ``statistic`` says what was chosen.
+simulated attention (T1, T8-T10b, T14, Theorem 4) in :mod:`attention_claims`. Where the paper leaves a set-up
+open, ``statistic`` says what was chosen.
 """
 
 import numpy as np
@@ -54,7 +54,7 @@ def t3_frequencies(seed: int = 0, seeds: int = 8, samples: int = 1000) -> Claim:
         threshold=[-0.52, -0.48],
         n=seeds,
         ci95=ci95,
-        note=f"rms at T = 128: {np.mean(at_128):.4f} (it depends on the draws of z; reference .0903).",
+        note=f"rms at T = 128: {np.mean(at_128):.4f} (it depends on the draws of z; .0903 in an independent simulation).",
     )
 
 

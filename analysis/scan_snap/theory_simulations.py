@@ -1,6 +1,6 @@
 """Simulations that the theory's claims are measured on: the decoder alone, and the closed attention system.
 
-Both use the exact shortcut of the spec: Y = F C, with F the features of the K classes, and outputs that are
+Both use the exact shortcut Y = F C, with F the features of the K classes, and outputs that are
 never a label share one column of C (so C has K + 1 columns, the last of multiplicity M - K). Everything runs
 in float64 under a local ``enable_x64``.
 """

@@ -1,0 +1,175 @@
+"""``minitf bench scan-snap``: how fast and how large the synthetic experiments are."""
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minitf.analysis import bench
+from minitf.analysis.bench import Row, Say, Worker
+from minitf.analysis.scan_snap import synthetic, torch_peer
+from minitf.config import token_tables
+from minitf.parameters import Parameters
+from minitf.tables import count_walk
+from minitf.train.loop import Programs, Task, compile_programs, every, train
+from minitf.train.optimizers import Rates
+from minitf.train.sequence_classes import SYN_SMALL, population
+
+PEERS: dict[str, torch_peer.Form] = {
+    "eager PyTorch": "positions",
+    "eager PyTorch on counts": "counts",
+}
+
+
+def bench_scan_snap(
+    *,
+    seed: int = 0,
+    rounds: int = 5,
+    panels: Sequence[int] = synthetic.MEDIUM_QUERIES,
+    seeds: int = 10,
+    steps: int = synthetic.STEPS,
+    peer_runs: int = 2,
+    say: Say = lambda sentence: None,
+) -> list[Row]:
+    """The Fig. 6 grid against eager PyTorch, the cost of recording the walk, compile time and memory.
+
+    Args:
+        seed: first seed of the runs.
+        rounds: how often each side is measured, in turns.
+        panels: numbers of queries of the panels of Fig. 6.
+        seeds: of every cell of the grid.
+        steps: of every run.
+        peer_runs: how many runs per panel and round the peer does; its time for the whole grid is scaled from them.
+        say: told what is being measured.
+    """
+    return [
+        *_grid_rows(seed, rounds, panels, seeds, steps, peer_runs, say),
+        *_recording_rows(seed, rounds, steps, say),
+        *_memory_rows(seed, panels, seeds, steps, say),
+    ]
+
+
+def _grid_rows(
+    seed: int, rounds: int, panels: Sequence[int], seeds: int, steps: int, peer_runs: int, say: Say
+) -> list[Row]:
+    """Throughput of the grid of Fig. 6, as our programs and one run after another in PyTorch."""
+    say("compiling the grid of Fig. 6")
+    compiled = {q: synthetic.compile_medium(q, seeds, steps=steps) for q in panels}
+    rates = synthetic.grid(synthetic.MEDIUM_ATTENTION_RATES, synthetic.MEDIUM_RATIOS)
+    cells = len(rates.decoder)
+    runs = len(panels) * cells * seeds
+
+    def ours() -> float:
+        began = time.perf_counter()
+        for queries, programs in compiled.items():
+            synthetic.run_medium(queries, seeds, seed=seed, steps=steps, programs=programs)
+        return runs / (time.perf_counter() - began)
+
+    def theirs(worker: Worker, form: torch_peer.Form) -> float:
+        """Runs per second of the whole grid, from a few runs of each panel at rates of the grid's middle."""
+        seconds = 0.0
+        for queries in panels:
+            job = torch_peer.Job(queries, 2, 2.0, 1.0, steps, form, seed=seed)
+            done = [worker.ask(torch_peer.line(job))["seconds"] for _ in range(peer_runs)]
+            seconds += statistics.mean(done) * cells * seeds
+        return runs / seconds
+
+    name, unit = f"grid of Fig. 6: {runs} runs of {steps} steps", "runs/s"
+    ours()  # memory is mapped, threads are there
+    with ExitStack() as stack:
+        if bench.installed("torch"):
+            worker = stack.enter_context(Worker(torch_peer.__name__))
+            theirs(worker, "positions")
+            sides = {peer: (lambda form=form: theirs(worker, form)) for peer, form in PEERS.items()}
+            measured = bench.interleaved({"ours": ours, **sides}, rounds, say)
+            note = (
+                f"compiled; peer: torch {worker.greeting['version']}, {worker.greeting['threads']} threads, "
+                f"{peer_runs} runs per panel and round, scaled to {cells * seeds}"
+            )
+            rows = [
+                bench.throughput_row(name, peer, measured["ours"], measured[peer], unit, note)
+                for peer in PEERS
+            ]
+        else:
+            measured = bench.interleaved({"ours": ours}, rounds, say)
+            rows = [bench.missing_row(name, peer, measured["ours"], unit) for peer in PEERS]
+    compiling = sum(programs.seconds for programs in compiled.values())
+    return [*rows, bench.value_row("compile time of that grid", [compiling], "s", f"{len(panels)} programs")]
+
+
+def walk_task(data: synthetic.SequenceClasses = SYN_SMALL) -> Task:
+    """Syn-Small whose records are the whole walk of every class: all points, steps, scores and patterns."""
+    plain = synthetic.task(data, "zeros", "sgd")
+    everything = population(data)
+    return dataclasses.replace(
+        plain, record=lambda parameters: count_walk(parameters, everything.queries, everything.counts)
+    )
+
+
+def _recording_rows(seed: int, rounds: int, steps: int, say: Say, seeds: int = 8) -> list[Row]:
+    """What recording the full attention walk every second step costs on Syn-Small."""
+    say("compiling Syn-Small with and without records")
+    rates = Rates(decoder=jnp.array([1.0, 10.0]), attention=jnp.array([1.0, 1.0]))
+    keys = synthetic.seed_keys(seed, seeds)
+    steps *= 5  # long enough that a difference of a few percent shows
+    record_steps = {"recording": every(steps, 2), "not recording": [0, steps]}
+    # One chunk each: chunks are for progress, which is not what is compared here.
+    tasks = {"recording": walk_task(), "not recording": synthetic.task(SYN_SMALL, "zeros", "sgd")}
+    tasks["not recording"] = dataclasses.replace(tasks["not recording"], record=lambda parameters: ())
+    programs = {
+        name: compile_programs(tasks[name], keys, rates, kept, records_per_chunk=len(kept), how="map")
+        for name, kept in record_steps.items()
+    }
+
+    def run(name: str) -> float:
+        kept = record_steps[name]
+        began = time.perf_counter()
+        train(tasks[name], keys, rates, kept, records_per_chunk=len(kept), how="map", programs=programs[name])
+        return time.perf_counter() - began
+
+    for name in programs:
+        run(name)
+    sides = {name: (lambda name=name: run(name)) for name in programs}
+    measured = bench.interleaved(sides, 2 * rounds + 1, say)
+    row = bench.cost_row(
+        f"Syn-Small, the walk recorded every 2 of {steps} steps",
+        "not recording",
+        measured["recording"],
+        measured["not recording"],
+        "s",
+        "0.91 or more is a cost of at most 10 %",
+    )
+    return [row]
+
+
+_PEAK = """
+import json, resource
+from minitf.analysis.scan_snap import synthetic
+programs = synthetic.compile_medium({queries}, {seeds}, steps={steps})
+synthetic.run_medium({queries}, {seeds}, seed={seed}, steps={steps}, programs=programs)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({{"peak": peak, "temporary": programs.temporary_bytes * programs.parts}}))
+"""
+
+
+def _memory_rows(seed: int, panels: Sequence[int], seeds: int, steps: int, say: Say) -> list[Row]:
+    """Peak memory of a fresh process that runs the largest panel, and what its program asks for."""
+    say("measuring memory in a fresh process")
+    largest = max(panels)
+    code = _PEAK.format(queries=largest, seeds=seeds, steps=steps, seed=seed)
+    # Linux counts the peak in KiB, macOS in bytes.
+    peak = bench.measured_alone(code)
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    name = f"panel {largest}/{2 * largest} of Fig. 6, {seeds} seeds"
+    return [
+        bench.value_row(f"peak memory, {name}", [peak["peak"] * unit / 2**20], "MiB", "a fresh process, all of it"),
+        bench.value_row(
+            f"temporary memory, {name}", [peak["temporary"] / 2**20], "MiB", "as the compiler says"
+        ),
+    ]
