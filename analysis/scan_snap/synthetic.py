@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from minitf.analysis.scan_snap import measures
-from minitf.analysis.scan_snap.grouped import grouped, place
+from minitf.analysis.scan_snap.grouped import grouped
 from minitf.analysis.scan_snap.results import MediumPanel, SmallRun
 from minitf.config import token_tables
 from minitf.parameters import Parameters, initialize
@@ -163,14 +163,12 @@ def run_medium(
     report: Report | None = None,
     programs: Programs | None = None,
 ) -> tuple[MediumPanel, History]:
-    """One panel of Fig. 6: 16 pairs of rates and all seeds as one program."""
+    """One panel of Fig. 6: 16 pairs of rates and all seeds as one program.
+
+    The history's parameters are the rows that training moves (:func:`grouped.trim`).
+    """
     data, training = _medium_data(queries, length), _medium_training(queries, seeds, seed, steps, length)
     history = train(**training, report=report, stop_on_divergence=False, programs=programs)
-    start = jax.vmap(lambda key: task(data, "fan_in", "sgd").initialize(jax.random.fold_in(key, 0)))(
-        training["keys"]
-    )
-    start = jax.tree.map(lambda x, n=history.loss.shape[1]: jnp.repeat(x[:, None], n, axis=1), start)
-    history = dataclasses.replace(history, parameters=place(history.parameters, start, data))
     shape = (seeds, len(MEDIUM_ATTENTION_RATES), len(MEDIUM_RATIOS))
     last = {name: x[:, :, -1].astype(np.float64) for name, x in history.records.items()}
     entropy = measures.distinct_entropy(last["association"], data.is_distinct).mean(axis=-1)

@@ -68,7 +68,11 @@ def sgd_claims(run: TextRun) -> list[Claim]:
             value=moves[-1] / moves[0],
             direction="<",
             threshold=1.0,
-            note="share of a query's attention that changed place: " + ", ".join(f"{x:.2f}" for x in moves),
+            note="share of a query's attention that changed place: "
+            + ", ".join(f"{x:.2f}" for x in moves)
+            + ". Attention becomes one-hot but goes on jumping between keys at this learning rate: over 3000 steps "
+            "the entropy fell to .02 nats, and still .4 of it moved in 50 steps.",
+            expected=False,
         ),
         claim(
             "joma.text_sgd_stays",
