@@ -114,7 +114,8 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         if kind is not None:
             self._process.kill()
@@ -179,7 +180,7 @@ def run_benchmarks(
 
     Raises ValueError for an unknown name, OSError when the folder cannot be written.
     """
-    from minitf.analysis.scan_snap.bench import bench_scan_snap
+    from minitf.analysis.scan_snap.bench import bench_scan_snap  # noqa: PLC0415 (it uses this file)
 
     known = {"scan-snap": bench_scan_snap}
     for name in names:
@@ -191,7 +192,7 @@ def run_benchmarks(
         say: Say = lambda sentence: None
         if not quiet:
             status = stack.enter_context(Console(stderr=True).status("measuring"))
-            say = lambda sentence: status.update(sentence)
+            say = status.update
         for name in names or known:
             rows += known[name](seed=seed, rounds=rounds, say=say)
             write_atomically(out / "bench.json", as_json(rows).encode())

@@ -1,6 +1,5 @@
 """The folder of a run: made, refused or reused, always with a sentence that says why."""
 
-import errno
 import json
 import os
 import shutil
@@ -74,7 +73,7 @@ def check_run_folder(out: Path, config: dict[str, Any], *, overwrite: bool = Fal
     try:
         entries = sorted(p.name for p in out.iterdir()) if out.exists() else []
         if not entries:
-            _check_writable(out)
+            check_writable(out)
             return
         if CONFIG not in entries:
             raise Problem(
@@ -101,13 +100,17 @@ def check_run_folder(out: Path, config: dict[str, Any], *, overwrite: bool = Fal
     _check_same(before, json.loads(_as_json(config)), out)
 
 
-def _check_writable(out: Path) -> None:
-    """Raises OSError when the folder, or the nearest one above it that exists, takes no new entries."""
+def check_writable(out: Path) -> None:
+    """Refuse a folder when it, or the nearest one above it that exists, takes no new entries.
+
+    Raises:
+        Problem: the folder cannot be written or made.
+    """
     nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not nearest.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is not a folder")
+        raise _unusable(out, f"{nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f"{nearest} is not yours to write in")
+        raise _unusable(out, f"{nearest} is not yours to write in")
 
 
 def _as_json(config: dict[str, Any]) -> str:
@@ -123,10 +126,10 @@ def _read_config(file: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and config.get("made_by") == "minitf" else None
 
 
-def _unusable(out: Path, error: OSError) -> Problem:
-    return Problem(
-        f"{out} cannot be used for the results: {error.strerror or error}. Choose another folder with --out."
-    )
+def _unusable(out: Path, reason: object) -> Problem:
+    if isinstance(reason, OSError):
+        reason = reason.strerror or reason
+    return Problem(f"{out} cannot be used for the results: {reason}. Choose another folder with --out.")
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:

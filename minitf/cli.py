@@ -2,12 +2,15 @@
 
 import dataclasses
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import arg
+
+INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,9 @@ class Bench:
     def run(self) -> int:
         """Run it; returns the exit code."""
         from minitf.analysis.bench import run_benchmarks
+        from minitf.analysis.run_folder import check_writable
 
+        check_writable(self.out)
         run_benchmarks(self.names, self.out, seed=self.seed, quiet=self.quiet)
         return 0
 
@@ -130,7 +135,13 @@ def main(arguments: list[str] | None = None) -> None:
         "Begin with: minitf scan-snap --quick",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    sys.exit(_run(command))
+    code = _run(command)
+    if code == INTERRUPTED:
+        # A compiler that was interrupted crashes in the interpreter's own clean-up, and there is nothing to clean.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(command: ScanSnap | Bench) -> int:
@@ -145,4 +156,4 @@ def _run(command: ScanSnap | Bench) -> int:
             return problem.exit_code
     except KeyboardInterrupt:
         print(f"\nminitf: interrupted. {command.after_interrupt()}", file=sys.stderr)
-        return 130
+        return INTERRUPTED

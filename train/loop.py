@@ -79,7 +79,8 @@ class Programs:
     """A task compiled for some shape of seeds, rates and records; :func:`train` takes it to run it again.
 
     Attributes:
-        start: (keys, hyper) -> state; ``chunk``: (keys, hyper, state, steps done, targets) -> state, losses, records.
+        start: (keys, hyper) -> state.
+        chunk: (keys, hyper, state, steps done, targets) -> state, losses, records.
         parts: in how many equal parts the seeds run at once, each in its own thread.
         records_per_chunk: how many records one chunk makes.
         seconds: what compiling took.
@@ -130,9 +131,7 @@ def train(
     """
     chunks = _chunks(record_steps, records_per_chunk)
     if programs is None:
-        programs = compile_programs(
-            task, keys, hyper, record_steps, records_per_chunk=records_per_chunk, how=how
-        )
+        programs = compile_programs(task, keys, hyper, record_steps, records_per_chunk=records_per_chunk, how=how)
     shares = jnp.split(keys, programs.parts)
     states, done = [programs.start(share, hyper) for share in shares], 0
     losses: list[np.ndarray] = []
@@ -143,9 +142,9 @@ def train(
                 # Every chunk has the same shape, so there is one program: repeated targets take no step.
                 padded = np.pad(targets, (0, records_per_chunk - len(targets)), mode="edge")
                 step = partial(_advance, programs.chunk, hyper, done, padded)
-                after, loss, record = zip(*threads.map(step, shares, states), strict=True)
-                losses.append(np.concatenate(loss)[..., : int(targets[-1]) - done])
-                records.append(jax.tree.map(lambda *x, n=len(targets): np.concatenate(x)[:, :, :n], *record))
+                after, lost, kept = zip(*threads.map(step, shares, states), strict=True)
+                losses.append(np.concatenate(lost)[..., : int(targets[-1]) - done])
+                records.append(jax.tree.map(partial(_joined, len(targets)), *kept))
                 states, done = list(after), int(targets[-1])
                 if report is not None:
                     report(done, _mean_last(losses))
@@ -171,6 +170,11 @@ def _advance(
     """One chunk of one share of the seeds, waited for; losses and records on the host."""
     state, loss, records = chunk(keys, hyper, state, np.int32(done), targets)
     return state, np.asarray(loss), jax.tree.map(np.asarray, records)
+
+
+def _joined(records: int, *shares: np.ndarray) -> np.ndarray:
+    """The shares' seeds as one array ``[seed, rate, record, ...]``, without the records that only fill a chunk."""
+    return np.concatenate(shares)[:, :, :records]
 
 
 def _chunks(record_steps: Sequence[int], records_per_chunk: int) -> list[np.ndarray]:
@@ -264,11 +268,9 @@ def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[A
 
     all_starts = jax.vmap(jax.vmap(start, in_axes=(None, 0)), in_axes=(0, None))
     rates = jax.vmap(chunk, in_axes=(None, 0, 0, None, None))
-    if how == "map":
+    side_by_side = jax.vmap(rates, in_axes=(0, None, 0, None, None))
 
-        def all_chunks(keys: Array, hyper: Tree, state: Tree, done: Array, targets: Array) -> Any:
-            return jax.lax.map(lambda x: rates(x[0], hyper, x[1], done, targets), (keys, state))
+    def one_after_another(keys: Array, hyper: Tree, state: Tree, done: Array, targets: Array) -> Any:
+        return jax.lax.map(lambda x: rates(x[0], hyper, x[1], done, targets), (keys, state))
 
-    else:
-        all_chunks = jax.vmap(rates, in_axes=(0, None, 0, None, None))
-    return jax.jit(all_starts), jax.jit(all_chunks)
+    return jax.jit(all_starts), jax.jit(one_after_another if how == "map" else side_by_side)

@@ -7,19 +7,15 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from minitf.analysis import bench
 from minitf.analysis.bench import Row, Say, Worker
 from minitf.analysis.scan_snap import synthetic, torch_peer
-from minitf.config import token_tables
-from minitf.parameters import Parameters
 from minitf.tables import count_walk
-from minitf.train.loop import Programs, Task, compile_programs, every, train
+from minitf.train.loop import Task, compile_programs, every, train
 from minitf.train.optimizers import Rates
-from minitf.train.sequence_classes import SYN_SMALL, population
+from minitf.train.sequence_classes import SYN_SMALL, SequenceClasses, population
 
 PEERS: dict[str, torch_peer.Form] = {
     "eager PyTorch": "positions",
@@ -45,7 +41,7 @@ def bench_scan_snap(
         panels: numbers of queries of the panels of Fig. 6.
         seeds: of every cell of the grid.
         steps: of every run.
-        peer_runs: how many runs per panel and round the peer does; its time for the whole grid is scaled from them.
+        peer_runs: how many runs per panel and round the peer does; its time is scaled to the whole grid.
         say: told what is being measured.
     """
     return [
@@ -93,8 +89,7 @@ def _grid_rows(
                 f"{peer_runs} runs per panel and round, scaled to {cells * seeds}"
             )
             rows = [
-                bench.throughput_row(name, peer, measured["ours"], measured[peer], unit, note)
-                for peer in PEERS
+                bench.throughput_row(name, peer, measured["ours"], measured[peer], unit, note) for peer in PEERS
             ]
         else:
             measured = bench.interleaved({"ours": ours}, rounds, say)
@@ -103,7 +98,7 @@ def _grid_rows(
     return [*rows, bench.value_row("compile time of that grid", [compiling], "s", f"{len(panels)} programs")]
 
 
-def walk_task(data: synthetic.SequenceClasses = SYN_SMALL) -> Task:
+def walk_task(data: SequenceClasses = SYN_SMALL) -> Task:
     """Syn-Small whose records are the whole walk of every class: all points, steps, scores and patterns."""
     plain = synthetic.task(data, "zeros", "sgd")
     everything = population(data)
@@ -168,8 +163,8 @@ def _memory_rows(seed: int, panels: Sequence[int], seeds: int, steps: int, say: 
     unit = 1 if os.uname().sysname == "Darwin" else 1024
     name = f"panel {largest}/{2 * largest} of Fig. 6, {seeds} seeds"
     return [
-        bench.value_row(f"peak memory, {name}", [peak["peak"] * unit / 2**20], "MiB", "a fresh process, all of it"),
         bench.value_row(
-            f"temporary memory, {name}", [peak["temporary"] / 2**20], "MiB", "as the compiler says"
+            f"peak memory, {name}", [peak["peak"] * unit / 2**20], "MiB", "a fresh process, all of it"
         ),
+        bench.value_row(f"temporary memory, {name}", [peak["temporary"] / 2**20], "MiB", "as the compiler says"),
     ]

@@ -70,7 +70,7 @@ def sgd_claims(run: TextRun) -> list[Claim]:
             threshold=1.0,
             note="share of a query's attention that changed place: "
             + ", ".join(f"{x:.2f}" for x in moves)
-            + ". Attention becomes one-hot but goes on jumping between keys at this learning rate: over 3000 steps "
+            + ". Attention becomes one-hot but goes on jumping between keys at this rate: over 3000 steps "
             "the entropy fell to .02 nats, and still .4 of it moved in 50 steps.",
             expected=False,
         ),

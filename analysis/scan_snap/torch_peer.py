@@ -5,6 +5,7 @@ answers each with a line; a process of its own, because the thread pools of PyTo
 way. PyTorch is imported when a run begins, so this file can be imported without it.
 """
 
+import importlib
 import json
 import sys
 import time
@@ -39,9 +40,14 @@ class Job:
         return SequenceClasses(self.queries, self.next_per_query, self.common, self.distinct, self.length)
 
 
+def _torch() -> Any:
+    """PyTorch, imported when it is first needed and in no other process than that."""
+    return importlib.import_module("torch")
+
+
 def tables(vocabulary: int) -> Any:
     """The model's parameters: Y as a linear layer without bias, Z as an embedding, uniform(+-1/sqrt(M))."""
-    import torch
+    torch = _torch()
 
     decoder = torch.nn.Linear(vocabulary, vocabulary, bias=False)  # its default initialization is just that
     attention = torch.nn.Embedding(vocabulary, vocabulary)
@@ -51,7 +57,7 @@ def tables(vocabulary: int) -> Any:
 
 def logits_of_positions(model: Any, tokens: Any) -> Any:
     """Logits [batch, vocabulary] of sequences [batch, position] whose last token is the query."""
-    import torch
+    torch = _torch()
 
     context, query = tokens[:, :-1], tokens[:, -1]
     z = model["attention"](query)
@@ -62,7 +68,7 @@ def logits_of_positions(model: Any, tokens: Any) -> Any:
 
 def logits_of_counts(model: Any, queries: Any, counts: Any) -> Any:
     """The same from counts [batch, token] of the first tokens of the vocabulary."""
-    import torch
+    torch = _torch()
 
     token = counts.shape[1]
     z = model["attention"](queries)[:, :token]
@@ -73,7 +79,7 @@ def logits_of_counts(model: Any, queries: Any, counts: Any) -> Any:
 
 def sgd(model: Any, job: Job) -> Any:
     """SGD with momentum and a rate for each table."""
-    import torch
+    torch = _torch()
 
     groups = [
         {"params": model["decoder"].parameters(), "lr": job.decoder_rate},
@@ -84,7 +90,7 @@ def sgd(model: Any, job: Job) -> Any:
 
 def step(model: Any, optimizer: Any, logits: Any, labels: Any) -> Any:
     """One step of training; the loss before it."""
-    import torch
+    torch = _torch()
 
     loss = torch.nn.functional.cross_entropy(logits, labels)
     optimizer.zero_grad()
@@ -95,7 +101,7 @@ def step(model: Any, optimizer: Any, logits: Any, labels: Any) -> Any:
 
 def train(job: Job) -> dict[str, float]:
     """One run in eager PyTorch: its duration in seconds, data included, and its last loss."""
-    import torch
+    torch = _torch()
 
     began = time.perf_counter()
     torch.manual_seed(job.seed)
@@ -126,7 +132,7 @@ def line(job: Job) -> str:
 
 def main() -> None:
     """Answer jobs until the input ends. The first line tells PyTorch's version and number of threads."""
-    import torch
+    torch = _torch()
 
     print(json.dumps({"version": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
     for text in sys.stdin:

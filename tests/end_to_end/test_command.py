@@ -289,7 +289,7 @@ def test_ctrl_c_while_a_program_compiles_ends_without_a_stack_trace(tmp_path, pr
     out = tmp_path / "run"
     process = start(*QUICK, "--text", str(prose), "--vocabulary", "300", "--out", str(out))
     wait_for(process, out / "config.json")
-    time.sleep(0.5)
+    time.sleep(2.0)
     code, _, err = interrupt(process)
     assert code == 130
     assert "minitf: interrupted." in err
@@ -309,6 +309,7 @@ def test_ctrl_c_says_what_fits_the_command(tmp_path, capsys, monkeypatch, option
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "run", interrupted)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     if options:
         (tmp_path / "config.json").write_text("{}")
     code, _, err = within(capsys, *QUICK, "--out", tmp_path, *options)
@@ -443,6 +444,13 @@ def test_results_cannot_go_where_a_file_is(tmp_path, capsys):
         assert f"minitf: {out} cannot be used for the results: " in err
         assert "Choose another folder with --out." in err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_benchmarks_cannot_go_where_a_file_is(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = within(capsys, "bench", "--out", tmp_path / "file" / "bench")
+    assert code == 2
+    assert f"{tmp_path / 'file'} is not a folder. Choose another folder with --out." in err
 
 
 @pytest.mark.parametrize("option", [[], ["--overwrite"], ["--resume"]])

@@ -30,9 +30,7 @@ from minitf.tokenizer import (
 
 SHARED = Path(os.environ.get("MINITF_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
 GPT2_CACHE = SHARED / "data" / "tiktoken_cache"
-needs_gpt2 = pytest.mark.skipif(
-    not GPT2_CACHE.is_dir(), reason=f"GPT-2's tokenizer files are not in {GPT2_CACHE}"
-)
+needs_gpt2 = pytest.mark.skipif(not GPT2_CACHE.is_dir(), reason=f"GPT-2's tokenizer files are not in {GPT2_CACHE}")
 
 TEXT = (
     "The scan is slow and the snap is sudden: the attention of the query scans the tokens, then it snaps. "
@@ -46,9 +44,7 @@ any_bytes = st.lists(
     st.one_of(
         st.binary(max_size=20),
         st.text(max_size=20).map(str.encode),
-        st.sampled_from(
-            [b"<|endoftext|>", b"\xe2\x82", b"\xed\xa0\x80", b"\xff\xfe", b"  \n\t ", b"the scan"]
-        ),
+        st.sampled_from([b"<|endoftext|>", b"\xe2\x82", b"\xed\xa0\x80", b"\xff\xfe", b"  \n\t ", b"the scan"]),
     )
 ).map(b"".join)
 
@@ -119,10 +115,7 @@ def test_a_text_with_few_pairs_gives_a_smaller_vocabulary_without_holes(text, si
         assert "no pair of bytes to merge" in str(error)
         return
     assert 256 < encoding.n_vocab <= size
-    assert (
-        len({encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab)})
-        == encoding.n_vocab
-    )
+    assert len({encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab)}) == encoding.n_vocab
     assert decode_bytes(encoding, encode(encoding, text)) == text.encode()
 
 
@@ -340,9 +333,7 @@ def test_ids_that_are_no_sequence_of_integers_are_refused(wrong):
         decode_bytes(TRAINED, wrong)
 
 
-def test_without_its_files_gpt2_says_how_to_get_them_and_opens_no_connection(
-    tmp_path, monkeypatch, no_network
-):
+def test_without_its_files_gpt2_says_how_to_get_them_and_opens_no_connection(tmp_path, monkeypatch, no_network):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(ValueError, match="vocab.bpe is not in tiktoken's cache") as caught:
         gpt2_encoding()

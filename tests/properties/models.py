@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from minitf import ModelConfig
@@ -55,6 +55,7 @@ def examples(count):
         deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
+        phases=[Phase.explicit, Phase.generate],  # a smaller counterexample is not worth a hundred compilations
     )
 
 
@@ -160,9 +161,13 @@ def compiled_logits(config, unroll=1):
     )
 
 
+# Where no bit and no cost is at stake: compiling takes longest in these tests.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+
+
 def in_float64(tree):
     """The same numbers with room; to be used under ``jax.enable_x64``."""
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
 
 
 def largest(x):

@@ -21,33 +21,36 @@ from properties.models import (
     in_float64,
     largest,
     neutral,
+    quick_jit,
     random_parameters,
     random_tokens,
     relative_error,
     shapes,
 )
 
-from minitf import Change, ModelConfig, change, compose, identity_edit, walk
+from minitf import Change, change, compose, identity_edit, walk
 from minitf.walk import Edit, get, leaves, put
 
 UNIT = 2.0**-24
 
 
-def random_edit(config, seed, share=0.5):
-    """Changes of ordinary size at a random share of the leaves."""
+EDITED = ("start", "layers.q", "layers.pattern", "layers.head_steps", "layers.pre", "layers.resid_post", "logits")
+
+
+def random_edit(config, seed, names=EDITED):
+    """Changes of ordinary size at the given leaves."""
     generator = np.random.default_rng(seed)
-    edit = Edit()
-    for name, like in leaves(shapes(config)):
-        if generator.random() < share and name != "layers.scores":
-            keep = 1 + 0.1 * generator.normal(size=like.shape)
-            put_ = 0.1 * generator.normal(size=like.shape)
-            edit = put(edit, name, Change(jnp.asarray(keep, like.dtype), jnp.asarray(put_, like.dtype)))
+    edit, like = Edit(), shapes(config)
+    for name in names:
+        shape = get(like, name).shape
+        keep, by = 1 + 0.1 * generator.normal(size=shape), 0.1 * generator.normal(size=shape)
+        edit = put(edit, name, Change(np.float32(keep), np.float32(by)))
     return edit
 
 
-def filled(config, edit):
-    """The same edit with an identity on every leaf that it leaves alone: one shape for all edits."""
-    return compose(neutral(config), edit)
+def some(names, seed):
+    """A random half of the leaves."""
+    return tuple(np.random.default_rng(seed).permutation(names)[: len(names) // 2])
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def test_the_identity_edit_changes_no_bit(config):
     assert bits(compiled(config)(parameters, tokens, neutral(config))) == bits(plain)
 
 
-@examples(8)
+@examples(5)
 @given(config=configs())
 def test_compiled_otherwise_the_identity_edit_moves_at_most_the_last_bits(config):
     # XLA may contract a product and a sum into one rounding in the one program and not in the other: one unit
@@ -75,9 +78,11 @@ def test_compiled_otherwise_the_identity_edit_moves_at_most_the_last_bits(config
 
 def test_a_thousand_edits_run_through_one_executable(gpt2):
     run = jax.jit(lambda p, t, e: walk(p, t, GPT2, edit=e).logits)
-    like, seen = shapes(GPT2), set()
+    seen = set()
     for number in range(1000):
-        edit = change(like, "layers.z", layer=number % 2, head=number % 3, keep=0.001 * number)
+        keep = np.ones((2, 1, 1, 3, 1), np.float32)
+        keep[number % 2, :, :, number % 3] = 0.001 * number
+        edit = put(Edit(), "layers.z", Change(keep, np.full((2, 1, 1, 1, 1), -0.0, np.float32)))
         seen.add(np.asarray(run(*gpt2, edit)).tobytes())
     assert run._cache_size() == 1
     assert len(seen) > 990
@@ -86,7 +91,7 @@ def test_a_thousand_edits_run_through_one_executable(gpt2):
 def test_a_traced_index_sweeps_over_layers_in_one_program(gpt2):
     like = shapes(GPT2)
     knocked_out = lambda layer: walk(*gpt2, GPT2, edit=change(like, "layers.z", layer=layer, keep=0.0)).logits
-    together = jax.jit(jax.vmap(knocked_out))(jnp.arange(2))
+    together = quick_jit(jax.vmap(knocked_out))(jnp.arange(2))
     for layer in range(2):
         single = compiled_logits(GPT2)(*gpt2, change(like, "layers.z", layer=layer, keep=0.0))
         assert relative_error(together[layer], single) < 20 * UNIT
@@ -121,7 +126,7 @@ def test_a_head_step_edited_to_zero_takes_the_whole_step_with_it(gpt2):
 @given(first=st.integers(0, 10**6), second=st.integers(0, 10**6), config=st.sampled_from([GPT2, BERT]))
 def test_doing_one_edit_and_then_another_is_their_composition(first, second, config):
     # On one leaf at a time "then" is defined by what the leaf is after the first edit.
-    one, two = random_edit(config, first), random_edit(config, second)
+    one, two = (random_edit(config, seed, some(EDITED, seed)) for seed in (first, second))
     both = compose(one, two)
     value = np.random.default_rng(first).normal()
     for name, _ in leaves(shapes(config)):
@@ -137,14 +142,15 @@ def test_doing_one_edit_and_then_another_is_their_composition(first, second, con
 @examples(10)
 @given(seed=st.integers(0, 10**6), third=st.integers(0, 10**6))
 def test_composition_is_associative_and_has_the_identity(seed, third):
-    one, two, three = (random_edit(GPT2, s) for s in (seed, seed + 1, third))
+    one, two, three = (random_edit(GPT2, s, some(EDITED, s)) for s in (seed, seed + 1, third))
     left, right = compose(compose(one, two), three), compose(one, compose(two, three))
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6), left, right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=16 * UNIT)  # a dozen roundings of numbers around one
     assert bits(compose(one, Edit())) == bits(compose(Edit(), one)) == bits(one)
     for composed in (compose(one, neutral(GPT2)), compose(neutral(GPT2), one)):
-        kept = jax.tree.map(lambda a, b: b, one, composed)
-        assert bits(kept) == bits(one)
+        for name, value in leaves(one):
+            assert bits(get(composed, name)) == bits(value)
 
 
 def test_an_edit_of_an_edited_leaf_is_the_composed_edit_of_the_model(gpt2):
@@ -161,14 +167,14 @@ def test_an_edit_of_an_edited_leaf_is_the_composed_edit_of_the_model(gpt2):
 
 @functools.cache
 def edited_logits():
-    return jax.jit(lambda p, t, e: walk(p, t, GPT2, edit=e).logits)
+    return quick_jit(lambda p, t, e: walk(p, t, GPT2, edit=e).logits)
 
 
 @examples(10)
 @given(seed=st.integers(0, 10**6))
 def test_edits_under_vmap_are_a_loop_over_edits(seed):
     parameters, tokens = random_parameters(GPT2), random_tokens(GPT2)
-    edits = [filled(GPT2, random_edit(GPT2, seed + i)) for i in range(3)]
+    edits = [random_edit(GPT2, seed + i) for i in range(3)]
     together = batched_logits()(parameters, tokens, jax.tree.map(lambda *x: jnp.stack(x), *edits))
     for index, edit in enumerate(edits):
         assert relative_error(together[index], edited_logits()(parameters, tokens, edit)) < 40 * UNIT
@@ -176,29 +182,29 @@ def test_edits_under_vmap_are_a_loop_over_edits(seed):
 
 @functools.cache
 def batched_logits():
-    return jax.jit(jax.vmap(lambda p, t, e: walk(p, t, GPT2, edit=e).logits, (None, None, 0)))
+    return quick_jit(jax.vmap(lambda p, t, e: walk(p, t, GPT2, edit=e).logits, (None, None, 0)))
 
 
 def test_edits_under_scan_are_a_loop_over_edits(gpt2):
-    edits = [filled(GPT2, random_edit(GPT2, i)) for i in range(3)]
+    edits = [random_edit(GPT2, i) for i in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *edits)
     step = lambda total, edit: (total + 1, walk(*gpt2, GPT2, edit=edit).logits)
-    _, found = jax.jit(lambda e: jax.lax.scan(step, 0, e))(stacked)
+    _, found = quick_jit(lambda e: jax.lax.scan(step, 0, e))(stacked)
     for index, edit in enumerate(edits):
         assert relative_error(found[index], edited_logits()(*gpt2, edit)) < 40 * UNIT
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA, BERT], ids=["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("config", [LLAMA, BERT], ids=["llama", "bert"])
 def test_the_gradient_by_put_at_the_neutral_edit_is_the_attribution_of_every_leaf(config):
     with jax.enable_x64(True):
         parameters, tokens = in_float64(random_parameters(config)), random_tokens(config)
         like = shapes(config, parameters, tokens)
         edit = identity_edit(like)
-        measure = jax.jit(lambda e: jnp.sum(jnp.sin(walk(parameters, tokens, config, edit=e).logits)))
-        gradient = jax.jit(jax.grad(measure))(edit)
+        measure = quick_jit(lambda e: jnp.sum(jnp.sin(walk(parameters, tokens, config, edit=e).logits)))
+        gradient = quick_jit(jax.grad(measure))(edit)
         generator = np.random.default_rng(0)
         for name, shape in leaves(like):
-            direction, step = generator.normal(size=shape.shape), 1e-5
+            direction, step = generator.normal(size=shape.shape), 1e-6
             if name == "layers.scores":
                 # Forbidden pairs stay forbidden whatever an edit says.
                 assert not np.asarray(get(gradient, name).put)[np.isneginf(blocked(config, shape))].any()
@@ -208,7 +214,7 @@ def test_the_gradient_by_put_at_the_neutral_edit_is_the_attribution_of_every_lea
             ]
             expected = (moved[0] - moved[1]) / (2 * step)
             found = np.sum(np.asarray(get(gradient, name).put) * direction)
-            # Central differences err by the third derivative times step^2 and by rounding over step: some 1e-9.
+            # Central differences err by the third derivative times step^2 and by rounding over step: some 1e-8.
             assert abs(found - expected) <= 1e-7 * max(1.0, abs(found)), name
 
 
@@ -220,7 +226,7 @@ def blocked(config, shape):
 def test_an_edit_can_freeze_a_pattern_so_that_queries_no_longer_matter(gpt2):
     parameters, tokens = gpt2
     frozen = change(shapes(GPT2), "layers.pattern", keep=0.0, put=compiled(GPT2)(*gpt2).layers.pattern)
-    loss = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(walk(p, tokens, GPT2, edit=frozen).logits))))
+    loss = quick_jit(jax.grad(lambda p: jnp.sum(jnp.sin(walk(p, tokens, GPT2, edit=frozen).logits))))
     attention = loss(parameters).layers.attention
     assert largest(attention.query) == largest(attention.key) == 0.0
     assert largest(attention.value) > 0.0
@@ -228,11 +234,9 @@ def test_an_edit_can_freeze_a_pattern_so_that_queries_no_longer_matter(gpt2):
 
 def bad_edits():
     like = shapes(GPT2)
-    ones = jnp.ones((2, 2, 5, 12))
     return {
         "other depth": put(Edit(), "layers.resid_mid", Change(jnp.ones((3, 1, 1, 1)), jnp.zeros((3, 1, 1, 1)))),
-        "no depth": put(Edit(), "layers.resid_mid", Change(jnp.ones(()), jnp.zeros(()))),
-        "put without depth": put(Edit(), "layers.resid_mid", Change(ones, jnp.zeros(()))),
+        "put of another depth": put(Edit(), "layers.resid_mid", Change(jnp.ones(()), jnp.zeros((3,)))),
         "absent leaf": put(Edit(), "layers.gated", change(like, "layers.pre").layers.pre),
         "other width": put(Edit(), "start", Change(jnp.ones((13,)), jnp.zeros(()))),
         "larger batch": put(Edit(), "logits", Change(jnp.ones((3, 2, 5, 13)), jnp.zeros(()))),
@@ -253,15 +257,13 @@ def test_an_edit_that_does_not_fit_is_refused_and_leaves_everything_as_it_was(gp
 def test_whatever_was_done_the_next_unedited_output_is_the_same(seed, config):
     parameters, tokens = random_parameters(config), random_tokens(config)
     before = bits(parameters), bits(compiled(config)(parameters, tokens))
-    compiled(config)(parameters, tokens, filled(config, random_edit(config, seed)))
+    compiled(config)(parameters, tokens, random_edit(config, seed))
     with pytest.raises(ValueError, match="more than the model's length"):
         walk(parameters, jnp.zeros((1, 9), jnp.int32), config)
     assert (bits(parameters), bits(compiled(config)(parameters, tokens))) == before
 
 
-def test_an_edit_of_a_model_without_layers_to_spare_still_needs_its_layer_axis():
-    config = ModelConfig(vocabulary=5, width=4, heads=2, length=4, feed_forward="none")
-    parameters, tokens = random_parameters(config), random_tokens(config, length=3)
-    edit = change(shapes(config, parameters, tokens), "layers.head_steps", head=1, keep=0.0)
-    found = walk(parameters, tokens, config, edit=edit)
-    assert not np.asarray(found.layers.head_steps[:, :, :, 1]).any()
+def test_a_change_by_one_number_is_made_in_every_layer(gpt2):
+    everywhere = put(Edit(), "layers.attention_step", Change(jnp.float32(0.0), jnp.float32(0.5)))
+    found = compiled(GPT2)(*gpt2, everywhere)
+    np.testing.assert_array_equal(found.layers.attention_step, np.full((2, 2, 5, 12), 0.5))

@@ -89,7 +89,7 @@ def check_description(walk, config, parameters, tokens):
         assert d.bytes == actual[name].nbytes
 
 
-@examples(15)
+@examples(12)
 @given(config=configs())
 def test_every_walk_adds_up_and_is_what_was_described(config):
     parameters, tokens = random_parameters(config), random_tokens(config)
@@ -103,7 +103,7 @@ def test_every_walk_adds_up_and_is_what_was_described(config):
     assert bits(compiled_logits(config)(parameters, tokens)) == bits(found.logits)
 
 
-@examples(6)
+@examples(4)
 @given(config=configs())
 def test_op_by_op_nothing_depends_on_an_edit_that_changes_nothing(config):
     parameters, tokens = random_parameters(config), random_tokens(config)
