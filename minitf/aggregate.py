@@ -28,14 +28,14 @@ def score(
     return jnp.einsum("bqghc,bkgc->bghqk", grouped, k).reshape(batch, heads, query, key)
 
 
-def allowed_pairs(length: int, causal: bool, attend_self: bool) -> Bool[np.ndarray, "query key"]:
+def allowed_pairs(length: int, causal: bool, attend_self: bool) -> Bool[Array, "query key"]:
     """Which keys a query may see: all, or only the past, with or without its own position."""
-    query, key = np.arange(length)[:, None], np.arange(length)[None, :]
-    allowed = (key <= query) if causal else np.ones((length, length), bool)
+    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    allowed = (key <= query) if causal else jnp.ones((length, length), bool)
     return allowed if attend_self else allowed & (key != query)
 
 
-def alibi_bias(heads: int, length: int) -> Float[np.ndarray, "head query key"]:
+def alibi_bias(heads: int, length: int) -> Float[Array, "head query key"]:
     """Press et al. 2022: minus slope times distance, the slopes a geometric sequence over the heads.
 
     For a number of heads that is no power of two, the published rule fills up with every second slope of the
@@ -47,7 +47,7 @@ def alibi_bias(heads: int, length: int) -> Float[np.ndarray, "head query key"]:
 
     power = 2 ** int(np.floor(np.log2(heads)))
     slope = np.array(slopes(power) + slopes(2 * power)[0::2][: heads - power])
-    distance = np.abs(np.arange(length)[:, None] - np.arange(length)[None, :])
+    distance = jnp.abs(jnp.arange(length)[:, None] - jnp.arange(length)[None, :])
     return -slope[:, None, None] * distance
 
 

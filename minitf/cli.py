@@ -3,14 +3,26 @@
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import arg
 
 INTERRUPTED = 130
+
+
+class _Stopped(BaseException):
+    """Ctrl-C where there is nothing to keep: the training loop, which on KeyboardInterrupt only ends early and
+    returns what there is, does not know it.
+    """
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +126,11 @@ class Bench:
         from minitf.analysis.run_folder import check_writable
 
         check_writable(self.out)
-        run_benchmarks(self.names, self.out, seed=self.seed, quiet=self.quiet)
+        before = signal.signal(signal.SIGINT, _stop)
+        try:
+            run_benchmarks(self.names, self.out, seed=self.seed, quiet=self.quiet)
+        finally:
+            signal.signal(signal.SIGINT, before)
         return 0
 
     def after_interrupt(self) -> str:
@@ -154,6 +170,6 @@ def _run(command: ScanSnap | Bench) -> int:
         except Problem as problem:
             print(f"minitf: {problem}", file=sys.stderr)
             return problem.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Stopped):
         print(f"\nminitf: interrupted. {command.after_interrupt()}", file=sys.stderr)
         return INTERRUPTED

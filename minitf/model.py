@@ -44,7 +44,7 @@ def walk(
     edit = _fit_edit(edit or Edit(), config)
 
     token_embedding, position_embedding, start = _start(parameters, tokens, config, edit)
-    forbidden = ~jnp.asarray(aggregate.allowed_pairs(length, config.causal, config.attend_self))[None, None]
+    forbidden = ~aggregate.allowed_pairs(length, config.causal, config.attend_self)[None, None]
     if valid is not None:
         forbidden = forbidden | ~valid[:, None, None, :]
 
@@ -151,7 +151,7 @@ def _attention(
     q, k, v = apply(edit.q, q), apply(edit.k, k), apply(edit.v, v)
     scores = aggregate.score(q, k, 1.0 if config.attention == "table" else config.head_size**-0.5)
     if config.position == "alibi":
-        scores = scores + jnp.asarray(aggregate.alibi_bias(config.heads, length), scores.dtype)
+        scores = scores + aggregate.alibi_bias(config.heads, length).astype(scores.dtype)
     scores = jnp.where(forbidden, -jnp.inf, apply(edit.scores, scores))
     pattern = apply(edit.pattern, aggregate.associate(scores))
     z = apply(edit.z, aggregate.combine(pattern, v))

@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array, Key
 
 Tree = Any
+CACHE_BYTES = 2**21  # of one core, about; parameters and moments of runs that train side by side stay within
 Report = Callable[[int, float], None]  # step, mean loss over the runs
 
 
@@ -116,8 +117,8 @@ def train(
         hyper: pytree of arrays with one leading axis, the rates; the optimizer gets one entry of each.
         record_steps: increasing numbers of steps taken; the first is usually 0.
         records_per_chunk: how many records one dispatch makes: the grain of progress and of interruption.
-        how: ``vmap`` runs the seeds side by side; ``map`` runs them one after another in the same program, and
-            equal shares of them on the CPU's cores, which is faster there once a single run fills its caches.
+        how: ``vmap`` runs everything side by side. ``map`` is for CPUs: equal shares of the seeds on the cores,
+            there one seed after another, and no more of its rates side by side than fit in a core's cache.
         report: called after every chunk.
         stop_on_divergence: stop after the chunk in which a loss stopped being finite.
         programs: of :func:`compile_programs` with the same arguments, to compile once and run often.
@@ -244,16 +245,17 @@ def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[A
         parameters = task.initialize(jax.random.fold_in(key, 0))
         return parameters, task.optimizer(hyper).init(parameters)
 
+    def draw(key: Key[Array, ""], step: Array) -> Tree:
+        return task.batch(jax.random.fold_in(jax.random.fold_in(key, 1), step), step)
+
     def chunk(
-        key: Key[Array, ""], hyper: Tree, state: tuple[Tree, Tree], done: Array, targets: Array
+        hyper: Tree, state: tuple[Tree, Tree], batch_of: Callable[[Array], Tree], done: Array, targets: Array
     ) -> tuple[tuple[Tree, Tree], Array, Tree]:
         optimizer = task.optimizer(hyper)
-        batch_key = jax.random.fold_in(key, 1)
 
         def one_step(carry: tuple) -> tuple:
             (parameters, moments), losses, step = carry
-            batch = task.batch(jax.random.fold_in(batch_key, step), step)
-            loss, gradient = jax.value_and_grad(task.loss)(parameters, batch)
+            loss, gradient = jax.value_and_grad(task.loss)(parameters, batch_of(step))
             update, moments = optimizer.update(gradient, moments, parameters)
             losses = losses.at[step - done].set(loss.astype(jnp.float32))
             return (optax.apply_updates(parameters, update), moments), losses, step + 1
@@ -266,11 +268,34 @@ def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[A
         (state, losses, _), records = jax.lax.scan(to_next_record, (state, empty, done), targets)
         return state, losses, records
 
+    def side_by_side(keys: Array, hyper: Tree, states: Tree, done: Array, targets: Array) -> Any:
+        def one_seed(key: Key[Array, ""], state: Tree) -> Any:
+            return jax.vmap(lambda h, s: chunk(h, s, partial(draw, key), done, targets))(hyper, state)
+
+        return jax.vmap(one_seed)(keys, states)
+
+    def one_after_another(keys: Array, hyper: Tree, states: Tree, done: Array, targets: Array) -> Any:
+        def one_seed(key_and_state: tuple) -> Any:
+            key, state = key_and_state
+            # Drawn once for all rates, which do not all run at the same time.
+            batches = jax.vmap(partial(draw, key))(done + jnp.arange(capacity, dtype=jnp.int32))
+
+            def batch_of(step: Array) -> Tree:
+                return jax.tree.map(lambda x: x[step - done], batches)
+
+            return jax.lax.map(
+                lambda x: chunk(*x, batch_of, done, targets), (hyper, state), batch_size=_at_once(state)
+            )
+
+        return jax.lax.map(one_seed, (keys, states))
+
     all_starts = jax.vmap(jax.vmap(start, in_axes=(None, 0)), in_axes=(0, None))
-    rates = jax.vmap(chunk, in_axes=(None, 0, 0, None, None))
-    side_by_side = jax.vmap(rates, in_axes=(0, None, 0, None, None))
-
-    def one_after_another(keys: Array, hyper: Tree, state: Tree, done: Array, targets: Array) -> Any:
-        return jax.lax.map(lambda x: rates(x[0], hyper, x[1], done, targets), (keys, state))
-
     return jax.jit(all_starts), jax.jit(one_after_another if how == "map" else side_by_side)
+
+
+def _at_once(state: Tree) -> int:
+    """How many rates of a seed run side by side: as many as fit in a core's cache, a divisor of their number."""
+    leaves = jax.tree.leaves(state)
+    rates = leaves[0].shape[0]
+    bytes_of_one = sum(x.size * x.dtype.itemsize for x in leaves) / rates
+    return max(n for n in range(1, rates + 1) if rates % n == 0 and (n == 1 or n * bytes_of_one <= CACHE_BYTES))

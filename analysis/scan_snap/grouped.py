@@ -64,7 +64,7 @@ class Layout:
 
 
 def trim(parameters: Parameters, data: SequenceClasses) -> Parameters:
-    """The rows that training moves, ``table`` [1, 1, query, vocabulary] and ``unembedding`` [token, vocabulary]."""
+    """What training moves: ``table`` [1, 1, query, vocabulary], ``unembedding`` [contextual, vocabulary]."""
     table = parameters.layers.attention.table[:, :, data.contextual : data.contextual + data.queries]
     return _with(parameters, table, parameters.unembedding[: data.contextual])
 

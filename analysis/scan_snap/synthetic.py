@@ -108,7 +108,7 @@ def run_small(
             task(data, "zeros", kind),
             seed_keys(seed, seeds),
             rates,
-            every(steps, RECORD_EVERY),
+            every(steps, record_every),
             report=report,
         )
         histories.append(history)

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from minitf import cli
+from minitf.analysis import bench
 from minitf.analysis.claims import claim
 from minitf.analysis.scan_snap import job
 
@@ -315,6 +316,22 @@ def test_ctrl_c_says_what_fits_the_command(tmp_path, capsys, monkeypatch, option
     code, _, err = within(capsys, *QUICK, "--out", tmp_path, *options)
     assert code == 130
     assert message in err
+
+
+def test_ctrl_c_ends_a_benchmark_though_the_training_loop_would_only_stop_early(tmp_path, capsys, monkeypatch):
+    def measure(*arguments, **settings):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:  # what the loop does
+            return
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(bench, "run_benchmarks", measure)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    code, _, err = within(capsys, "bench", "--out", tmp_path)
+    assert code == 130
+    assert "minitf: interrupted. Run the command again to measure from the start." in err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), RuntimeError("a bug")])

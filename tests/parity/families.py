@@ -241,7 +241,9 @@ def llama_config(**options):
 
 
 def bert_config(**options):
-    return transformers.BertConfig(**shared(4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options))
+    return transformers.BertConfig(
+        **shared(4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options)
+    )
 
 
 class PostNormEncoder(nn.Module):
@@ -343,9 +345,7 @@ FAMILIES = {
         | linear("unembedding", "lm_head"),
     ),
     "llama": Family(
-        ModelConfig(
-            **SIZES, heads=4, key_value_heads=2, position="rotary", norm="rms", feed_forward="swiglu"
-        ),
+        ModelConfig(**SIZES, heads=4, key_value_heads=2, position="rotary", norm="rms", feed_forward="swiglu"),
         modeling_llama,
         eager(transformers.LlamaForCausalLM, llama_config),
         run_transformers(

@@ -21,7 +21,7 @@ import minitf
 # Behind minitf, which must not be taken for the folder of its tests.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from parity.families import FAMILIES  # noqa: E402
+from parity.families import FAMILIES
 
 FOLDER = Path(__file__).parent / "references"
 GRADIENTS = ("embedding", "layers.attention.query", "layers.attention.output", "layers.feed_forward.into")
@@ -114,7 +114,12 @@ def main():
     FOLDER.mkdir(exist_ok=True)
     peer = f"torch {torch.__version__}, transformers {transformers.__version__}"
     for name, family in FAMILIES.items():
-        about = {"config": json.dumps(asdict(family.config)), "output": family.output, "peer": peer, "minitf": minitf.__version__}
+        about = {
+            "config": json.dumps(asdict(family.config)),
+            "output": family.output,
+            "peer": peer,
+            "minitf": minitf.__version__,
+        }
         save_file(make(family), FOLDER / f"{name}.safetensors", metadata=about)
 
 

@@ -66,7 +66,9 @@ class Ours:
         with jax.enable_x64(dtype == np.float64):
             self.full = jax.device_get(run(parameters, tokens, np.ones_like(valid)))
             self.padded = jax.device_get(run(parameters, tokens, valid))
-            self.gradient = named(jax.device_get(jax.jit(jax.grad(loss), compiler_options=QUICK)(parameters, tokens)))
+            self.gradient = named(
+                jax.device_get(jax.jit(jax.grad(loss), compiler_options=QUICK)(parameters, tokens))
+            )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -150,7 +150,9 @@ def neutral(config):
 @functools.lru_cache(maxsize=64)
 def compiled(config, unroll=1):
     """The whole walk of a configuration under jit, once for all tests that ask for it."""
-    return jax.jit(lambda parameters, tokens, edit=None: walk(parameters, tokens, config, edit=edit, unroll=unroll))
+    return jax.jit(
+        lambda parameters, tokens, edit=None: walk(parameters, tokens, config, edit=edit, unroll=unroll)
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,7 +179,9 @@ def largest(x):
 
 def relative_error(found, expected):
     """The largest difference, as a share of the largest expected magnitude."""
-    return largest(np.asarray(found, np.float64) - np.asarray(expected, np.float64)) / max(largest(expected), 1e-30)
+    return largest(np.asarray(found, np.float64) - np.asarray(expected, np.float64)) / max(
+        largest(expected), 1e-30
+    )
 
 
 def bits(tree):

@@ -127,9 +127,7 @@ def rotate(x, config):
     out = x.copy()
     for t in range(x.shape[1]):
         for pair in range(turning // 2):
-            first, second = (
-                (2 * pair, 2 * pair + 1) if config.rotary_interleaved else (pair, pair + turning // 2)
-            )
+            first, second = (2 * pair, 2 * pair + 1) if config.rotary_interleaved else (pair, pair + turning // 2)
             angle = t * config.rotary_base ** (-2 * pair / turning)
             turned = (x[:, t, first] + 1j * x[:, t, second]) * np.exp(1j * angle)
             out[:, t, first], out[:, t, second] = turned.real, turned.imag

@@ -91,8 +91,8 @@ def test_seeds_under_vmap_are_a_loop_over_seeds(config):
         for (name, found), (_, expected) in zip(
             leaves(jax.tree.map(lambda x, i=index: x[i], together)), leaves(single), strict=True
         ):
-            found, expected = (np.where(np.isfinite(x), x, 0.0) for x in (found, expected))
-            assert largest(found - expected) <= 1e-5 * max(largest(expected), 1e-3), name
+            one, other = (np.where(np.isfinite(x), x, 0.0) for x in (found, expected))
+            assert largest(one - other) <= 1e-5 * max(largest(other), 1e-3), name
 
 
 @examples(6)
@@ -126,8 +126,7 @@ def test_a_vmapped_product_and_reduction_is_compiled_correctly():
     generator = np.random.default_rng(0)
     for rows, inputs, outputs in itertools.product((1, 2, 3, 8, 33), (1, 4, 17), (1, 5, 64)):
         weight, x = generator.normal(size=(outputs, inputs)), generator.normal(size=(rows, inputs))
-        found = jax.jit(jax.vmap(lambda h, w=jnp.float32(weight): jnp.sum((w @ h) ** 2)))(jnp.float32(x))
+        squared_length = jax.vmap(lambda w, h: jnp.sum((w @ h) ** 2), (None, 0))
+        found = jax.jit(squared_length)(jnp.float32(weight), jnp.float32(x))
         exact = ((x @ weight.T) ** 2).sum(-1)
         np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * exact.max())
-
-

@@ -200,8 +200,8 @@ def test_the_gradient_by_put_at_the_neutral_edit_is_the_attribution_of_every_lea
         parameters, tokens = in_float64(random_parameters(config)), random_tokens(config)
         like = shapes(config, parameters, tokens)
         edit = identity_edit(like)
-        measure = quick_jit(lambda e: jnp.sum(jnp.sin(walk(parameters, tokens, config, edit=e).logits)))
-        gradient = quick_jit(jax.grad(measure))(edit)
+        number = lambda e: jnp.sum(jnp.sin(walk(parameters, tokens, config, edit=e).logits))
+        measure, gradient = quick_jit(number), quick_jit(jax.grad(number))(edit)
         generator = np.random.default_rng(0)
         for name, shape in leaves(like):
             direction, step = generator.normal(size=shape.shape), 1e-6

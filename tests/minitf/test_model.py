@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from properties.models import (
+    GPT2,
+    LLAMA,
+    compiled,
+    configs,
+    examples,
+    quick_jit,
+    random_parameters,
+    random_tokens,
+    relative_error,
+    shapes,
+)
+
+from minitf import Change, Edit, ModelConfig, identity_edit, token_tables, walk
+from minitf.model import unembed
+from minitf.walk import get, leaf_axes, put
+
+
+def test_more_tokens_than_the_model_is_long_are_refused():
+    with pytest.raises(ValueError, match="^9 tokens are more than the model's length of 8$"):
+        walk(random_parameters(GPT2), jnp.zeros((1, 9), jnp.int32), GPT2)
+
+
+def test_an_edit_of_another_depth_is_refused():
+    edit = put(Edit(), "layers.resid_mid", Change(jnp.ones((3, 1, 1, 1)), jnp.zeros((3, 1, 1, 1))))
+    match = "^the edit of 'layers.resid_mid' has 3 layers on its first axis; the model has 2$"
+    with pytest.raises(ValueError, match=match):
+        walk(random_parameters(GPT2), random_tokens(GPT2), GPT2, edit=edit)
+
+
+@examples(12)
+@given(config=configs())
+def test_an_edit_is_refused_exactly_where_the_walk_has_no_such_leaf(config):
+    like = shapes(config)
+    forward = lambda edit: walk(random_parameters(config), random_tokens(config), config, edit=edit)
+    assert jax.eval_shape(forward, identity_edit(like)) == like
+    for name in leaf_axes():
+        if get(like, name) is None:
+            with pytest.raises(ValueError, match=f"has no '{name}'"):
+                forward(put(Edit(), name, Change(jnp.float32(1), jnp.float32(0))))
+
+
+def test_logits_of_any_context_can_be_asked_for():
+    parameters, tokens = random_parameters(GPT2), random_tokens(GPT2)
+    found = compiled(GPT2)(parameters, tokens)
+    assert relative_error(unembed(parameters, found.context, GPT2), found.logits) < 1e-6
+
+
+def test_a_short_sequence_is_the_start_of_a_long_one():
+    parameters, tokens = random_parameters(LLAMA), random_tokens(LLAMA)
+    run = quick_jit(lambda p, t: walk(p, t, LLAMA).logits)
+    assert relative_error(run(parameters, tokens[:, :3]), run(parameters, tokens)[:, :3]) < 1e-6
+
+
+def test_a_model_of_attention_alone_ends_each_layer_after_it():
+    config = ModelConfig(vocabulary=7, layers=2, width=8, heads=2, length=5, feed_forward="none")
+    found = compiled(config)(random_parameters(config), random_tokens(config))
+    np.testing.assert_array_equal(found.layers.resid_post, found.layers.resid_mid)
+    assert found.layers.pre is found.layers.feed_forward_step is None
+
+
+def test_parallel_halves_read_the_same_stream():
+    parallel = ModelConfig(vocabulary=7, width=8, heads=2, length=5, parallel=True)
+    parameters, tokens = random_parameters(parallel), random_tokens(parallel)
+    cut = Edit(layers=put(Edit(), "layers.attention_step", Change(jnp.float32(0), jnp.float32(0))).layers)
+    plain, without = compiled(parallel)(parameters, tokens), compiled(parallel)(parameters, tokens, cut)
+    np.testing.assert_array_equal(without.layers.feed_forward_step, plain.layers.feed_forward_step)
+    sequential = ModelConfig(vocabulary=7, width=8, heads=2, length=5)
+    plain, without = compiled(sequential)(parameters, tokens), compiled(sequential)(parameters, tokens, cut)
+    assert relative_error(without.layers.feed_forward_step, plain.layers.feed_forward_step) > 1e-2
+
+
+def test_the_papers_model_scores_by_its_table_and_mixes_the_tokens_themselves():
+    config = token_tables(6)
+    parameters, tokens = random_parameters(config), random_tokens(config)
+    found = compiled(config)(parameters, tokens)
+    table = np.asarray(parameters.layers.attention.table[0, 0])
+    tokens = np.asarray(tokens)
+    scores = table[tokens[:, :, None], tokens[:, None, :]]
+    past = np.tril(np.ones((5, 5), bool), -1)
+    np.testing.assert_allclose(
+        np.where(past, found.layers.scores[0, :, 0], 0), np.where(past, scores, 0), atol=1e-6
+    )
+    np.testing.assert_array_equal(found.start, np.eye(6)[tokens])
+    np.testing.assert_allclose(
+        found.layers.attention_step[0], np.asarray(found.layers.pattern[0, :, 0]) @ np.eye(6)[tokens], atol=1e-6
+    )
+    lengths = np.linalg.norm(np.asarray(found.end), axis=-1)
+    np.testing.assert_allclose(lengths[:, 1:], 1.0, rtol=1e-6)
+    assert not lengths[:, 0].any()
