@@ -48,7 +48,7 @@ def alibi_bias(heads: int, length: int) -> Float[Array, "head query key"]:
     power = 2 ** int(np.floor(np.log2(heads)))
     slope = np.array(slopes(power) + slopes(2 * power)[0::2][: heads - power])
     distance = jnp.abs(jnp.arange(length)[:, None] - jnp.arange(length)[None, :])
-    return -slope[:, None, None] * distance
+    return jnp.asarray(-slope)[:, None, None] * distance
 
 
 def associate(

@@ -83,11 +83,12 @@ def read_model():
 
 
 def read_pieces():
-    """The tokens' bytes: for each a float32 score, an int32 length, and so many bytes."""
+    """The tokens' bytes: for each a float32 score, an int32 length, and so many bytes; <0x0A> is the byte 10."""
     raw, pieces, place = (FOLDER / "tok512.bin").read_bytes(), [], 4
     while place < len(raw):
         (length,) = struct.unpack_from("<i", raw, place + 4)
-        pieces.append(raw[place + 8 : place + 8 + length])
+        piece = raw[place + 8 : place + 8 + length]
+        pieces.append(bytes.fromhex(piece[3:5].decode()) if piece[:3] == b"<0x" and length == 6 else piece)
         place += 8 + length
     return pieces
 
@@ -117,6 +118,5 @@ def test_the_parameters_are_those_of_the_file():
 def test_greedy_decoding_tells_the_documented_story():
     pieces = read_pieces()
     assert len(pieces) == 512
-    text = b"".join(pieces[token] for token in greedy_tokens(100)).decode().strip()
-    assert text.startswith(STORY[: len(text)])
-    assert len(text) >= STORY.index("One day")
+    text = b"".join(pieces[token] for token in greedy_tokens(120)).decode().strip()
+    assert text.startswith(STORY)
