@@ -278,13 +278,13 @@ def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[A
         def one_seed(key_and_state: tuple) -> Any:
             key, state = key_and_state
             # Drawn once for all rates, which do not all run at the same time.
-            batches = jax.vmap(partial(draw, key))(done + jnp.arange(capacity, dtype=jnp.int32))
+            batches = jax.lax.map(partial(draw, key), done + jnp.arange(capacity, dtype=jnp.int32))
 
             def batch_of(step: Array) -> Tree:
                 return jax.tree.map(lambda x: x[step - done], batches)
 
             return jax.lax.map(
-                lambda x: chunk(*x, batch_of, done, targets), (hyper, state), batch_size=_at_once(state)
+                lambda x: chunk(x[0], x[1], batch_of, done, targets), (hyper, state), batch_size=_at_once(state)
             )
 
         return jax.lax.map(one_seed, (keys, states))

@@ -114,23 +114,23 @@ class CountBatch:
     counts: Any
 
 
-def sample_support(
+def _draw(
     data: SequenceClasses, key: Key[Array, ""], batch: int
-) -> tuple[Int[Array, " batch"], Int[Array, "batch position"]]:
-    """Classes, uniform, and contextual tokens, each as its place in its class's support."""
+) -> tuple[Int[Array, " batch"], Float[Array, "batch position"], Float[np.ndarray, " edge"]]:
+    """Classes, uniform numbers, and their edges: what exceeds n edges is the n-th token of its class's support."""
     class_key, token_key = jax.random.split(key)
     classes = jax.random.randint(class_key, (batch,), 0, data.classes)
     uniform = jax.random.uniform(token_key, (batch, data.length - 1), jnp.float32)
     # The last edge stays open: a rounded cumulative sum may end just below one.
-    edges = jnp.asarray(np.cumsum(data.weights)[:-1], jnp.float32)
-    return classes, jnp.sum(uniform[..., None] >= edges, axis=-1)
+    return classes, uniform, np.cumsum(data.weights)[:-1].astype(np.float32)
 
 
 def sample_tokens(
     data: SequenceClasses, key: Key[Array, ""], batch: int
 ) -> tuple[Int[Array, "batch position"], Int[Array, " batch"]]:
     """Sequences as tokens, contextual ones first and the query last, and the next token of each."""
-    classes, places = sample_support(data, key, batch)
+    classes, uniform, edges = _draw(data, key, batch)
+    places = jnp.sum(uniform[..., None] >= edges, axis=-1)
     context = jnp.asarray(data.support)[classes[:, None], places]
     query = jnp.asarray(data.class_queries)[classes]
     return jnp.concatenate([context, query[:, None]], axis=1), jnp.asarray(data.class_labels)[classes]
@@ -139,10 +139,11 @@ def sample_tokens(
 def sample_support_counts(
     data: SequenceClasses, key: Key[Array, ""], batch: int
 ) -> tuple[Int[Array, " batch"], Float[Array, "batch support"]]:
-    """The same sequences as classes and counts over each class's support."""
-    classes, places = sample_support(data, key, batch)
-    held = jnp.arange(data.support.shape[1])
-    return classes, jnp.sum(places[:, :, None] == held, axis=1).astype(jnp.float32)
+    """The same sequences with the same key as classes and counts over each class's support."""
+    classes, uniform, edges = _draw(data, key, batch)
+    beyond = jnp.sum(uniform[:, None, :] >= edges[:, None], axis=-1, dtype=jnp.int32)
+    at_least = jnp.pad(beyond, ((0, 0), (1, 1))).at[:, 0].set(data.length - 1)
+    return classes, (at_least[:, :-1] - at_least[:, 1:]).astype(jnp.float32)
 
 
 def sample_counts(data: SequenceClasses, key: Key[Array, ""], batch: int) -> CountBatch:
