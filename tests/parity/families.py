@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import torch
 import transformers
+from parity.post_norm_encoder import PostNormEncoder, caught
 from torch import nn
 from transformers.models.bert import modeling_bert
 from transformers.models.bloom import modeling_bloom
@@ -113,19 +114,6 @@ def merged(heads: int, outputs_first: bool = True):
         return w.reshape(heads, -1, w.shape[-1])
 
     return split
-
-
-def caught(module: nn.Module, found: dict, name: str, output: bool = False) -> None:
-    """Keep what goes into a module (or comes out of it) as one more layer of a leaf."""
-
-    def keep(_module, arguments, result=None):
-        value = result if output else arguments[0]
-        found.setdefault(name, []).append(value)
-
-    if output:
-        module.register_forward_hook(keep)
-    else:
-        module.register_forward_pre_hook(keep)
 
 
 def run_transformers(blocks, middle=None, middle_is_output=False, final=None):
@@ -244,36 +232,6 @@ def bert_config(**options):
     return transformers.BertConfig(
         **shared(4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options)
     )
-
-
-class PostNormEncoder(nn.Module):
-    """Vaswani et al. 2017 from torch's own layers: scaled embedding, sinusoids, post-norm, ReLU."""
-
-    def __init__(self, heads: int = 4):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(WIDTH, heads, HIDDEN, dropout=0.0, batch_first=True) for _ in range(LAYERS)
-        )
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-
-    def forward(self, tokens, valid):
-        length = tokens.shape[1]
-        place, column = torch.arange(length)[:, None], torch.arange(0, WIDTH, 2)[None, :]
-        angle = place.double() / 10000 ** (column.double() / WIDTH)
-        position = torch.stack([torch.sin(angle), torch.cos(angle)], dim=-1).reshape(length, WIDTH)
-        x = self.embedding(tokens) * math.sqrt(WIDTH) + position.to(self.embedding.weight.dtype)
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        leaves: dict[str, list] = {"layers.resid_pre": [], "layers.pattern": [], "layers.resid_mid": []}
-        for layer in self.layers:
-            masks = {"attn_mask": future, "key_padding_mask": ~valid}
-            _, pattern = layer.self_attn(x, x, x, **masks, average_attn_weights=False)
-            leaves["layers.resid_pre"].append(x)
-            leaves["layers.pattern"].append(pattern)
-            caught(layer.norm1, leaves, "layers.resid_mid", output=True)
-            x = layer(x, src_mask=future, src_key_padding_mask=~valid)
-        stacked = {name: torch.stack(values) for name, values in leaves.items()}
-        return stacked | {"output": self.head(x), "context": x, "end": x}
 
 
 FAMILIES = {
@@ -423,7 +381,7 @@ FAMILIES = {
             feed_forward="relu",
         ),
         ModuleType("nothing"),
-        PostNormEncoder,
+        lambda: PostNormEncoder(VOCABULARY, WIDTH, HIDDEN, LAYERS, heads=4),
         lambda model, tokens, valid: model(tokens, valid),
         {"embedding": ("embedding.weight", same), "unembedding": ("head.weight", transposed)}
         | fused("layers.{}.self_attn.in_proj_", 4, "part")

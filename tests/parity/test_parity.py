@@ -53,22 +53,19 @@ class Ours:
     def __init__(self, reference, dtype):
         self.dtype, self.output = dtype, reference.output
 
-        def leaves(parameters, tokens, valid):
+        def loss(parameters, tokens, valid):
             found = walk(parameters, tokens, reference.config, valid=valid)
-            return {name: get(found, name) for name in ("layers.pattern", reference.output, *STATIONS)}
+            out = get(found, reference.output)
+            probe = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
+            leaves = {name: get(found, name) for name in ("layers.pattern", reference.output, *STATIONS)}
+            return jnp.mean(out * probe), leaves
 
-        def loss(parameters, tokens):
-            out = get(walk(parameters, tokens, reference.config), reference.output)
-            return jnp.mean(out * jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
-
+        run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
         parameters, tokens, valid = reference.parameters(dtype), reference.tokens, reference.valid
-        run = jax.jit(leaves, compiler_options=QUICK)
         with jax.enable_x64(dtype == np.float64):
-            self.full = jax.device_get(run(parameters, tokens, np.ones_like(valid)))
-            self.padded = jax.device_get(run(parameters, tokens, valid))
-            self.gradient = named(
-                jax.device_get(jax.jit(jax.grad(loss), compiler_options=QUICK)(parameters, tokens))
-            )
+            gradient, self.full = jax.device_get(run(parameters, tokens, np.ones_like(valid)))
+            _, self.padded = jax.device_get(run(parameters, tokens, valid))
+        self.gradient = named(gradient)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

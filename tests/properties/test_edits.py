@@ -232,6 +232,17 @@ def test_an_edit_can_freeze_a_pattern_so_that_queries_no_longer_matter(gpt2):
     assert largest(attention.value) > 0.0
 
 
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_no_edit_of_the_scores_lets_a_query_see_the_future(gpt2, keep):
+    edit = change(shapes(GPT2), "layers.scores", layer=0, keep=keep, put=5.0)
+    found, plain = compiled(GPT2)(*gpt2, edit).layers, compiled(GPT2)(*gpt2).layers
+    past = np.tri(5, dtype=bool)
+    np.testing.assert_array_equal(np.isneginf(found.scores), np.broadcast_to(~past, found.scores.shape))
+    # One number added to all of a query's scores changes nothing; that number alone makes attention uniform.
+    expected = plain.pattern[0] if keep else np.broadcast_to(past / past.sum(-1, keepdims=True), (2, 3, 5, 5))
+    np.testing.assert_allclose(found.pattern[0], expected, atol=1e-6)
+
+
 def bad_edits():
     like = shapes(GPT2)
     return {

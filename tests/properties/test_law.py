@@ -45,7 +45,7 @@ def from_start(parameters, tokens, config, edit):
     return quick_jit(logits)
 
 
-@examples(10)
+@examples(7)
 @given(
     config=configs(feed_forward="none", biases=False, unembedding_bias=False, attention="query_key"),
     a=st.floats(-2, 2),

@@ -238,9 +238,7 @@ def test_no_path_at_all_is_refused():
 # --- corpora by name
 
 
-TRAIN = "".join(
-    f" \n = Article {n} = \n \n {prose(2, n)} \n \n = = Section = = \n \n More . \n" for n in range(4)
-)
+TRAIN = "".join(f" \n = Article {n} = \n \n {prose(2, n)} \n \n = = Section = = \n \n More . \n" for n in range(4))
 VALIDATION = " \n = Last = \n \n Words . \n"
 
 

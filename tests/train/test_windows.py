@@ -78,9 +78,7 @@ def test_sequential_batches_read_each_track_once_and_start_again(tokens, length,
     assert np.array_equal(targets, np.asarray(cut)[:, 1 : 1 + steps * length])
     assert cut.shape[1] - 1 - steps * length < length
     assert np.array_equal(sequential_batch(cut, steps, length=length), seen[0])
-    assert np.array_equal(
-        jax.jit(lambda step: sequential_batch(cut, step, length=length))(steps - 1), seen[-1]
-    )
+    assert np.array_equal(jax.jit(lambda step: sequential_batch(cut, step, length=length))(steps - 1), seen[-1])
 
 
 @given(tokens=st.integers(2, 200), length=st.integers(1, 12))
