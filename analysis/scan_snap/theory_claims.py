@@ -54,7 +54,7 @@ def t3_frequencies(seed: int = 0, seeds: int = 8, samples: int = 1000) -> Claim:
         threshold=[-0.52, -0.48],
         n=seeds,
         ci95=ci95,
-        note=f"rms at T = 128: {np.mean(at_128):.4f} (it depends on the draws of z; .0903 in an independent simulation).",
+        note=f"rms at T = 128: {np.mean(at_128):.4f} (it depends on how z is drawn).",
     )
 
 
