@@ -183,7 +183,7 @@ def test_all_chunks_run_one_program(caplog):
     with jax.log_compiles(True):
         train(tables(), keys_of(0, 1), GRID, [0, 1, 2, 5, 9, 14, 20], records_per_chunk=2)
     compiled = [m for m in caplog.messages if m.startswith("Finished XLA compilation")]
-    chunks = [m for m in compiled if "jit(one_" in m or "jit(chunk)" in m]
+    chunks = [m for m in compiled if "jit(side_by_side)" in m]
     assert len(chunks) == 1, compiled
 
 
