@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from minitf.files import write_atomically
 
@@ -154,19 +155,31 @@ def as_json(rows: Sequence[Row]) -> str:
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-    """The rows for people."""
-    table = Table(title="A ratio above 1 means that minitf is better.", title_justify="left")
+    """The rows for people; notes stand below the table and are numbered in it."""
+    notes = _notes(rows)
+    caption = "\n".join(f"[{i}] {note}" for i, note in enumerate(notes, start=1))
+    table = Table(
+        title="A ratio above 1 means that minitf is better.",
+        title_justify="left",
+        caption=Text(caption),
+        caption_justify="left",
+    )
     table.add_column("what")
     table.add_column("against")
     for title in ("ratio", "ours", "theirs"):
         table.add_column(title, justify="right")
     table.add_column("unit")
     table.add_column("rounds", justify="right")
-    table.add_column("note")
     for row in rows:
         numbers = [_short(x) for x in (row.ratio, row.ours, row.theirs)]
-        table.add_row(row.name, row.peer or "-", *numbers, row.unit, str(row.rounds), row.note)
+        what = f"{row.name} [{notes.index(row.note) + 1}]" if row.note else row.name
+        table.add_row(Text(what), row.peer or "-", *numbers, row.unit, str(row.rounds))
     return table
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """The different notes, in order."""
+    return list(dict.fromkeys(row.note for row in rows if row.note))
 
 
 def _short(number: float | None) -> str:
@@ -174,7 +187,7 @@ def _short(number: float | None) -> str:
 
 
 def run_benchmarks(
-    names: Sequence[str], out: Path, *, seed: int = 0, quiet: bool = False, rounds: int = 5
+    names: Sequence[str], out: Path, *, seed: int = 0, quiet: bool = False, rounds: int = 3
 ) -> list[Row]:
     """Run the benchmarks of these names (all, when none is given), print their table, write ``out/bench.json``.
 

@@ -19,7 +19,10 @@ Form = Literal["positions", "counts"]
 
 @dataclass(frozen=True)
 class Job:
-    """One run: data, rates, length of training. ``form`` says whether the model reads positions or counts."""
+    """One run: data, rates, length of training.
+
+    ``form`` says whether the model reads positions or counts; ``threads`` 0 leaves PyTorch's own choice.
+    """
 
     queries: int
     next_per_query: int
@@ -27,6 +30,7 @@ class Job:
     attention_rate: float
     steps: int
     form: Form = "positions"
+    threads: int = 0
     batch: int = 128
     length: int = 128
     common: int = 10
@@ -135,8 +139,11 @@ def main() -> None:
     torch = _torch()
 
     print(json.dumps({"version": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+    usual = torch.get_num_threads()
     for text in sys.stdin:
-        print(json.dumps(train(Job(**json.loads(text)))), flush=True)
+        job = Job(**json.loads(text))
+        torch.set_num_threads(job.threads or usual)
+        print(json.dumps(train(job)), flush=True)
 
 
 if __name__ == "__main__":

@@ -136,8 +136,8 @@ def test_a_cell_of_a_panel_holds_the_run_of_its_rates(medium):
         for j, ratio in enumerate(panel.ratios):
             run = int(np.flatnonzero((rates.attention == eta) & (rates.decoder == eta * ratio))[0])
             np.testing.assert_array_equal(panel.final_loss[i, j], history.loss[:, run, -1])
-            table = np.asarray(history.parameters.layers.attention.table)[:, run].reshape(2, 1, 33)  # of the query
-            attention = np.exp(table.astype(np.float64))
+            table = np.asarray(history.parameters.layers.attention.table)[:, run].reshape(2, 33, 33)
+            attention = np.exp(table[:, 30:31, :].astype(np.float64))
             attention = attention[..., :30] / attention.sum(axis=-1, keepdims=True)
             distinct = np.stack([attention[:, 0, 10:20], attention[:, 0, 20:30]], axis=1)
             recall = (distinct[..., None] > RECALL_THRESHOLDS / 33).mean(axis=(1, 2))

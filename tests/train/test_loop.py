@@ -179,7 +179,7 @@ def test_a_schedule_is_a_rate_in_the_loop():
 
 
 def test_all_chunks_run_one_program(caplog):
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.WARNING)
     with jax.log_compiles(True):
         train(tables(), keys_of(0, 1), GRID, [0, 1, 2, 5, 9, 14, 20], records_per_chunk=2)
     compiled = [m for m in caplog.messages if m.startswith("Finished XLA compilation")]
