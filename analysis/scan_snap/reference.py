@@ -89,13 +89,6 @@ FIG4_LOSS = np.array(
 )
 
 # What the figures without published numbers are said to show, in our words.
-FIG5_STATEMENT = "With Adam, different learning rates select different sets of distinct tokens."
-FIG6_STATEMENT = (
-    "The entropy falls with a larger attention rate and rises with the ratio of the decoder's rate to it, "
-    "beyond a ratio of about 2."
-)
-FIG11_STATEMENT = "A smaller ratio of the two rates gives a flatter recall curve, that is, sparser attention."
-FIG12_STATEMENT = "A larger attention rate gives a flatter recall curve, that is, sparser attention."
 
 # JoMA (arXiv 2310.00535), Fig. 6: one layer on WikiText-2, Adam at 1e-4; the authors' result files.
 JOMA_TEXT_SOURCE = "the authors' result files for JoMA's one-layer run (WikiText-2, Adam, rate 1e-4)"

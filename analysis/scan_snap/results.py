@@ -74,7 +74,7 @@ class TextRun:
 
 @dataclasses.dataclass(frozen=True)
 class ScanSnapResults:
-    """Everything that the report shows apart from theory and JoMA, which are recomputed."""
+    """The training runs that the report shows."""
 
     small: tuple[SmallRun, ...] = ()
     medium: tuple[MediumPanel, ...] = ()
