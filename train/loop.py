@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Key
 
 Tree = Any
-CACHE_BYTES = 2**21  # of one core, about; parameters and moments of runs that train side by side stay within
+CACHE_BYTES = 2**20  # of one core, about; parameters and moments of runs that train side by side stay within
 Report = Callable[[int, float], None]  # step, mean loss over the runs
 
 

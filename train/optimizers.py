@@ -8,7 +8,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float
 
-from minitf.parameters import Parameters, path_name
+from minitf.parameters import path_name
 
 Rate = float | Float[Array, ""] | Callable[[Any], Any]
 
@@ -57,14 +57,14 @@ def clipped(optimizer: optax.GradientTransformation, norm: float) -> optax.Gradi
 
 
 def part_of(path: tuple[Any, ...]) -> Literal["attention", "decoder"]:
-    """Which rate a weight learns with: what makes associations, or everything that reads them out."""
-    return "attention" if path_name(path).startswith("layers.attention.") else "decoder"
+    """Which rate a weight learns with: what makes associations (all under an ``attention``), or the rest."""
+    return "attention" if "attention" in path_name(path).split(".") else "decoder"
 
 
 def by_part(make: Callable[[Rate], optax.GradientTransformation], rates: Rates) -> optax.GradientTransformation:
     """One optimizer with two rates: ``make(rates.attention)`` for the attention weights, the other elsewhere."""
 
-    def labels(parameters: Parameters) -> Any:
+    def labels(parameters: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: part_of(path), parameters)
 
     return optax.partition({"decoder": make(rates.decoder), "attention": make(rates.attention)}, labels)

@@ -1,17 +1,18 @@
 """Syn-Medium's training with each batch grouped by query: the same numbers, several times sooner on a CPU.
 
 A sequence holds common tokens and its query's own ones alone, so most of a [batch, token] product is with zeros.
-Sequences of a query stand together here, in slots, and meet only the rows of Y that their tokens have. And only
+Sequences of a query stand together here, in slots, and meet only the weights that their tokens have. And only
 what can move is trained: the rows of Z of the queries and the rows of Y of the contextual tokens.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
@@ -20,192 +21,214 @@ from minitf.parameters import Parameters
 from minitf.train.loop import Task
 from minitf.train.sequence_classes import SequenceClasses, sample_support_counts
 
-# How often a batch may have more sequences of one query than it has slots; it is then done with slots for all.
-OVERFLOW = 1e-3
+# How often a batch may have more sequences of one query than it has slots; what is left then takes another pass.
+OVERFLOW = 0.05
 
 
 @struct.dataclass
-class ClassBatch:
-    """Sequences by class, ``classes`` [batch], and counts over the class's support, [batch, support]."""
+class Tables:
+    """The rows that training moves.
 
-    classes: Any
-    counts: Any
+    ``attention`` [query, vocabulary] of Z; of Y ``common`` [common, vocabulary] of the common tokens and ``own``
+    [query, own, vocabulary] of each query's own.
+    """
+
+    attention: Any
+    common: Any
+    own: Any
 
 
 @struct.dataclass
 class Slots:
-    """A batch by query, the one with most sequences first.
+    """Sequences by query, the query with most of them first.
 
-    ``order`` [query] are the queries so ordered. A slot holds a sequence of one query or nothing: ``counts``
-    [slot, common + own] over its query's tokens, ``labels`` [slot], ``weights`` [slot], zero for nothing.
+    A slot holds a sequence of its query or nothing: ``query`` [slot, query] is one-hot, ``counts``
+    [slot, common + own], ``labels`` [slot], ``weights`` [slot], zero for nothing.
     """
 
-    order: Any
+    query: Any
     counts: Any
     labels: Any
     weights: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How many slots the queries have, [query], most first; equal ones are multiplied together."""
+@struct.dataclass
+class Drawn:
+    """A batch as it was drawn, and where its sequences go.
 
-    slots: tuple[int, ...]
+    ``classes`` [batch], ``counts`` [batch, support], and ``turn`` [batch], how many of its query's sequences
+    came before; ``order`` [query], the queries, that with most sequences first; ``passes``, how often the slots
+    must be filled to hold all.
+    """
 
-    @property
-    def tiers(self) -> list[tuple[int, int]]:
-        """Number of queries and slots of each, for each number of slots."""
-        return [(self.slots.count(n), n) for n in sorted(set(self.slots), reverse=True)]
-
-    @property
-    def starts(self) -> np.ndarray:
-        """The first slot of each query in the order, and the number of all."""
-        return np.concatenate([[0], np.cumsum(self.slots)])
-
-
-def trim(parameters: Parameters, data: SequenceClasses) -> Parameters:
-    """What training moves: ``table`` [1, 1, query, vocabulary], ``unembedding`` [contextual, vocabulary]."""
-    table = parameters.layers.attention.table[:, :, data.contextual : data.contextual + data.queries]
-    return _with(parameters, table, parameters.unembedding[: data.contextual])
+    classes: Any
+    counts: Any
+    turn: Any
+    order: Any
+    passes: Any
 
 
-def place(trimmed: Parameters, full: Parameters, data: SequenceClasses) -> Parameters:
-    """The full parameters with those rows in them. Leading axes of runs are allowed on both."""
-    queries = slice(data.contextual, data.contextual + data.queries)
-    table = full.layers.attention.table.at[..., queries, :].set(trimmed.layers.attention.table)
-    return _with(full, table, full.unembedding.at[..., : data.contextual, :].set(trimmed.unembedding))
+@struct.dataclass
+class GroupedBatch:
+    """A batch, and the slots of its first pass: filled once for all the rates that train on it."""
+
+    drawn: Drawn
+    first: Slots
 
 
-def _with(parameters: Parameters, table: Array, unembedding: Array) -> Parameters:
-    attention = dataclasses.replace(parameters.layers.attention, table=table)
-    layers = dataclasses.replace(parameters.layers, attention=attention)
-    return dataclasses.replace(parameters, layers=layers, unembedding=unembedding)
+def trim(parameters: Parameters, data: SequenceClasses) -> Tables:
+    """What training moves, of the full parameters."""
+    decoder = parameters.unembedding
+    return Tables(
+        attention=parameters.layers.attention.table[0, 0, data.contextual : data.contextual + data.queries],
+        common=decoder[: data.common],
+        own=decoder[data.common : data.contextual].reshape(data.queries, -1, decoder.shape[1]),
+    )
+
+
+def place(tables: Tables, full: Parameters, data: SequenceClasses) -> Parameters:
+    """The full parameters with those in them."""
+    attention, queries = full.layers.attention, slice(data.contextual, data.contextual + data.queries)
+    table = attention.table.at[0, 0, queries].set(tables.attention)
+    own = tables.own.reshape(-1, tables.own.shape[-1])
+    decoder = full.unembedding.at[: data.contextual].set(jnp.concatenate([tables.common, own]))
+    layers = dataclasses.replace(full.layers, attention=dataclasses.replace(attention, table=table))
+    return dataclasses.replace(full, layers=layers, unembedding=decoder)
 
 
 def grouped(plain: Task, data: SequenceClasses, batch: int) -> Task:
-    """The task of ``synthetic.task(data, ...)`` on trimmed parameters and grouped batches."""
+    """The task of ``synthetic.task(data, ...)`` on :class:`Tables` and grouped batches."""
     nothing = jax.eval_shape(plain.initialize, jax.random.key(0))
+    slots = usual(data, batch)
 
-    def record(trimmed: Parameters) -> Any:
+    def record(tables: Tables) -> Any:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
-        return plain.record(place(trimmed, zeros, data))
-
-    def draw(key: Key[Array, ""], step: Array) -> ClassBatch:
-        classes, counts = sample_support_counts(data, key, batch)
-        return ClassBatch(classes, counts)
+        return plain.record(place(tables, zeros, data))
 
     return dataclasses.replace(
         plain,
         initialize=lambda key: trim(plain.initialize(key), data),
-        batch=draw,
-        loss=make_loss(data, batch),
+        batch=lambda key, step: draw(data, key, batch, slots),
+        loss=make_loss(data, slots),
         record=record,
     )
 
 
-def roomy(data: SequenceClasses, batch: int) -> Layout:
-    """Slots that always suffice."""
-    return Layout((batch,) * data.queries)
+@functools.cache
+def usual(data: SequenceClasses, batch: int) -> tuple[int, ...]:
+    """Slots of each query, most first; a batch overflows them with a probability of about ``OVERFLOW``.
 
-
-def usual(data: SequenceClasses, batch: int) -> Layout:
-    """Slots that a batch overflows with a probability of about ``OVERFLOW`` at most (simulated, a union bound).
-
-    Neighbours in the order have equal numbers, so that there are fewer and larger products.
+    Simulated, with a union bound over the queries.
     """
     draws = np.random.default_rng(0).multinomial(batch, np.full(data.queries, 1 / data.queries), size=20_000)
     most_first = np.sort(draws, axis=1)[:, ::-1]
-    needed = np.quantile(most_first, 1 - OVERFLOW / data.queries, axis=0, method="higher").astype(int)
-    return Layout(tuple(int(needed[i - i % 2]) for i in range(data.queries)))
+    needed = np.quantile(most_first, 1 - OVERFLOW / data.queries, axis=0, method="higher")
+    return tuple(needed.astype(int).tolist())
 
 
-def make_loss(data: SequenceClasses, batch: int, layout: Layout | None = None) -> Any:
-    """The loss of trimmed parameters on a :class:`ClassBatch`: mean cross-entropy, nats.
+def draw(data: SequenceClasses, key: Key[Array, ""], batch: int, slots: tuple[int, ...]) -> GroupedBatch:
+    """The same sequences as ``sample_counts`` with the same key, in slots."""
+    classes, counts = sample_support_counts(data, key, batch)
+    is_query = (classes // data.next_per_query)[:, None] == jnp.arange(data.queries)
+    sequences = jnp.sum(is_query, axis=0)
+    order = jnp.argsort(-sequences)
+    turn = jnp.sum(jnp.where(is_query, jnp.cumsum(is_query, axis=0) - 1, 0), axis=1)
+    passes = jnp.max(-(-sequences[order] // jnp.array(slots)))
+    drawn = Drawn(classes, counts, turn, order, passes)
+    return GroupedBatch(drawn, fill(data, drawn, slots, 0))
 
-    Its gradient is computed with its value, so that a batch that overflows ``layout`` takes another branch of
-    the program as a whole.
+
+def fill(data: SequenceClasses, batch: Drawn, slots: tuple[int, ...], nth: Any) -> Slots:
+    """The sequences that the n-th pass takes. Nothing is one token of weight zero, so that it is finite."""
+    query, member = batch.classes // data.next_per_query, batch.classes % data.next_per_query
+    starts = np.concatenate([[0], np.cumsum(slots)])
+    rank = jnp.argsort(batch.order)[query]
+    here = batch.turn - nth * jnp.array(slots)[rank]
+    slot = jnp.where((here >= 0) & (here < jnp.array(slots)[rank]), jnp.array(starts[:-1])[rank] + here, -1)
+    is_here = slot == jnp.arange(starts[-1])[:, None]
+    filled, row = jnp.any(is_here, axis=1), jnp.argmax(is_here, axis=1)
+
+    common, own = batch.counts[:, : data.common], batch.counts[:, data.common :]
+    blocks = jax.nn.one_hot(member, data.next_per_query)[:, :, None] * own[:, None, :]
+    counts = jnp.concatenate([common, blocks.reshape(len(member), -1)], axis=1)
+    ranks = np.repeat(np.arange(data.queries), slots)
+    return Slots(
+        query=jax.nn.one_hot(batch.order[ranks], data.queries),
+        counts=jnp.where(filled[:, None], counts[row], jnp.eye(1, counts.shape[1])),
+        labels=jnp.asarray(data.class_labels)[batch.classes[row]],
+        weights=filled.astype(jnp.float32) / len(member),
+    )
+
+
+def make_loss(data: SequenceClasses, slots: tuple[int, ...]) -> Any:
+    """The loss of :class:`Tables` on a :class:`GroupedBatch`: mean cross-entropy, nats.
+
+    Its gradient is computed with its value, because a loop of unknown length cannot be run backwards. Nearly
+    always one pass holds everything.
     """
-    layout, always = layout or usual(data, batch), roomy(data, batch)
 
-    def value_and_gradient(
-        layout: Layout, parameters: Parameters, drawn: ClassBatch, order: Array
-    ) -> tuple[Array, Parameters]:
-        placed = into_slots(data, drawn, order, layout)
-        return jax.value_and_grad(lambda p: slotted_loss(data, p, placed, layout))(parameters)
+    def both(tables: Tables, batch: GroupedBatch) -> tuple[Array, Tables]:
+        def another(carry: tuple) -> tuple:
+            nth, done = carry
+            more = value_and_gradient(tables, fill(data, batch.drawn, slots, nth), batch.drawn.order, slots)
+            return nth + 1, jax.tree.map(jnp.add, done, more)
 
-    def both(parameters: Parameters, drawn: ClassBatch) -> tuple[Array, Parameters]:
-        query = drawn.classes // data.next_per_query
-        sequences = jnp.sum(query[:, None] == jnp.arange(data.queries), axis=0)
-        order = jnp.argsort(-sequences)
-        if layout == always:
-            return value_and_gradient(always, parameters, drawn, order)
-        return jax.lax.cond(
-            jnp.all(sequences[order] <= jnp.array(layout.slots)),
-            lambda p: value_and_gradient(layout, p, drawn, order),
-            lambda p: value_and_gradient(always, p, drawn, order),
-            parameters,
-        )
+        first = value_and_gradient(tables, batch.first, batch.drawn.order, slots)
+        return jax.lax.while_loop(lambda carry: carry[0] < batch.drawn.passes, another, (1, first))[1]
 
     @jax.custom_vjp
-    def loss(parameters: Parameters, drawn: ClassBatch) -> Array:
-        return both(parameters, drawn)[0]
+    def loss(tables: Tables, batch: GroupedBatch) -> Array:
+        return both(tables, batch)[0]
 
     loss.defvjp(both, lambda gradient, seed: (jax.tree.map(lambda g: seed * g, gradient), None))
     return loss
 
 
-def into_slots(data: SequenceClasses, drawn: ClassBatch, order: Int[Array, " query"], layout: Layout) -> Slots:
-    """Sequences in the slots of their queries. Nothing is one token of weight zero, so that it is finite."""
-    classes, starts = drawn.classes, layout.starts
-    query, member = classes // data.next_per_query, classes % data.next_per_query
-    chosen = query[:, None] == order
-    before = jnp.cumsum(chosen, axis=0) - 1
-    slot_of = jnp.sum(jnp.where(chosen, before + starts[:-1], 0), axis=1)
-    is_here = slot_of[None, :] == jnp.arange(starts[-1])[:, None]
-    filled, row = jnp.any(is_here, axis=1), jnp.argmax(is_here, axis=1)
+def value_and_gradient(
+    tables: Tables, batch: Slots, order: Int[Array, " query"], slots: tuple[int, ...]
+) -> tuple[Float[Array, ""], Tables]:
+    """Sum over the slots of weight times cross-entropy, and its gradient.
 
-    common, own = drawn.counts[:, : data.common], drawn.counts[:, data.common :]
-    blocks = jax.nn.one_hot(member, data.next_per_query)[:, :, None] * own[:, None, :]
-    counts = jnp.concatenate([common, blocks.reshape(len(classes), -1)], axis=1)
-    return Slots(
-        order=order,
-        counts=jnp.where(filled[:, None], counts[row], jnp.eye(1, counts.shape[1])),
-        labels=jnp.asarray(data.class_labels)[classes[row]],
-        weights=filled.astype(jnp.float32) / len(classes),
-    )
+    Backwards through the decoder it is written out: automatic differentiation would gather the gradient of
+    ``own`` query by query and read the context transposed, which together cost a tenth of training.
+    """
+    (queries, own_tokens, _), common = tables.own.shape, tables.common.shape[0]
 
+    def attend(attention: Float[Array, "query vocabulary"]) -> Sequence[Array]:
+        of_common, by_owner = attention[:, :common], attention[:, common : common + queries * own_tokens]
+        mine = jnp.eye(queries)[:, :, None] * by_owner.reshape(queries, queries, own_tokens)
+        scores = batch.query @ jnp.concatenate([of_common, jnp.sum(mine, axis=1)], axis=1)
+        pattern = aggregate.associate(scores[:, None], batch.counts[:, None])[:, 0]
+        context = filter.normalize(pattern, filter.norm_scale(pattern, "l2", 0.0))
+        return jax.lax.split(context, (common, context.shape[1] - common), axis=1)
 
-def slotted_loss(data: SequenceClasses, parameters: Parameters, batch: Slots, layout: Layout) -> Float[Array, ""]:
-    """Sum over the slots of weight times cross-entropy."""
-    table, decoder = parameters.layers.attention.table[0, 0], parameters.unembedding
-    queries, common, own = data.queries, data.common, data.next_per_query * data.distinct
-    common_tokens = np.broadcast_to(np.arange(common), (queries, common))
-    own_tokens = common + np.arange(queries * own).reshape(queries, own)
-    tokens = np.concatenate([common_tokens, own_tokens], axis=1)
-    common_table, own_table = jax.lax.split(decoder, (common, queries * own))
+    (of_common, of_own), back_to_attention = jax.vjp(attend, tables.attention)
+    own = tables.own[order]
+    from_own = [x @ rows for x, rows in zip(jax.lax.split(of_own, slots), own, strict=True)]
+    logits = filter.unembed(of_common, tables.common) + jnp.concatenate(from_own)
+    value, by_logits = cross_entropy(logits, batch)
 
-    z = _ordered(table[np.arange(queries)[:, None], tokens], batch.order)
-    scores = jnp.repeat(z, np.array(layout.slots), axis=0, total_repeat_length=layout.starts[-1])
-    pattern = aggregate.associate(scores[:, None], batch.counts[:, None])[:, 0]
-    context = filter.normalize(pattern, filter.norm_scale(pattern, "l2", 0.0))
-    of_common, of_own = jax.lax.split(context, (common, own), axis=1)
-
-    tables = _ordered(own_table.reshape(queries, own, -1), batch.order)
-    shares = zip(
-        layout.tiers,
-        jax.lax.split(of_own, [n * slots for n, slots in layout.tiers]),
-        jax.lax.split(tables, [n for n, _ in layout.tiers]),
-        strict=True,
-    )
-    from_own = [
-        jnp.einsum("qsl,qlv->qsv", rows.reshape(n, slots, own), of_tier).reshape(n * slots, -1)
-        for (n, slots), rows, of_tier in shares
+    by_query = jax.lax.split(by_logits, slots)
+    by_context = [
+        by_logits @ tables.common.T,
+        jnp.concatenate([r @ rows.T for r, rows in zip(by_query, own, strict=True)]),
     ]
-    logits = filter.unembed(of_common, common_table) + jnp.concatenate(from_own)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    return jnp.sum(batch.weights * each)
+    # The barrier keeps the transposed copies, which a matrix product reads faster.
+    common_columns, own_columns = jax.lax.optimization_barrier((of_common.T, of_own.T))
+    by_own = jnp.zeros_like(tables.own)
+    for i, (columns, r) in enumerate(zip(jax.lax.split(own_columns, slots, axis=1), by_query, strict=True)):
+        by_own = jax.lax.dynamic_update_index_in_dim(by_own, columns @ r, order[i], axis=0)
+    return value, Tables(attention=back_to_attention(by_context)[0], common=common_columns @ by_logits, own=by_own)
 
 
-def _ordered(x: Array, order: Int[Array, " query"]) -> Array:
-    """The entries of the first axis in another order; saying that none is taken twice spares the gradient work."""
-    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
+def cross_entropy(
+    logits: Float[Array, "slot vocabulary"], batch: Slots
+) -> tuple[Float[Array, ""], Float[Array, "slot vocabulary"]]:
+    """Weighted cross-entropy, and its gradient by the logits: weight * (softmax - one-hot label)."""
+    is_label = batch.labels[:, None] == jnp.arange(logits.shape[1])
+    peak = jnp.max(logits, axis=1)
+    shifted = jnp.exp(logits - peak[:, None])
+    total = jnp.sum(shifted, axis=1)
+    each = jnp.log(total) + peak - jnp.sum(jnp.where(is_label, logits, 0), axis=1)
+    gradient = shifted * (batch.weights / total)[:, None] - jnp.where(is_label, batch.weights[:, None], 0)
+    return jnp.sum(batch.weights * each), gradient

@@ -24,7 +24,6 @@ from minitf.train.sequence_classes import CountBatch, SequenceClasses, populatio
 
 STEPS, BATCH, MOMENTUM, RECORD_EVERY = 100, 128, 0.9, 2
 MEDIUM_QUERIES = (1, 3, 5, 10)
-GROUPED_FROM = 5
 MEDIUM_ATTENTION_RATES = (0.5, 1.0, 2.0, 3.0)
 MEDIUM_RATIOS = (1.0, 2.0, 5.0, 10.0)
 # Of attention, in units of 1 / vocabulary: the range of the paper's Fig. 11 and 12.
@@ -141,12 +140,11 @@ def _medium_training(queries: int, seeds: int, seed: int, steps: int, length: in
     # On a CPU one seed's 16 pairs of rates fill the caches, so seeds go one after another in the program.
     how: Literal["vmap", "map"] = "map" if jax.default_backend() == "cpu" else "vmap"
     return {
-        # Products with zeros cost more than grouping does from about five queries on.
-        "task": grouped(plain, data, BATCH) if queries >= GROUPED_FROM else plain,
+        "task": grouped(plain, data, BATCH) if queries > 1 else plain,
         "keys": seed_keys(seed, seeds),
         "hyper": grid(MEDIUM_ATTENTION_RATES, MEDIUM_RATIOS),
         "record_steps": every(steps, max(1, steps // 5)),
-        "records_per_chunk": 2,
+        "records_per_chunk": 6,
         "how": how,
     }
 
@@ -168,7 +166,7 @@ def run_medium(
 ) -> tuple[MediumPanel, History]:
     """One panel of Fig. 6: 16 pairs of rates and all seeds as one program.
 
-    From ``GROUPED_FROM`` queries on, the history's parameters are what training moves (:func:`grouped.trim`).
+    With more than one query the history's parameters are what training moves (:func:`grouped.trim`).
     """
     data, training = _medium_data(queries, length), _medium_training(queries, seeds, seed, steps, length)
     history = train(**training, report=report, stop_on_divergence=False, programs=programs)
