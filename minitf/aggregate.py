@@ -7,7 +7,7 @@ data; the residual addition is the aggregate over branches with all weights one.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from minitf.filter import in_statistics_dtype
 
@@ -35,8 +35,12 @@ def allowed_pairs(length: int, causal: bool, attend_self: bool) -> Bool[Array, "
     return allowed if attend_self else allowed & (key != query)
 
 
-def alibi_bias(heads: int, length: int) -> Float[Array, "head query key"]:
+def alibi_bias(
+    heads: int, positions: Int[Array, "*batch query"], keys: int
+) -> Float[Array, "*batch head query key"]:
     """Press et al. 2022: minus slope times distance, the slopes a geometric sequence over the heads.
+
+    ``positions`` are the queries'; the keys stand at 0 to ``keys`` - 1.
 
     For a number of heads that is no power of two, the published rule fills up with every second slope of the
     next power of two.
@@ -47,8 +51,8 @@ def alibi_bias(heads: int, length: int) -> Float[Array, "head query key"]:
 
     power = 2 ** int(np.floor(np.log2(heads)))
     slope = np.array(slopes(power) + slopes(2 * power)[0::2][: heads - power])
-    distance = jnp.abs(jnp.arange(length)[:, None] - jnp.arange(length)[None, :])
-    return jnp.asarray(-slope)[:, None, None] * distance
+    distance = jnp.abs(positions[..., :, None] - jnp.arange(keys))
+    return jnp.asarray(-slope)[:, None, None] * distance[..., None, :, :]
 
 
 def associate(

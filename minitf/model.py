@@ -1,9 +1,11 @@
 """The forward pass, which returns the walk."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from minitf import aggregate, filter
@@ -12,6 +14,47 @@ from minitf.parameters import FeedForwardParameters, Layer, Norm, Parameters
 from minitf.walk import Change, Edit, LayerWalk, Walk, apply, leaves, put
 
 Stream = Float[Array, "batch position width"]
+Past = tuple[Array, Array] | None
+
+
+@struct.dataclass
+class Cache:
+    """The positions already done: ``k``, ``v`` are ``[layer, batch, slot, key_value_head, head_width]``.
+
+    Slot i holds position i; ``filled`` ``[batch]`` counts the positions of each sequence, and what later slots
+    hold is not read.
+    """
+
+    k: Any
+    v: Any
+    filled: Any
+
+
+@struct.dataclass
+class Places:
+    """Where the tokens stand.
+
+    ``query`` ``[#batch, position]`` are their positions; ``forbidden`` ``[#batch, 1, query, key]`` the pairs that
+    may not meet; ``goes_on`` says whether positions came before, in a cache.
+    """
+
+    query: Any
+    forbidden: Any
+    goes_on: bool = struct.field(pytree_node=False)
+
+
+def _places(length: int, config: ModelConfig, valid: Bool[Array, "batch position"] | None) -> Places:
+    forbidden = ~aggregate.allowed_pairs(length, config.causal, config.attend_self)[None, None]
+    if valid is not None:
+        forbidden = forbidden | ~valid[:, None, None, :]
+    return Places(jnp.arange(length)[None], forbidden, goes_on=False)
+
+
+def _places_after(cache: Cache, length: int, config: ModelConfig) -> Places:
+    query = cache.filled[:, None] + jnp.arange(length)
+    key = jnp.arange(cache.k.shape[2])
+    forbidden = (key > query[..., None]) if config.attend_self else (key >= query[..., None])
+    return Places(query, forbidden[:, None], goes_on=True)
 
 
 def walk(
@@ -21,6 +64,7 @@ def walk(
     *,
     edit: Edit | None = None,
     valid: Bool[Array, "batch position"] | None = None,
+    cache: Cache | None = None,
     unroll: int | bool = 1,
 ) -> Walk:
     """Run the model and return everything it computed.
@@ -32,6 +76,8 @@ def walk(
         tokens: ids below ``config.vocabulary``; ids beyond it are clamped by XLA, so check data before.
         edit: changes to any leaves, in the order in which the leaves are computed.
         valid: False marks padding, which no query may see.
+        cache: keys and values of the positions before; the tokens are then the ones that follow those (see
+            :mod:`minitf.decode`), and ``layers.k``, ``layers.v`` of the walk hold the cache with theirs in it.
         unroll: layers per iteration of the scan; ``True`` unrolls all of them, so that XLA can also drop the
             layers after the last one that is used.
 
@@ -42,18 +88,18 @@ def walk(
     if length > config.length:
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
     edit = _fit_edit(edit or Edit(), config)
+    places = _places(length, config, valid) if cache is None else _places_after(cache, length, config)
 
-    token_embedding, position_embedding, start = _start(parameters, tokens, config, edit)
-    forbidden = ~aggregate.allowed_pairs(length, config.causal, config.attend_self)[None, None]
-    if valid is not None:
-        forbidden = forbidden | ~valid[:, None, None, :]
+    token_embedding, position_embedding, start = _start(parameters, tokens, config, edit, places)
 
-    def layer(stream: Stream, inputs: tuple[Layer, LayerWalk]) -> tuple[Stream, LayerWalk]:
-        weights, changes = inputs
-        passed = _layer(stream, weights, config, changes, forbidden)
+    def layer(stream: Stream, inputs: tuple[Layer, LayerWalk, Past]) -> tuple[Stream, LayerWalk]:
+        weights, changes, past = inputs
+        passed = _layer(stream, weights, config, changes, places, past)
         return passed.resid_post, passed
 
-    end, layers = jax.lax.scan(layer, start, (parameters.layers, edit.layers), length=config.layers, unroll=unroll)
+    past = None if cache is None else (cache.k, cache.v)
+    inputs = (parameters.layers, edit.layers, past)
+    end, layers = jax.lax.scan(layer, start, inputs, length=config.layers, unroll=unroll)
     end = apply(edit.end, end)
     scale, context = None, end
     if config.pre_norm:
@@ -77,12 +123,17 @@ def unembed(
     """Logits of context vectors."""
     table = parameters.embedding.T if config.tied else parameters.unembedding
     batch, position, _ = stream.shape
+    if config.unembedding_transform:
+        transform = parameters.unembedding_transform
+        rows = filter.linear(_rows(stream), transform.weight, transform.bias)
+        rows = filter.activate(rows, config.feed_forward)  # type: ignore[arg-type]
+        _, stream = _norm(rows.reshape(stream.shape), transform.norm, config, None)
     logits = filter.unembed(_rows(stream), table, parameters.unembedding_bias)
     return logits.reshape(batch, position, config.vocabulary)
 
 
 def _start(
-    parameters: Parameters, tokens: Int[Array, "batch position"], config: ModelConfig, edit: Edit
+    parameters: Parameters, tokens: Int[Array, "batch position"], config: ModelConfig, edit: Edit, places: Places
 ) -> tuple[Stream, Array | None, Stream]:
     """The token vectors, the position vectors, and their sum, where the walk starts."""
     batch, length = tokens.shape
@@ -95,10 +146,14 @@ def _start(
     start = token_embedding
     if config.position in ("learned", "sinusoidal"):
         table = (
-            parameters.position[:length]
+            parameters.position
             if config.position == "learned"
-            else jnp.asarray(filter.sinusoidal_positions(length, config.width), start.dtype)
+            else jnp.asarray(filter.sinusoidal_positions(config.length, config.width), start.dtype)
         )
+        # Slices, not rows by number, where all begin at the first position: that is what a plain forward does.
+        table = table[places.query] if places.goes_on else table[:length]
+        if config.token_types:
+            table = table + parameters.token_type[0]
         position_embedding = apply(edit.position_embedding, table)
         start = aggregate.add(token_embedding, jnp.broadcast_to(position_embedding, start.shape))
     if config.embedding_norm:
@@ -111,11 +166,12 @@ def _layer(
     weights: Layer,
     config: ModelConfig,
     edit: LayerWalk,
-    forbidden: Bool[Array, "#batch 1 query key"],
+    places: Places,
+    past: Past = None,
 ) -> LayerWalk:
     """One layer: an aggregate over positions and a filter, each adding its step."""
     resid_pre = apply(edit.resid_pre, stream)
-    attended = _attention(resid_pre, weights, config, edit, forbidden)
+    attended = _attention(resid_pre, weights, config, edit, places, past)
     attention_norm_scale = attended.attention_norm_scale
     resid_mid = attended.attention_step
     if config.residual:
@@ -140,19 +196,23 @@ def _attention(
     weights: Layer,
     config: ModelConfig,
     edit: LayerWalk,
-    forbidden: Bool[Array, "#batch 1 query key"],
+    places: Places,
+    past: Past,
 ) -> LayerWalk:
     """Filters to queries, keys and values; their association; the aggregate; the filter back."""
     batch, length, _ = resid_pre.shape
     scale, stream = None, resid_pre
     if config.pre_norm:
         scale, stream = _norm(resid_pre, weights.attention_norm, config, edit.attention_norm_scale)
-    q, k, v = _query_key_value(stream, weights, config)
+    q, k, v = _query_key_value(stream, weights, config, places)
     q, k, v = apply(edit.q, q), apply(edit.k, k), apply(edit.v, v)
+    if past is not None:
+        sequence = jnp.arange(batch)[:, None]
+        k, v = (kept.at[sequence, places.query].set(new) for kept, new in zip(past, (k, v), strict=True))
     scores = aggregate.score(q, k, 1.0 if config.attention == "table" else config.head_size**-0.5)
     if config.position == "alibi":
-        scores = scores + aggregate.alibi_bias(config.heads, length).astype(scores.dtype)
-    scores = jnp.where(forbidden, -jnp.inf, apply(edit.scores, scores))
+        scores = scores + aggregate.alibi_bias(config.heads, places.query, k.shape[1]).astype(scores.dtype)
+    scores = jnp.where(places.forbidden, -jnp.inf, apply(edit.scores, scores))
     pattern = apply(edit.pattern, aggregate.associate(scores))
     z = apply(edit.z, aggregate.combine(pattern, v))
 
@@ -182,7 +242,9 @@ def _attention(
     )
 
 
-def _query_key_value(stream: Stream, weights: Layer, config: ModelConfig) -> tuple[Array, Array, Array]:
+def _query_key_value(
+    stream: Stream, weights: Layer, config: ModelConfig, places: Places
+) -> tuple[Array, Array, Array]:
     """What the scores compare and what the association mixes, each ``[batch, position, head, head_width]``."""
     batch, length, _ = stream.shape
     rows, attention = _rows(stream), weights.attention
@@ -198,14 +260,25 @@ def _query_key_value(stream: Stream, weights: Layer, config: ModelConfig) -> tup
         q = heads(attention.query, attention.query_bias)
         k = heads(attention.key, attention.key_bias)
         v = heads(attention.value, attention.value_bias)
+    if config.query_key_norm:
+        q, k = (_head_norm(x, gain, config) for x, gain in ((q, attention.query_gain), (k, attention.key_gain)))
     if config.position == "rotary":
-        positions = jnp.tile(jnp.arange(length), batch)
+        positions = jnp.broadcast_to(places.query, (batch, length)).reshape(-1)
         q, k = (
             filter.rotate(x, positions, config.rotated_width, config.rotary_base, config.rotary_interleaved)
             for x in (q, k)
         )
     q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
     return q, k, v
+
+
+def _head_norm(
+    x: Float[Array, "rows head head_width"], gain: Float[Array, " head_width"], config: ModelConfig
+) -> Float[Array, "rows head head_width"]:
+    """Root-mean-square norm of each head by itself; all heads share the gain."""
+    centered = filter.center(x.reshape(-1, x.shape[-1]), "rms")
+    scale = filter.norm_scale(centered, "rms", config.norm_epsilon)
+    return filter.normalize(centered, scale, gain).astype(x.dtype).reshape(x.shape)
 
 
 def _feed_forward(passed: LayerWalk, weights: Layer, config: ModelConfig, edit: LayerWalk) -> LayerWalk:

@@ -50,7 +50,7 @@ def test_who_may_look_where():
     ],
 )
 def test_alibi_falls_with_distance_at_the_published_slopes(heads, slopes):
-    bias = aggregate.alibi_bias(heads, 4)
+    bias = aggregate.alibi_bias(heads, jnp.arange(4), 4)
     assert bias.shape == (heads, 4, 4)
     np.testing.assert_allclose(-bias[:, 3, 2], slopes)
     np.testing.assert_allclose(-bias[:, 3, 0], 3 * np.array(slopes))
