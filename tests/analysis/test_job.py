@@ -252,7 +252,15 @@ def test_an_interrupt_stops_every_later_program_of_a_stage(tmp_path):
         run_stage(tmp_path, make, interrupted=lambda: True)
 
 
-def test_an_interrupt_is_noticed_even_where_it_is_dropped():
+@pytest.fixture
+def usual_interrupts():
+    """Python's own handler of Ctrl-C, which a process started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_is_noticed_even_where_it_is_dropped(usual_interrupts):
     before = signal.getsignal(signal.SIGINT)
     with job._noticing_interrupts() as interrupted:
         assert not interrupted()

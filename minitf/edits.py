@@ -1,0 +1,96 @@
+"""Edits that read like what they do. All are :func:`minitf.walk.change` with other numbers.
+
+Everywhere ``shapes`` is a walk of the run to be edited, or its shapes (``jax.eval_shape``), ``name`` a leaf such
+as ``"layers.z"``, and ``**index`` the places on the leaf's named axes (``layer=1, head=[0, 3]``); axes that are
+not named are meant whole. What cannot be is a ValueError, as in ``change``. Edits of different leaves, or two
+after another, are joined by ``minitf.compose``.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minitf.walk import Change, Edit, Walk, change, get, leaf_axes, put_change
+
+
+def ablate(shapes: Walk, name: str, **index: Any) -> Edit:
+    """Zero there: zero ablation, a head knock-out, a step that is not taken."""
+    return change(shapes, name, keep=0.0, put=0.0, **index)
+
+
+def scale(shapes: Walk, name: str, factor: float | Float[Array, ""], **index: Any) -> Edit:
+    """The leaf times ``factor`` there."""
+    return change(shapes, name, keep=factor, **index)
+
+
+def set_to(shapes: Walk, name: str, value: Any, **index: Any) -> Edit:
+    """``value`` there, a number or an array that broadcasts to the chosen part: any association, any scale."""
+    return change(shapes, name, keep=0.0, put=value, **index)
+
+
+def patch(shapes: Walk, name: str, source: Walk, **index: Any) -> Edit:
+    """What ``source`` has there: activation patching; with the walk of another input, resample ablation."""
+    return set_to(shapes, name, _part(source, name, index), **index)
+
+
+def mean_ablate(shapes: Walk, name: str, data: Walk, **index: Any) -> Edit:
+    """The mean there over the batch of ``data``, a walk of many inputs of the same length.
+
+    The mean is position by position: what a place holds on average, whatever the input.
+    """
+    axes = leaf_axes()[name] if get(data, name) is not None else ()
+    if "batch" not in axes:
+        raise ValueError(f"{name!r} has no batch to take a mean over")
+    if "batch" in index:
+        raise ValueError("a mean over the batch is put into the whole batch; leave batch out")
+    part = _part(data, name, index)
+    batch = [axis for axis in axes if not _is_single(index.get(axis, slice(None)))].index("batch")
+    return set_to(shapes, name, jnp.mean(part, axis=batch, keepdims=True), **index)
+
+
+def freeze_association(shapes: Walk, source: Walk, **index: Any) -> Edit:
+    """The association of ``source``: which positions are mixed no longer depends on the data."""
+    return patch(shapes, "layers.pattern", source, **index)
+
+
+def steer(
+    shapes: Walk,
+    vector: Float[Array, " width"],
+    *,
+    layer: int,
+    coefficient: Any = 1.0,
+    name: str = "layers.resid_post",
+) -> Edit:
+    """``coefficient * vector`` added at every position of one layer; fits runs of any length and decoding.
+
+    Raises:
+        ValueError: the leaf is no point or step of a layer's residual stream, or vector or layer do not fit.
+    """
+    axes, like = leaf_axes().get(name), get(shapes, name)
+    if axes != ("layer", "batch", "position", "width") or like is None:
+        raise ValueError(f"steering adds to a layer's point or step, such as 'layers.resid_post', not to {name!r}")
+    layers, width = like.shape[0], like.shape[-1]
+    if jnp.shape(vector) != (width,):
+        raise ValueError(f"the vector has the shape {jnp.shape(vector)}; it must be ({width},)")
+    if not -layers <= layer < layers:
+        raise ValueError(f"layer={layer} is outside {name!r}, which has {layers} on that axis")
+    put = jnp.full((layers, 1, 1, width), -0.0, like.dtype).at[layer].set(coefficient * vector)
+    return put_change(name, Change(keep=jnp.ones((layers, 1, 1, 1), like.dtype), put=put))
+
+
+def _is_single(chosen: Any) -> bool:
+    return not isinstance(chosen, slice) and jnp.ndim(chosen) == 0
+
+
+def _part(walk: Walk, name: str, index: dict[str, Any]) -> Array:
+    """The chosen part of a leaf; axes with a single index are gone."""
+    leaf = get(walk, name)
+    if leaf is None:
+        raise ValueError(f"the walk to read from has no {name!r}")
+    # One axis after another, so that several lists choose every combination.
+    for axis in reversed(range(leaf.ndim)):
+        chosen = index.get(leaf_axes()[name][axis])
+        if chosen is not None:
+            leaf = leaf[(slice(None),) * axis + (chosen if isinstance(chosen, slice) else jnp.asarray(chosen),)]
+    return leaf
