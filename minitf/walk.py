@@ -6,6 +6,8 @@ walk whose leaves are :class:`Change` (``x -> keep * x + put``) or None.
 """
 
 import dataclasses
+import difflib
+import html
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,6 +68,17 @@ class Walk:
     context: Leaf = leaf("batch position width")
     logits: Leaf = leaf("batch position vocabulary")
 
+    def __repr__(self) -> str:
+        """The leaves that are there, with their axes and sizes."""
+        rows = [("leaf", "axes and sizes"), *_rows(self)]
+        wide = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{wide}}  {what}" for name, what in rows)
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        rows = (f"<tr><td><code>{name}</code></td><td>{html.escape(what)}</td></tr>" for name, what in _rows(self))
+        return f"<table><tr><th>leaf</th><th>axes and sizes</th></tr>{''.join(rows)}</table>"
+
 
 @struct.dataclass
 class Change:
@@ -116,7 +129,10 @@ def leaves(walk: Walk) -> Iterator[tuple[str, Leaf]]:
 def get(walk: Walk, name: str) -> Leaf:
     """The leaf of that name, such as ``"logits"`` or ``"layers.pattern"``."""
     if name not in leaf_axes():
-        raise ValueError(f"a walk has no leaf {name!r}; it has {', '.join(leaf_axes())}")
+        near = difflib.get_close_matches(f"layers.{name.removeprefix('layers.')}", leaf_axes(), 1)
+        near = difflib.get_close_matches(name, leaf_axes(), 1, cutoff=0.8) or near
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"a walk has no leaf {name!r}; it has {', '.join(leaf_axes())}{hint}")
     return getattr(walk.layers, name[7:]) if name.startswith("layers.") else getattr(walk, name)
 
 
@@ -220,6 +236,21 @@ def station_steps(walk: Walk) -> Array:
     feed_forward = layers.resid_post - layers.resid_mid
     moves = jnp.stack([attention, feed_forward], axis=1)
     return moves.reshape(-1, *moves.shape[2:])
+
+
+def _rows(walk: Walk) -> list[tuple[str, str]]:
+    """Name and content of every leaf: ``layer 2, batch 3, ...``, or what an edit does to it."""
+
+    def content(name: str, value: Leaf) -> str:
+        if isinstance(value, Change):
+            return f"keep {jnp.shape(value.keep)}, put {jnp.shape(value.put)}"
+        shape, axes = jnp.shape(value), leaf_axes()[name]
+        # Seeds or a sweep come before the leaf's own axes.
+        axes = ("",) * (len(shape) - len(axes)) + axes if len(shape) >= len(axes) else ("",) * len(shape)
+        sizes = ", ".join(f"{axis} {size}".strip() for axis, size in zip(axes, shape, strict=True))
+        return f"{sizes}: {getattr(value, 'dtype', type(value).__name__)}"
+
+    return [(name, content(name, value)) for name, value in leaves(walk)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,3 +174,14 @@ def test_a_walk_too_large_for_any_memory_can_be_described():
     weights = jax.eval_shape(lambda key: initialize(config, key), jax.random.key(0))
     described = describe(lambda p, t: walk(p, t, config), weights, tokens)
     assert max(d.bytes for d in described) > 2**50
+
+
+def test_a_walk_prints_as_its_leaves_with_axes_and_sizes():
+    lines = repr(LIKE).splitlines()
+    assert len(lines) == 1 + len(list(leaves(LIKE)))
+    by_name = {line.split()[0]: line for line in lines[1:]}
+    assert by_name["layers.pattern"].endswith("layer 2, batch 2, head 3, query 5, key 5: float32")
+    assert "<td><code>logits</code></td><td>batch 2, position 5, vocabulary 13: float32</td>" in LIKE._repr_html_()
+    assert "keep (), put ()" in repr(put(Edit(), "start", Change(1.0, -0.0)))
+    swept = jax.vmap(lambda t: walk(random_parameters(GPT2), t, GPT2))(jnp.zeros((4, 2, 5), int))
+    assert "logits                          4, batch 2, position 5, vocabulary 13: float32" in repr(swept)
