@@ -1,6 +1,7 @@
 """The command ``minitf``: a thin layer over functions that a notebook can call."""
 
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -138,12 +139,76 @@ class Bench:
         return "Run the command again to measure from the start."
 
 
-Command = Annotated[ScanSnap, tyro.conf.subcommand("scan-snap")] | Annotated[Bench, tyro.conf.subcommand("bench")]
+@dataclasses.dataclass(frozen=True)
+class WalkText:
+    """See one text walk through a model: every step, head and association, on one page.
+
+    The page shows, for each token, its path through embedding space, what each station would predict, where every
+    head looks, and which heads and neurons decided; with --ablate or --steer, before and after side by side.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, arg(metavar="MODEL", help_behavior_hint="")]
+    """A folder with config.json and model.safetensors, a llama2.c .bin file, or hub:owner/name to download one."""
+    text: Annotated[str, tyro.conf.Positional, arg(metavar="TEXT", help_behavior_hint="")]
+    """What to walk: a text; with --ids, token ids."""
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/walk")
+    """Folder for the report."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace the run that DIR already holds."""
+    ids: Annotated[bool, arg(help_behavior_hint="")] = False
+    """TEXT is token ids, such as "1 42 7": for models whose tokenizer minitf does not have."""
+    generate: int = 0
+    """Tokens to add to the text first; they go to standard output as they come."""
+    temperature: float = 0.0
+    """Of the choice of each token; 0 takes the most likely one."""
+    top_k: int = 0
+    """Choose among the k most likely tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Choose among the most likely tokens that together have this probability."""
+    min_p: float = 0.0
+    """Choose among tokens at least this fraction as likely as the most likely one."""
+    ablate: Annotated[tuple[str, ...], arg(metavar="L.H [L.H ...]", help_behavior_hint="")] = ()
+    """Heads to leave out, as layer.head counted from 0: 0.3 is layer 0, head 3."""
+    steer: Annotated[str, arg(metavar="L:C:TEXT:TEXT", help_behavior_hint="")] = ""
+    """After layer L, at every position, go C times the way from what the second text ends in to the first."""
+    seed: int = 0
+    """Of the choice of tokens."""
+    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Print the generated text alone."""
+
+    def run(self) -> int:
+        """Run it; returns the exit code."""
+        from minitf.analysis.run_folder import told_to_people
+        from minitf.analysis.walk_report import job
+        from minitf.decode import Sampling
+
+        with told_to_people():
+            sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+            names = {f.name for f in dataclasses.fields(job.WalkConfig)} - {"sampling"}
+            config = job.WalkConfig(sampling=sampling, **{k: v for k, v in vars(self).items() if k in names})
+        say = functools.partial(print, end="", flush=True)
+        report = job.run(config, self.out, overwrite=self.overwrite, say=say)
+        if self.generate:
+            print()
+        if not self.quiet:
+            print(f"Report: {report.resolve()}", file=sys.stderr if self.generate else sys.stdout)
+        return 0
+
+    def after_interrupt(self) -> str:
+        """What to do after Ctrl-C, for people."""
+        return "There is no report yet; run the command again."
+
+
+Command = (
+    Annotated[ScanSnap, tyro.conf.subcommand("scan-snap")]
+    | Annotated[WalkText, tyro.conf.subcommand("walk")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: exits with 0, or 1 (diverged; unmet under --strict), 2 (bad input), 130 (interrupted)."""
-    command: ScanSnap | Bench = tyro.cli(
+    command: ScanSnap | WalkText | Bench = tyro.cli(
         Command,
         prog="minitf",
         args=arguments,
@@ -160,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(command: ScanSnap | Bench) -> int:
+def _run(command: ScanSnap | WalkText | Bench) -> int:
     """The exit code. Only what a person can put right is told without a stack trace; the rest are bugs."""
     try:
         from minitf.analysis.run_folder import Problem

@@ -14,6 +14,7 @@ _LEAST = {
     "head_width": 0,
     "key_value_heads": 0,
     "hidden": 0,
+    "token_types": 0,
 }
 
 PositionKind = Literal["none", "learned", "sinusoidal", "rotary", "alibi"]
@@ -41,15 +42,19 @@ class ModelConfig:
     embedding: Literal["learned", "one_hot"] = "learned"
     embedding_scale: float = 1.0
     embedding_norm: bool = False  # a norm on the start of the walk (BLOOM, BERT)
+    token_types: int = 0  # vectors for kinds of segment; every token is of the first kind (BERT)
     tied: bool = False  # the unembedding is the embedding, transposed
     biases: bool = False  # on linear maps and norms inside the layers
+    query_key_value_biases: bool = False  # on these three maps, even where biases is False (Qwen2)
     unembedding_bias: bool = False
+    unembedding_transform: bool = False  # a linear map, the activation and a norm before it (BERT)
 
     # "query_key": scores from W_Q and W_K, steps through W_V and W_O. "table": one free matrix Z per head gives
     # the score x_query^T Z x_key, and the values are the token vectors themselves (Tian et al. 2023).
     attention: Literal["query_key", "table"] = "query_key"
     causal: bool = True
     attend_self: bool = True
+    query_key_norm: bool = False  # a root-mean-square norm on each head's queries and keys (Qwen3)
 
     position: PositionKind = "learned"
     rotary_fraction: float = 1.0  # share of each head that turns
@@ -90,6 +95,7 @@ class ModelConfig:
                 f"{self.width}, vocabulary is {self.vocabulary}, tied is {self.tied}"
             )
         self._check_positions_and_norms()
+        self._check_extras()
         if self.parallel and (self.post_norm or not self.residual):
             raise ValueError("parallel layers need residual=True and norm_placement='pre'")
 
@@ -108,6 +114,23 @@ class ModelConfig:
             raise ValueError("embedding_norm needs a norm, but norm is 'none'; choose l2, layer or rms")
         if self.norm_epsilon < 0:
             raise ValueError(f"norm_epsilon is {self.norm_epsilon}; it must not be negative")
+
+    def _check_extras(self) -> None:
+        if self.token_types and self.position not in ("learned", "sinusoidal"):
+            raise ValueError(
+                f"the vector of the token type is added to those of the positions, and position is "
+                f"{self.position!r}, which has none; choose learned or sinusoidal, or set token_types=0"
+            )
+        if self.attention == "table" and (self.query_key_norm or self.query_key_value_biases):
+            raise ValueError(
+                "table attention has no queries and keys to norm or to add biases to: leave query_key_norm "
+                "and query_key_value_biases False"
+            )
+        if self.unembedding_transform and (self.norm == "none" or self.feed_forward in ("none", "swiglu")):
+            raise ValueError(
+                "unembedding_transform uses the model's norm and its activation, which must be relu, gelu or "
+                f"gelu_tanh; here norm is {self.norm!r} and feed_forward is {self.feed_forward!r}"
+            )
 
     def _check_choices(self) -> None:
         choices = {

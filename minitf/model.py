@@ -87,6 +87,8 @@ def walk(
     length = tokens.shape[1]
     if length > config.length:
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
+    if cache is not None and (valid is not None or not config.causal):
+        raise ValueError("a cache is for causal models and says how long its sequences are: leave valid out")
     edit = _fit_edit(edit or Edit(), config)
     places = _places(length, config, valid) if cache is None else _places_after(cache, length, config)
 

@@ -32,7 +32,8 @@ class AttentionParameters:
     """``query``, ``key``, ``value`` are ``[width, head, head_width]``, ``output`` ``[head, head_width, width]``.
 
     ``table`` is ``[head, query_width, key_width]``, the free attention logits Z of a table model, which has no
-    other weights. Biases have the shape of what they are added to.
+    other weights. Biases have the shape of what they are added to. ``query_gain`` and ``key_gain`` are
+    ``[head_width]``, the gains of the norms of queries and keys.
     """
 
     query: Weight = None
@@ -43,6 +44,8 @@ class AttentionParameters:
     key_bias: Weight = None
     value_bias: Weight = None
     output_bias: Weight = None
+    query_gain: Weight = None
+    key_gain: Weight = None
     table: Weight = None
 
 
@@ -72,14 +75,28 @@ class Layer:
 
 
 @struct.dataclass
+class Transform:
+    """A map ``[width, output_width]`` of the context vectors, and its norm, before the unembedding."""
+
+    weight: Weight = None
+    bias: Weight = None
+    norm: Norm = Norm()
+
+
+@struct.dataclass
 class Parameters:
-    """All weights of a model. ``unembedding`` is ``[width, vocabulary]``, or None when tied."""
+    """All weights of a model. ``unembedding`` is ``[width, vocabulary]``, or None when tied.
+
+    ``token_type`` is ``[token_type, width]``; its first vector is added to every position.
+    """
 
     embedding: Weight = None
     position: Weight = None
+    token_type: Weight = None
     embedding_norm: Norm = Norm()
     layers: Layer = Layer()
     final_norm: Norm = Norm()
+    unembedding_transform: Transform = Transform()
     unembedding: Weight = None
     unembedding_bias: Weight = None
 
@@ -116,7 +133,9 @@ def declare(config: ModelConfig) -> Parameters:
         "layer": c.layers,
         "vocabulary": c.vocabulary,
         "position": c.length,
+        "token_type": c.token_types,
         "width": c.width,
+        "output_width": c.width,
         "query_width": c.width,
         "key_width": c.width,
         "head": c.heads,
@@ -145,6 +164,10 @@ def declare(config: ModelConfig) -> Parameters:
         offset = Declaration(axes(names), "zeros") if c.norm == "layer" else None
         return Norm(gain=Declaration(axes(names), "ones"), offset=offset)
 
+    def gain(names: str, present: bool) -> Declaration | None:
+        return Declaration(axes(names), "ones") if present else None
+
+    inner_biases = c.biases or c.query_key_value_biases
     if c.attention == "table":
         attention = AttentionParameters(table=matrix("layer head query_width key_width", "key_width"))
     else:
@@ -153,10 +176,12 @@ def declare(config: ModelConfig) -> Parameters:
             key=matrix("layer width key_value_head head_width", "width"),
             value=matrix("layer width key_value_head head_width", "width"),
             output=matrix("layer head head_width width", "head head_width", output=True),
-            query_bias=bias("layer head head_width"),
-            key_bias=bias("layer key_value_head head_width"),
-            value_bias=bias("layer key_value_head head_width"),
+            query_bias=bias("layer head head_width", inner_biases),
+            key_bias=bias("layer key_value_head head_width", inner_biases),
+            value_bias=bias("layer key_value_head head_width", inner_biases),
             output_bias=bias("layer width"),
+            query_gain=gain("layer head_width", c.query_key_norm),
+            key_gain=gain("layer head_width", c.query_key_norm),
         )
     feed_forward = FeedForwardParameters()
     if c.feed_forward != "none":
@@ -172,6 +197,7 @@ def declare(config: ModelConfig) -> Parameters:
     return Parameters(
         embedding=matrix("vocabulary width", "width") if c.embedding == "learned" else None,
         position=matrix("position width", "width") if c.position == "learned" else None,
+        token_type=matrix("token_type width", "width") if c.token_types else None,
         embedding_norm=norm("width", c.embedding_norm),
         layers=Layer(
             attention_norm=norm("layer width", True),
@@ -180,6 +206,13 @@ def declare(config: ModelConfig) -> Parameters:
             feed_forward=feed_forward,
         ),
         final_norm=norm("width", c.pre_norm),
+        unembedding_transform=Transform(
+            weight=matrix("width output_width", "width"),
+            bias=bias("output_width"),
+            norm=norm("output_width", True),
+        )
+        if c.unembedding_transform
+        else Transform(),
         unembedding=None if c.tied else matrix("width vocabulary", "width"),
         unembedding_bias=bias("vocabulary", c.unembedding_bias),
     )

@@ -179,8 +179,10 @@ def decode_bytes(encoding: tiktoken.Encoding, ids: Iterable[Any]) -> bytes:
     return encoding.decode_bytes(_checked_ids(encoding, ids))
 
 
-def token_labels(encoding: tiktoken.Encoding, ids: Iterable[Any]) -> list[str]:
+def token_labels(encoding: Any, ids: Iterable[Any]) -> list[str]:
     r"""A printable label for each token; different tokens have different labels.
+
+    ``encoding`` is a ``tiktoken.Encoding``, or anything with its ``n_vocab`` and ``decode_single_token_bytes``.
 
     A space is ␣; line breaks, tabs and other unprintable characters are escapes (`\n`, `\t`, `\x00`,
     `\u00a0`); a byte that is not valid UTF-8 by itself is `\xe2`; a backslash is doubled. Labels are not
@@ -275,7 +277,7 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def _checked_ids(encoding: tiktoken.Encoding, ids: Iterable[Any]) -> list[int]:
+def _checked_ids(encoding: Any, ids: Iterable[Any]) -> list[int]:
     array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
     if array.size == 0:
         return []

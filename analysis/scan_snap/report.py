@@ -5,17 +5,15 @@ scripts whose hashes it names, and text from data is text wherever it stands.
 """
 
 import base64
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
+from minitf.analysis import page_parts
 from minitf.analysis.claims import Claim
 from minitf.analysis.scan_snap import figures, figures_text, figures_theory, report_data, style, theory
 from minitf.analysis.scan_snap.joma import JomaResults
@@ -73,21 +71,6 @@ def save_figures(folder: Path, results: ScanSnapResults, joma: JomaResults | Non
     }
 
 
-def _script(text: str) -> Markup:
-    """A script of our own or plotly's, to stand inside a script element as it is.
-
-    Raises ValueError if the text would end the element early.
-    """
-    if "</script" in text.lower() or "<!--" in text:
-        raise ValueError("the script holds '</script' or '<!--' and cannot be inlined in a page")
-    return Markup(text)
-
-
-def _hash(script: str) -> str:
-    digest = hashlib.sha256(script.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
 def _natural_width(png: bytes) -> int:
     """The width at which a figure's text is as large as the page's, in CSS pixels, from the PNG's header."""
     return round(int.from_bytes(png[16:20], "big") * 0.7)
@@ -101,23 +84,15 @@ def page(
     versions: Mapping[str, str],
 ) -> str:
     """The whole report as HTML text. Parts without results are left out."""
-    scripts = {"report": _script((HERE / "report.js").read_text(encoding="utf-8"))}
+    scripts = {"report": page_parts.script((HERE / "report.js").read_text(encoding="utf-8"))}
     if results.small or results.text:
-        scripts["plotly"] = _script(get_plotlyjs())
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        scripts["plotly"] = page_parts.script(get_plotlyjs())
     rows = [report_data.claim_row(c) for c in claims]
     images = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
-    return environment.get_template("report.html.j2").render(
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        scripts=scripts,
-        script_hashes=" ".join(_hash(str(s)) for s in scripts.values()),
-        data=Markup(report_data.script_json(report_data.interactive(results))),
+    return page_parts.render(
+        HERE / "report.html.j2",
+        scripts,
+        report_data.interactive(results),
         results=results,
         text_runs=figures_text.leading(results.text),
         run_label=figures_text.run_label,

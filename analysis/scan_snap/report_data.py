@@ -34,26 +34,6 @@ def number(x: float) -> str:
     return mantissa.replace("-", "−") + power
 
 
-def script_json(data: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it ends the element or opens a comment."""
-    text = json.dumps(_finite(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
-
-
-def _finite(item: Any) -> Any:
-    """Arrays as lists, four significant digits, null for what is not finite."""
-    if isinstance(item, np.ndarray):
-        return _finite(item.tolist())
-    if isinstance(item, Mapping):
-        return {str(k): _finite(v) for k, v in item.items()}
-    if isinstance(item, list | tuple):
-        return [_finite(x) for x in item]
-    if isinstance(item, float):
-        rounded = float(f"{item:.4g}")  # the largest numbers round up to infinity
-        return rounded if math.isfinite(rounded) else None
-    return item
-
-
 # The two interactive pictures
 
 

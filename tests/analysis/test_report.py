@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_example import example_claims, example_config, example_results, example_versions, medium_panel
 
+from minitf.analysis import page_parts
 from minitf.analysis.claims import claim
 from minitf.analysis.scan_snap import report, report_data
 from minitf.analysis.scan_snap.results import ScanSnapResults
@@ -62,7 +63,7 @@ def test_the_page_runs_exactly_the_scripts_whose_hashes_it_names(page, read):
     allowed = re.search(r"script-src ([^;]*);", policy).group(1)
     assert "default-src 'none'" in policy
     assert "unsafe" not in allowed
-    assert allowed.split() == [report._hash(s) for s in (read.scripts[2], read.scripts[1])]
+    assert allowed.split() == [page_parts.script_hash(s) for s in (read.scripts[2], read.scripts[1])]
 
 
 def test_markup_in_data_is_text(page, read):
@@ -94,13 +95,13 @@ def test_every_link_of_the_contents_leads_somewhere(page, read):
     )
 )
 def test_embedded_json_cannot_end_its_script_and_says_the_same(data):
-    text = report_data.script_json(data)
+    text = page_parts.script_json(data)
     assert not set("<>&\u2028\u2029") & set(text)
-    assert json.loads(text) == report_data._finite(data)
+    assert json.loads(text) == page_parts._finite(data)
 
 
 def test_numbers_that_are_not_finite_become_null():
-    assert report_data.script_json({"x": np.array([1.0, np.nan, -np.inf])}) == '{"x":[1.0,null,null]}'
+    assert page_parts.script_json({"x": np.array([1.0, np.nan, -np.inf])}) == '{"x":[1.0,null,null]}'
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CORE = sorted(p for p in (ROOT / "minitf").glob("*.py") if p.name not in ("cli.py", "__main__.py"))
+CORE = sorted(
+    [p for p in (ROOT / "minitf").glob("*.py") if p.name not in ("cli.py", "__main__.py")]
+    + list((ROOT / "minitf" / "families").glob("*.py"))
+)
 TRAIN = sorted((ROOT / "train").rglob("*.py"))
 ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 PEERS = {"torch", "transformers", "transformer_lens", "tensorflow"}

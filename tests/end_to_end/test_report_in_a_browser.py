@@ -1,22 +1,10 @@
 """The report in a real browser, from disk, without a network."""
 
-import shutil
-
 import pytest
+from browsing import Opened, a_browser
 from report_example import example_claims, example_config, example_results, example_versions
 
 from minitf.analysis.scan_snap.report import write_report
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
@@ -28,37 +16,12 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if BROWSER is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome is installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-class Opened:
-    """The report in a tab, and whatever went wrong or was asked of the network since."""
-
-    def __init__(self, browser, address: str) -> None:
-        self.seen: list[str] = []
-        self.requests: list[str] = []
-        self.page = browser.new_page(viewport={"width": 1200, "height": 900})
-        self.page.on("console", lambda message: self.seen.append(f"console {message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.seen.append(f"error: {error}"))
-        self.page.on("dialog", self._dialog)
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(address)
-        self.page.locator("#text-matrices .heatmaplayer").last.wait_for(state="attached")
-
-    def _dialog(self, dialog) -> None:
-        self.seen.append(f"dialog: {dialog.message}")
-        dialog.dismiss()
+    yield from a_browser()
 
 
 @pytest.fixture(scope="module")
 def opened(browser, report):
-    return Opened(browser, report.as_uri())
+    return Opened(browser, report.as_uri(), "#text-matrices .heatmaplayer")
 
 
 @pytest.fixture

@@ -100,19 +100,18 @@ def test_the_command_runs_from_there(python):
     assert "scan-snap" in done.stdout
 
 
-def test_the_report_finds_its_templates_there(python):
+def test_the_reports_find_their_templates_there(python):
     run, installed = python
     done = run(
-        "from minitf.analysis.scan_snap.report import HERE; "
-        "print(HERE, *sorted(p.name for p in HERE.iterdir() if p.suffix in ('.j2', '.css', '.js')))"
+        "from minitf.analysis import page_parts; from minitf.analysis.walk_report import page; "
+        "from minitf.analysis.scan_snap import report; "
+        "print(*sorted(p for m in (page_parts, page, report) for p in m.HERE.iterdir() "
+        "if p.suffix in ('.j2', '.css', '.js')))"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
-        str(installed / "minitf" / "analysis" / "scan_snap"),
-        "report.css",
-        "report.html.j2",
-        "report.js",
-    ]
+    found = ["report.css", "scan_snap/report.html.j2", "scan_snap/report.js", "walk_report/walk.html.j2"]
+    found.append("walk_report/walk.js")
+    assert done.stdout.split() == [str(installed / "minitf" / "analysis" / name) for name in found]
 
 
 def test_the_wheel_installs_its_command(wheel, tmp_path):

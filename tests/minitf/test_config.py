@@ -109,6 +109,26 @@ def test_a_negative_epsilon_is_refused():
     refused("^norm_epsilon is -1e-05; it must not be negative$", norm_epsilon=-1e-5)
 
 
+def test_token_types_need_positions_that_are_added():
+    match = "^the vector of the token type is added to those of the positions, and position is 'rotary'"
+    refused(match, token_types=2, position="rotary")
+    refused("^token_types is -1; it must be a whole number of at least 0$", token_types=-1)
+
+
+def test_table_attention_has_no_queries_to_norm_or_to_add_biases_to():
+    table = {"vocabulary": 12, "embedding": "one_hot", "attention": "table", "position": "none"}
+    match = "^table attention has no queries and keys to norm or to add biases to"
+    refused(match, **table, query_key_norm=True)
+    refused(match, **table, query_key_value_biases=True)
+
+
+def test_a_transform_before_the_unembedding_needs_a_norm_and_a_plain_activation():
+    match = "^unembedding_transform uses the model's norm and its activation, .* norm is '{}' and .* is '{}'$"
+    refused(match.format("none", "gelu_tanh"), unembedding_transform=True, norm="none")
+    refused(match.format("layer", "swiglu"), unembedding_transform=True, feed_forward="swiglu")
+    refused(match.format("layer", "none"), unembedding_transform=True, feed_forward="none")
+
+
 def test_a_misspelt_field_is_an_error():
     with pytest.raises(TypeError, match="vocab_size"):
         ModelConfig(**GOOD, vocab_size=10)

@@ -161,3 +161,15 @@ def test_a_prompt_that_cannot_be_continued_is_refused_in_a_sentence(prompts, ste
 def test_a_model_that_looks_ahead_cannot_decode():
     with pytest.raises(ValueError, match="not causal"):
         generate(random_parameters(BERT), [[1]], BERT, steps=1)
+
+
+def test_padding_cannot_be_marked_where_a_cache_says_how_long_sequences_are():
+    cache = empty_cache(GPT2, 1, 4)
+    with pytest.raises(ValueError, match="leave valid out$"):
+        walk(random_parameters(GPT2), jnp.zeros((1, 2), int), GPT2, cache=cache, valid=jnp.ones((1, 2), bool))
+
+
+def test_decoding_in_half_precision_stays_in_it():
+    parameters = random_parameters(GPT2, dtype=jnp.bfloat16)
+    found = generate(parameters, PROMPTS, GPT2, steps=2, record=lambda w: w.layers.k)
+    assert found.records.dtype == jnp.bfloat16 and found.tokens.shape == (3, 2)

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import struct
 from pathlib import Path
 
 import jax
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minitf import ModelConfig, Parameters, count, walk
-from minitf.parameters import AttentionParameters, FeedForwardParameters, Layer, Norm
+from minitf import count, pretrained, walk
+from minitf.families.llama2c import as_llama
+from minitf.parameters import named
 
 SHARED = Path(os.environ.get("MINITF_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
 FOLDER = SHARED / "data" / "stories260K"
@@ -27,75 +27,14 @@ STORY = (
 )
 
 
-def read_model():
-    """Configuration and parameters: a header of seven integers, then float32 weights, outputs before inputs."""
-    raw = (FOLDER / "stories260K.bin").read_bytes()
-    width, hidden, layers, heads, groups, vocabulary, length = struct.unpack("<7i", raw[:28])
-    numbers = np.frombuffer(raw, "<f4", offset=28)
-    config = ModelConfig(
-        vocabulary=vocabulary,
-        layers=layers,
-        width=width,
-        heads=heads,
-        key_value_heads=groups,
-        length=length,
-        hidden=hidden,
-        position="rotary",
-        rotary_interleaved=True,
-        norm="rms",
-        norm_epsilon=1e-5,
-        feed_forward="swiglu",
-        tied=True,
-    )
-    place = 0
-
-    def take(*shape):
-        nonlocal place
-        start, place = place, place + int(np.prod(shape))
-        return numbers[start:place].reshape(shape)
-
-    def maps(outputs, inputs):
-        return take(layers, outputs, inputs).swapaxes(1, 2)
-
-    size = config.head_size
-    embedding, attention_gain = take(vocabulary, width), take(layers, width)
-    attention = AttentionParameters(
-        query=maps(width, width).reshape(layers, width, heads, size),
-        key=maps(groups * size, width).reshape(layers, width, groups, size),
-        value=maps(groups * size, width).reshape(layers, width, groups, size),
-        output=maps(width, width).reshape(layers, heads, size, width),
-    )
-    feed_forward_gain = take(layers, width)
-    into, out, gate = maps(hidden, width), maps(width, hidden), maps(hidden, width)
-    parameters = Parameters(
-        embedding=embedding,
-        layers=Layer(
-            attention_norm=Norm(gain=attention_gain),
-            attention=attention,
-            feed_forward_norm=Norm(gain=feed_forward_gain),
-            feed_forward=FeedForwardParameters(into=into, gate=gate, out=out),
-        ),
-        final_norm=Norm(gain=take(width)),
-    )
-    unused_rotary_tables = 2 * length * (size // 2)
-    assert place + unused_rotary_tables == len(numbers)
-    return config, jax.tree.map(jnp.asarray, parameters)
-
-
-def read_pieces():
-    """The tokens' bytes: for each a float32 score, an int32 length, and so many bytes; <0x0A> is the byte 10."""
-    raw, pieces, place = (FOLDER / "tok512.bin").read_bytes(), [], 4
-    while place < len(raw):
-        (length,) = struct.unpack_from("<i", raw, place + 4)
-        piece = raw[place + 8 : place + 8 + length]
-        pieces.append(bytes.fromhex(piece[3:5].decode()) if piece[:3] == b"<0x" and length == 6 else piece)
-        place += 8 + length
-    return pieces
+@functools.cache
+def model():
+    return pretrained.load(FOLDER / "stories260K.bin")
 
 
 @functools.cache
 def greedy_tokens(steps):
-    config, parameters = read_model()
+    config, parameters = model().config, model().parameters
 
     @jax.jit
     def next_token(tokens, last):
@@ -106,17 +45,77 @@ def greedy_tokens(steps):
     tokens[0, 0] = BEGIN
     for last in range(steps):
         tokens[0, last + 1] = next_token(tokens, last)
-    return tokens[0, 1:]
+    return tokens[0]
 
 
 def test_the_parameters_are_those_of_the_file():
-    config, parameters = read_model()
+    config, parameters = model().config, model().parameters
     assert sum(x.size for x in jax.tree.leaves(parameters)) == count(config)
     assert 255_000 < count(config) < 265_000
+    assert (config.width, config.hidden, config.layers, config.heads) == (64, 172, 5, 8)
+    assert (config.groups, config.vocabulary, config.length, config.tied) == (4, 512, 512, True)
+
+
+def test_the_numbers_are_those_of_the_file_in_its_order():
+    numbers = np.fromfile(FOLDER / "stories260K.bin", "<f4", offset=28)
+    weights = named(model().parameters)
+    np.testing.assert_array_equal(weights["embedding"].ravel(), numbers[: 512 * 64])
+    np.testing.assert_array_equal(weights["layers.attention_norm.gain"].ravel(), numbers[512 * 64 :][: 5 * 64])
+    queries = numbers[(512 + 5) * 64 :][: 5 * 64 * 64].reshape(5, 64, 64)
+    np.testing.assert_array_equal(weights["layers.attention.query"].reshape(5, 64, 64), queries.swapaxes(1, 2))
 
 
 def test_greedy_decoding_tells_the_documented_story():
-    pieces = read_pieces()
-    assert len(pieces) == 512
-    text = b"".join(pieces[token] for token in greedy_tokens(120)).decode().strip()
-    assert text.startswith(STORY)
+    assert model().tokenizer.n_vocab == 512
+    assert model().tokenizer.decode(greedy_tokens(120)).strip().startswith(STORY)
+
+
+def test_the_tokenizer_cuts_the_story_as_the_model_wrote_it():
+    tokenizer, told = model().tokenizer, greedy_tokens(120)
+    tokens = tokenizer.encode(STORY)
+    assert tokens == told[: len(tokens)].tolist()
+    assert tokenizer.decode(tokens) == STORY
+
+
+@pytest.mark.parametrize("text", ["", " ", "a", "  two  spaces ", "é 漢 🙂", "<0x0A>\n\t", "\n<s>\n</s>", STORY])
+def test_every_text_comes_back_from_its_tokens(text):
+    tokenizer = model().tokenizer
+    tokens = tokenizer.encode(text)
+    assert tokens[0] == BEGIN and BEGIN not in tokens[1:]
+    assert tokenizer.decode(tokens) == text
+
+
+def test_a_token_that_does_not_exist_and_a_text_without_bytes_are_refused():
+    with pytest.raises(ValueError, match="^there is no token 512; the ids go from 0 to 511$"):
+        model().tokenizer.decode([1, 512])
+    with pytest.raises(ValueError, match="^the text holds a lone surrogate at position 1$"):
+        model().tokenizer.encode("a\ud800")
+
+
+def saved_as_llama(folder):
+    config, parameters = as_llama(model().config, model().parameters)
+    pretrained.save(folder, pretrained.Pretrained("llama", config, parameters))
+
+
+def test_as_a_llama_it_is_saved_and_has_the_same_logits(tmp_path):
+    saved_as_llama(tmp_path)
+    again = pretrained.load(tmp_path)
+    assert again.family == "llama" and not again.config.rotary_interleaved
+    tokens = jnp.asarray(greedy_tokens(120)[None])
+    one, other = (walk(m.parameters, tokens, m.config).logits for m in (model(), again))
+    # Sums over a head's components are taken in another order: rounding alone, on logits of some tens.
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+    assert not np.array_equal(model().parameters.layers.attention.query, again.parameters.layers.attention.query)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_agrees_on_the_real_model(tmp_path):
+    torch = pytest.importorskip("torch", reason="the peers are not installed: pip install 'minitf[peers]'")
+    transformers = pytest.importorskip("transformers", reason="the peers are not installed")
+    saved_as_llama(tmp_path)
+    peer = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = greedy_tokens(120)[None]
+    with torch.no_grad():
+        theirs = peer(input_ids=torch.tensor(tokens).long()).logits.numpy()
+    ours = walk(model().parameters, jnp.asarray(tokens), model().config).logits
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)

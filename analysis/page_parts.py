@@ -1,0 +1,80 @@
+"""What every page of ours is made of: one file that asks nothing of the network.
+
+A page's own content security policy forbids it to: it runs exactly the scripts whose hashes it names, and text
+from data is text wherever it stands.
+"""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+HERE = Path(__file__).parent
+
+
+def render(template: Path, scripts: Mapping[str, Markup], data: Any, **values: Any) -> str:
+    """The page of a template, which gets ``style``, ``scripts``, ``script_hashes``, ``data`` and ``values``.
+
+    Args:
+        template: its file; templates beside it can be included.
+        scripts: of :func:`script`, by name, to be inlined as they are.
+        data: what the scripts read: numbers, text, arrays, lists and mappings.
+        **values: what the template shows; text is escaped.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render(
+        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        scripts=scripts,
+        script_hashes=" ".join(script_hash(str(s)) for s in scripts.values()),
+        data=Markup(script_json(data)),
+        **values,
+    )
+
+
+def script(text: str) -> Markup:
+    """A script of our own or plotly's, to stand inside a script element as it is.
+
+    Raises ValueError if the text would end the element early.
+    """
+    if "</script" in text.lower() or "<!--" in text:
+        raise ValueError("the script holds '</script' or '<!--' and cannot be inlined in a page")
+    return Markup(text)
+
+
+def script_hash(text: str) -> str:
+    """The source by which a content security policy allows this script."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def script_json(data: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it ends the element or opens a comment."""
+    text = json.dumps(_finite(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
+
+
+def _finite(item: Any) -> Any:
+    """Arrays as lists, four significant digits, null for what is not finite."""
+    if isinstance(item, np.ndarray):
+        return _finite(item.tolist())
+    if isinstance(item, Mapping):
+        return {str(k): _finite(v) for k, v in item.items()}
+    if isinstance(item, list | tuple):
+        return [_finite(x) for x in item]
+    if isinstance(item, float):
+        rounded = float(f"{item:.4g}")  # the largest numbers round up to infinity
+        return rounded if math.isfinite(rounded) else None
+    return item

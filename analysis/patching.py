@@ -1,0 +1,193 @@
+"""Activation patching: which part of one walk, put into another, brings back the first one's answer?
+
+The corrupted walk runs once for every place, with one activation replaced by its clean value (Meng et al. 2022;
+Wang et al. 2022). Each run starts at its own layer, from the corrupted walk's ``resid_pre`` there, and the places
+of a layer run together. :mod:`minitf.analysis.attribution_patching` estimates the same from one gradient.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from minitf.analysis.lens import read
+from minitf.config import ModelConfig
+from minitf.parameters import Parameters
+from minitf.resume import end_from, layer_walk
+from minitf.walk import Change, LayerWalk, Walk, get, leaf_axes, put
+
+# From logits [batch, position, vocabulary] to a number, or to one for each sequence.
+Metric = Callable[[Array], Array]
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+HEADS = ("layers.z", ("head",))
+HEADS_BY_POSITION = ("layers.z", ("position", "head"))
+STARTS_BY_POSITION = ("layers.resid_pre", ("position",))
+ATTENTION_BY_POSITION = ("layers.attention_step", ("position",))
+FEED_FORWARD_BY_POSITION = ("layers.feed_forward_step", ("position",))
+
+
+def patch(
+    parameters: Parameters,
+    corrupt: Walk,
+    clean: Walk,
+    metric: Metric,
+    config: ModelConfig,
+    places: tuple[str, tuple[str, ...]] = HEADS,
+    *,
+    at: Sequence[int] | None = None,
+    valid: Bool[Array, "batch position"] | None = None,
+    memory: int = 2**28,
+    progress: Progress = iter,
+) -> Float[Array, "layer ..."]:
+    """The metric of the corrupted walk with one place patched at a time, ``[layer, *places, *metric]``.
+
+    Args:
+        corrupt: reads its ``layers.resid_pre`` alone; other leaves may be dropped.
+        clean: reads the patched leaf alone.
+        metric: of logits; a function defined once, since every new one is compiled anew.
+        places: the leaf to patch, and which of its axes to go over one place at a time, in the leaf's
+            order; on its other axes all is patched. The constants above are examples.
+        at: the positions whose logits the metric gets, all by default; fewer save time in large vocabularies.
+        valid: as the walks were made with.
+        memory: bytes that the runs of one batch may take together; sets how many run at once.
+        progress: wraps the numbers of the layers, such as ``rich.progress.track``.
+
+    Raises:
+        ValueError: a leaf, axis or position that does not exist, walks that do not fit each other.
+    """
+    name, over = places
+    stream, values = get(corrupt, "layers.resid_pre"), _layer_leaf(clean, name)
+    _check_places(name, over, stream, values, config)
+    length = stream.shape[2]
+    if at is not None and not all(-length <= i < length for i in at):
+        raise ValueError(f"at={list(at)} leaves the {length} positions of the walk")
+    fixed = None if at is None else tuple(int(i) for i in at)
+    count = math.prod(_place_shape(name, over, values.shape))
+    size = bytes_per_run(config, stream.shape[1], length, fixed, stream.dtype.itemsize)
+    batches = math.ceil(count / max(1, min(count, memory // size)))
+    together = math.ceil(count / batches)
+    run = functools.partial(
+        _patched_layer, metric=metric, config=config, name=name, over=over, at=fixed, together=together
+    )
+    return jnp.stack(
+        [run(parameters, stream, values, valid, jnp.int32(i)) for i in progress(range(config.layers))]
+    )
+
+
+def bytes_per_run(
+    config: ModelConfig, batch: int, length: int, at: Sequence[int] | None, itemsize: int = 4
+) -> int:
+    """About how many bytes one patched run has in use at its peak: inside a layer, or at the logits."""
+    rows = batch * length
+    read_rows = rows if at is None else batch * len(at)
+    hidden = 0 if config.feed_forward == "none" else 3 * config.hidden_size
+    association = 3 * config.heads * length
+    layer = rows * (6 * config.width + hidden + association + 4 * config.heads * config.head_size)
+    return itemsize * max(layer, rows * config.width + 2 * read_rows * config.vocabulary)
+
+
+def normalized(
+    patched: Float[Array, "*places"], clean: Float[Array, "*#metric"], corrupt: Float[Array, "*#metric"]
+) -> Float[Array, "*places"]:
+    """``(patched - corrupt) / (clean - corrupt)``: 0 where the patch did nothing, 1 where it brought all back.
+
+    Raises ValueError where clean and corrupt agree, so that nothing is there to bring back.
+    """
+    distance = clean - corrupt
+    if not isinstance(distance, jax.core.Tracer) and not jnp.all(distance != 0):
+        raise ValueError(
+            "the clean and the corrupted run have the same metric; choose inputs on which they differ"
+        )
+    return (patched - corrupt) / distance
+
+
+@functools.partial(jax.jit, static_argnames=("metric", "config", "name", "over", "at", "together"))
+def _patched_layer(
+    parameters: Parameters,
+    streams: Array,
+    values: Array,
+    valid: Array | None,
+    layer: Array,
+    *,
+    metric: Metric,
+    config: ModelConfig,
+    name: str,
+    over: tuple[str, ...],
+    at: tuple[int, ...] | None,
+    together: int,
+) -> Array:
+    """The metric for every place of one layer; ``together`` places run as one batch."""
+    stream, value = streams[layer], values[layer]
+    batch, length, width = stream.shape
+    shape = _place_shape(name, over, values.shape)
+    count = math.prod(shape)
+    numbers = jnp.minimum(jnp.arange(math.ceil(count / together) * together), count - 1).reshape(-1, together)
+    # Only what comes after the patch differs between places: vmap leaves the rest of the layer as it is.
+    patched = lambda number: (
+        layer_walk(
+            parameters, stream, config, layer, edit=_replaced(name, over, value, number), valid=valid
+        ).resid_post
+    )
+
+    def some(chosen: Array) -> Array:
+        # From here on, the runs are sequences of one larger batch.
+        streams = jax.vmap(patched)(chosen).reshape(-1, length, width)
+        everyone = None if valid is None else jnp.tile(valid, (together, 1))
+        end = end_from(parameters, streams, config, layer + 1, valid=everyone)
+        end = end if at is None else end[:, jnp.asarray(at)]
+        logits = read(parameters, end, config)
+        return jax.vmap(metric)(logits.reshape(together, batch, *logits.shape[1:]))
+
+    found = jax.lax.map(some, numbers)
+    return found.reshape(-1, *found.shape[2:])[:count].reshape(*shape, *found.shape[2:])
+
+
+def _replaced(name: str, over: tuple[str, ...], value: Array, number: Array) -> LayerWalk:
+    """The edit of one layer that replaces the place of that number by its clean value."""
+    axes = leaf_axes()[name][1:]
+    place = jnp.unravel_index(number, _place_shape(name, over, (0, *value.shape)))
+    here = jnp.ones((1,) * value.ndim, bool)
+    for axis, index in zip([a for a in axes if a in over], place, strict=True):
+        sizes = [value.shape[i] if a == axis else 1 for i, a in enumerate(axes)]
+        here = here & (jnp.arange(value.shape[axes.index(axis)]) == index).reshape(sizes)
+    change = Change(keep=jnp.where(here, 0.0, 1.0).astype(value.dtype), put=jnp.where(here, value, -0.0))
+    return put(Walk(), name, change).layers
+
+
+def _place_shape(name: str, over: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for axis, size in zip(leaf_axes()[name], shape, strict=True) if axis in over)
+
+
+def _layer_leaf(clean: Walk, name: str) -> Array:
+    value = get(clean, name)
+    if not name.startswith("layers."):
+        raise ValueError(f"{name!r} is not in the layers; patch one of a layer's leaves, such as 'layers.z'")
+    if value is None:
+        raise ValueError(f"the clean walk holds no {name!r} to patch with")
+    return value
+
+
+def _check_places(
+    name: str, over: tuple[str, ...], stream: Array | None, values: Array, config: ModelConfig
+) -> None:
+    if stream is None:
+        raise ValueError("the corrupted walk holds no 'layers.resid_pre', from which the patched runs start")
+    axes = leaf_axes()[name]
+    allowed = [axis for axis in axes if axis not in ("layer", "batch")]
+    for axis in over:
+        if axis not in allowed:
+            raise ValueError(f"{name!r} cannot be patched place by place over {axis!r}; choose from {allowed}")
+    if values.shape[0] != config.layers or stream.shape[0] != config.layers:
+        raise ValueError(
+            f"the walks have {stream.shape[0]} and {values.shape[0]} layers; the model has {config.layers}"
+        )
+    for axis, size in zip(axes, values.shape, strict=True):
+        expected = {"batch": stream.shape[1], "position": stream.shape[2], "query": stream.shape[2]}.get(
+            axis, size
+        )
+        if size != expected:
+            raise ValueError(f"the clean walk has {size} on its {axis} axis, the corrupted one {expected}")

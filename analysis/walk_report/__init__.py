@@ -1,0 +1,1 @@
+"""``minitf walk``: one text through one model, its walk on a page."""

@@ -1,0 +1,183 @@
+"""What the report of a walk shows, computed from the walk: numbers by token, station, layer and head."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minitf import tokenizer as tokenizers
+from minitf.analysis import attribution
+from minitf.analysis.geometry import by_sublayer, encoding_geometry
+from minitf.analysis.lens import output_vectors, read, station_names, stations
+from minitf.config import ModelConfig
+from minitf.model import walk
+from minitf.parameters import Parameters
+from minitf.walk import Edit
+
+TOP, NEURONS = 6, 12
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Tokens as people read them; a number where there is no tokenizer, or no text to the token."""
+
+    tokenizer: Any
+
+    def __call__(self, token: int) -> str:
+        """The label of one token."""
+        if self.tokenizer is None:
+            return str(token)
+        try:
+            return tokenizers.token_labels(self.tokenizer, [token])[0] or f"⟨{token}⟩"
+        except (KeyError, ValueError):
+            return f"⟨{token}⟩"
+
+
+def walk_data(
+    parameters: Parameters,
+    tokens: Int[np.ndarray, " position"],
+    config: ModelConfig,
+    labels: Labels,
+    edit: Edit | None = None,
+    predicted: Int[np.ndarray, " position"] | None = None,
+) -> Numbers:
+    """Everything that the report shows of one run over ``tokens``, as plain numbers and text.
+
+    Axes, outermost first: ``position``, then station, step, head or neuron; ``pattern`` is
+    ``[layer, head, query, key]``. Attribution is of ``predicted``, one token a position, by default what this
+    walk predicts there; it is absent where the model does not allow it.
+    """
+    asked = None if predicted is None else jnp.asarray(predicted)
+    numbers = jax.device_get(_numbers(parameters, jnp.asarray(tokens)[None], config, edit, asked))
+    names = station_names(config)
+    if config.feed_forward == "none":
+        names = [name for name in names if not name.endswith(".post")]
+    tops = [
+        [
+            [
+                {"label": labels(int(token)), "p": float(p)}
+                for token, p in zip(numbers["top"][s, t], numbers["probability"][s, t], strict=True)
+            ]
+            for s in range(len(names))
+        ]
+        for t in range(len(tokens))
+    ]
+    found: Numbers = {
+        "stations": names,
+        "tops": tops,
+        "rank": numbers["rank"].T,
+        "next": [labels(int(token)) for token in numbers["target"]],
+        "map": [_map(numbers, t, labels) for t in range(len(tokens))],
+        "pattern": np.round(numbers["pattern"].astype(float), 3),
+        "attention": {name: values.T for name, values in numbers["attention"].items()},
+        "feed_forward": {name: values.T for name, values in numbers["feed_forward"].items()},
+        "efficiency": numbers["efficiency"],
+        "predicted_ids": numbers["predicted"],
+        "predicted": [labels(int(token)) for token in numbers["predicted"]],
+    }
+    if "heads" in numbers:
+        found |= {
+            "heads": np.moveaxis(numbers["heads"], 1, 0),
+            "start": numbers["start"],
+            "attention_parts": numbers["attention_parts"].T,
+            "feed_forward_parts": numbers["feed_forward_parts"].T,
+            "bias": numbers["bias"],
+        }
+    if "neurons" in numbers:
+        found["neurons"] = [_strongest(numbers["neurons"][:, t]) for t in range(len(tokens))]
+    return found
+
+
+@partial(jax.jit, static_argnames="config")
+def _numbers(
+    parameters: Parameters,
+    tokens: Int[Array, "1 position"],
+    config: ModelConfig,
+    edit: Edit | None,
+    predicted: Int[Array, " position"] | None,
+) -> dict[str, Any]:
+    passed = walk(parameters, tokens, config, edit=edit)
+    points = stations(passed)
+    if config.feed_forward == "none":
+        points = jnp.concatenate([points[:1], points[1::2]])
+    logits = jax.lax.map(lambda stream: read(parameters, stream, config)[0], points)
+    says = jax.nn.log_softmax(logits.astype(jnp.float32))
+    probability, top = jax.lax.top_k(jnp.exp(says), min(TOP, config.vocabulary))
+    predicted = jnp.argmax(passed.logits[0], axis=-1) if predicted is None else predicted
+    target = jnp.concatenate([tokens[0, 1:], predicted[-1:]])
+    rank = jnp.sum(says > jnp.take_along_axis(says, target[None, :, None], axis=-1), axis=-1)
+    geometry = encoding_geometry(passed, config)
+    moves: dict[str, Any] = {"attention": {}, "feed_forward": {}}
+    for name in ("relative_step", "turning_angle"):
+        first, second = by_sublayer(getattr(geometry, name)[..., 0, :], config)
+        moves["attention"][name], moves["feed_forward"][name] = first, second
+    found = {
+        "points": _on_the_sphere(points[:, 0]),
+        "top": top,
+        "probability": probability,
+        "vectors": _on_the_sphere(output_vectors(parameters, config).T[top]),
+        "rank": rank,
+        "target": target,
+        "predicted": predicted,
+        "pattern": passed.layers.pattern[:, 0],
+        "efficiency": geometry.efficiency[0],
+        **moves,
+    }
+    if config.post_norm or not config.residual or config.unembedding_transform:
+        return found
+    steps = attribution.by_step(parameters, passed, config, predicted[None])
+    found |= {
+        "heads": attribution.by_head(parameters, passed, config, predicted[None]).parts[:, 0],
+        "start": steps.start[0],
+        "attention_parts": steps.attention[:, 0],
+        "feed_forward_parts": jnp.zeros((0, len(predicted)))
+        if steps.feed_forward is None
+        else steps.feed_forward[:, 0],
+        "bias": steps.bias[0],
+    }
+    if steps.feed_forward is not None:
+        found["neurons"] = attribution.by_neuron(parameters, passed, config, predicted[None]).parts[:, 0]
+    return found
+
+
+def _on_the_sphere(points: Float[Array, "*rest width"]) -> Float[Array, "*rest width"]:
+    """Centered and of length one: where a norm sends them, so that only directions are compared."""
+    points = points.astype(jnp.float32)
+    centered = points - jnp.mean(points, axis=-1, keepdims=True)
+    length = jnp.linalg.norm(centered, axis=-1, keepdims=True)
+    return centered / jnp.where(length == 0, 1.0, length)
+
+
+def _map(numbers: Numbers, t: int, labels: Labels) -> Numbers:
+    """One position's stations and the tokens that lead at them, in the three directions that vary most."""
+    points = numbers["points"][:, t].astype(float)
+    tokens, places = np.unique(numbers["top"][:, t, :3], return_index=True)
+    vectors = numbers["vectors"][:, t, :3].reshape(-1, points.shape[1])[places].astype(float)
+    together = np.concatenate([points, vectors])
+    middle = together.mean(axis=0)
+    _, sizes, directions = np.linalg.svd(together - middle, full_matrices=False)
+    directions = directions[:3]
+    share = float((sizes[:2] ** 2).sum() / max((sizes**2).sum(), 1e-30))
+    return {
+        "points": (points - middle) @ directions.T,
+        "tokens": [
+            {"label": labels(int(token)), "at": at}
+            for token, at in zip(tokens, (vectors - middle) @ directions.T, strict=True)
+        ],
+        "share": share,
+    }
+
+
+def _strongest(parts: Float[np.ndarray, "layer hidden"]) -> list[Numbers]:
+    """The neurons that move the logit most, either way."""
+    flat = parts.reshape(-1)
+    order = np.argsort(-np.abs(flat))[:NEURONS]
+    return [
+        {"layer": int(i // parts.shape[1]), "neuron": int(i % parts.shape[1]), "value": float(flat[i])}
+        for i in order
+    ]

@@ -1,0 +1,246 @@
+"""Real checkpoints: loaded into minitf, and written so that ``transformers`` loads them.
+
+Every tensor of a file is accounted for and only its name and layout change, so what is loaded and saved again is
+the same to the bit. Weights are read from safetensors alone: opening them runs no code. Only a source that begins
+with ``hub:`` goes to the network.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from safetensors.numpy import save as to_safetensors
+
+from minitf import tokenizer as tokenizers
+from minitf.config import ModelConfig
+from minitf.families import bert, bloom, gpt2, gpt_neox, llama, llama2c
+from minitf.families.llama2c_tokenizer import load_tokenizer
+from minitf.families.mapping import Family, read, write
+from minitf.families.weights import INDEX, ONE, open_folder, read_json, shards
+from minitf.files import write_atomically
+from minitf.parameters import Parameters
+
+# By the "model_type" of a config.json.
+FAMILIES: dict[str, Family] = {
+    "bert": bert.FAMILY,
+    "bloom": bloom.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
+    "llama": llama.LLAMA,
+    "mistral": llama.MISTRAL,
+    "qwen2": llama.QWEN2,
+    "qwen3": llama.QWEN3,
+}
+_GPT2_VOCABULARY = 50257
+# merges.txt, the name of GPT-2's vocab.bpe on the hub.
+_GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with its weights.
+
+    ``family`` is the ``model_type`` of its config.json, or "llama2c". ``tokenizer`` has ``encode``, ``decode`` and
+    ``n_vocab`` (a ``tiktoken.Encoding`` or llama2.c's), or is None where minitf has none for the model.
+    """
+
+    family: str
+    config: ModelConfig
+    parameters: Parameters
+    tokenizer: Any = None
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: Any = jnp.float32,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> Pretrained:
+    """Load a checkpoint.
+
+    Args:
+        source: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json); a
+            llama2.c ``.bin`` file; or ``hub:owner/name``, which huggingface_hub fetches (install it for that).
+        revision: branch, tag or commit on the hub, such as Pythia's ``step1000``; main when not given.
+        dtype: the floating-point type of the parameters, whatever that of the file.
+        tokenizer: llama2.c's tokenizer file; else tokN.bin (N tokens) or tokenizer.bin beside the model is taken,
+            where there is one.
+
+    Raises:
+        ValueError: nothing there; an architecture or setting that minitf cannot express; a file that is damaged or
+            not safetensors; an unknown, missing or misshapen tensor; NaN or infinity. Always before anything is
+            compiled, and with the name of what is wrong.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype is {dtype.name}; parameters are floating-point, such as float32")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"dtype is {dtype.name}, which JAX has only under jax.enable_x64(True)")
+    name = os.fspath(source)
+    if name.startswith("hub:"):
+        folder = _fetch(name.removeprefix("hub:"), revision)
+    elif revision is not None:
+        raise ValueError(f"revision is {revision!r}, which only a model on the hub has: hub:owner/name")
+    else:
+        folder = Path(name)
+    if folder.is_file():
+        return _load_llama2c(folder, dtype, tokenizer)
+    if tokenizer is not None:
+        raise ValueError("tokenizer names llama2.c's tokenizer file, and only a llama2.c .bin file takes one")
+    if not folder.is_dir():
+        hint = f"; a model on the hub is named hub:{name}" if name.count("/") == 1 and name[0] not in "/.~" else ""
+        raise ValueError(f"there is no file or folder {name!r}{hint}")
+    return _load_folder(folder, dtype)
+
+
+def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
+    """Write config.json and model.safetensors, which ``transformers`` loads with the same logits.
+
+    Each tensor is written in the dtype in which it is. Tokenizer and settings for generation are not written.
+
+    Raises:
+        ValueError: the folder holds a model already; the family has no such configuration; parameters that do not
+            fit it or are not finite.
+    """
+    folder, config = Path(folder), pretrained.config
+    if pretrained.family == "llama2c":
+        raise ValueError(
+            "transformers does not know llama2.c's rotary pairs: convert with minitf.families.llama2c.as_llama, "
+            "and save that as the family 'llama'"
+        )
+    family = _family(pretrained.family, "family")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
+    there = [path.name for name in ("config.json", INDEX, "*.safetensors", "*.bin") for path in folder.glob(name)]
+    if there:
+        raise ValueError(f"{folder} holds a model already ({there[0]}); choose another folder")
+    settings = family.json(config)
+    lost = _differences(config, family.config(settings))
+    if lost:
+        raise ValueError(
+            f"the family {pretrained.family} cannot express this configuration: it has no way to say "
+            f"{', '.join(lost)}"
+        )
+    arrays = write(family, config, pretrained.parameters)
+    settings["dtype"] = arrays[family.tensors[0].theirs].dtype.name
+    # The configuration last: a folder without one is not a model.
+    write_atomically(folder / ONE, to_safetensors(arrays, {"format": "pt"}))
+    write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def _load_folder(folder: Path, dtype: Any) -> Pretrained:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no config.json, without which the model is not known")
+    settings = read_json(file)
+    name = settings.get("model_type")
+    try:
+        family = _family(name, "model_type")
+        if settings.get("quantization_config"):
+            raise ValueError("config.json: the weights are quantized; minitf reads only plain ones")
+        config = family.config(settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
+    parameters = read(family, config, open_folder(folder), dtype, str(folder))
+    return Pretrained(str(name), config, parameters, _gpt2_tokenizer(folder, str(name), config))
+
+
+def _load_llama2c(file: Path, dtype: Any, tokenizer: str | os.PathLike[str] | None) -> Pretrained:
+    if file.suffix != ".bin":
+        raise ValueError(f"{file} is a file: give the folder it lies in, or a llama2.c checkpoint named .bin")
+    config, parameters = llama2c.load(file, dtype)
+    beside = [file.with_name(f"tok{config.vocabulary}.bin"), file.with_name("tokenizer.bin")]
+    path = Path(tokenizer) if tokenizer is not None else next((p for p in beside if p.is_file()), None)
+    found = None if path is None else load_tokenizer(path, config.vocabulary)
+    return Pretrained("llama2c", config, parameters, found)
+
+
+def _gpt2_tokenizer(folder: Path, family: str, config: ModelConfig) -> Any:
+    """GPT-2's encoding, where the model has its vocabulary and tiktoken has its files; else None."""
+    merges = folder / "merges.txt"
+    if family != "gpt2" or config.vocabulary != _GPT2_VOCABULARY:
+        return None
+    # A model of another language may have as many tokens.
+    if merges.is_file() and hashlib.sha256(merges.read_bytes()).hexdigest() != _GPT2_MERGES:
+        return None
+    try:
+        return tokenizers.gpt2_encoding()
+    except ValueError:
+        return None
+
+
+def _family(name: Any, field: str) -> Family:
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"{field} is {name!r}, which minitf does not have; it has {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """The fields in which two configurations describe different models."""
+    a, b = (vars(_plain(config)) for config in (one, other))
+    return [f"{name}={a[name]!r}" for name in a if a[name] != b[name]]
+
+
+def _plain(config: ModelConfig) -> ModelConfig:
+    """The same model with every size written out and what has no effect left at its default."""
+    rotary = config.position == "rotary"
+    return replace(
+        config,
+        head_width=config.head_size,
+        key_value_heads=config.groups,
+        hidden=config.hidden_size,
+        rotary_fraction=config.rotary_fraction if rotary else 1.0,
+        rotary_base=config.rotary_base if rotary else 10000.0,
+        rotary_interleaved=rotary and config.rotary_interleaved,
+        query_key_value_biases=config.query_key_value_biases or config.biases,
+        initializer="normal",
+    )
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """The folder into which huggingface_hub fetched a model's configuration and weights."""
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise ValueError(f"'hub:{name}' names no model on the hub; write hub:owner/name")
+    try:
+        import huggingface_hub  # noqa: PLC0415
+        from huggingface_hub import errors  # noqa: PLC0415
+    except ImportError as error:
+        raise ValueError(
+            f"fetching hub:{name} needs the package huggingface_hub: pip install huggingface_hub (or fetch the "
+            "model by other means and give its folder)"
+        ) from error
+
+    def fetch(file: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(name, file, revision=revision))
+
+    # Newer versions tell what is not on the hub from what could not be asked for.
+    not_there = getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError)
+    try:
+        folder = fetch("config.json").parent
+        with contextlib.suppress(errors.EntryNotFoundError):
+            fetch("merges.txt")
+        _fetch_weights(fetch, not_there)
+    except (OSError, ValueError, errors.EntryNotFoundError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ValueError(f"hub:{name}{at} could not be fetched: {error}") from error
+    return folder
+
+
+def _fetch_weights(fetch: Callable[[str], Path], not_there: type[Exception]) -> None:
+    try:
+        fetch(ONE)
+    except not_there:
+        try:
+            index = fetch(INDEX)
+        except not_there:
+            raise ValueError("it has no weights as safetensors, and minitf reads no others") from None
+        for file in shards(index):
+            fetch(file)

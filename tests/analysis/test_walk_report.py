@@ -1,0 +1,131 @@
+import html.parser
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from walk_example import CONFIG, EVIL, EvilTokenizer, model, saved
+
+from minitf import walk
+from minitf.analysis.run_folder import Problem
+from minitf.analysis.walk_report import job, page
+from minitf.analysis.walk_report.data import Labels, walk_data
+from minitf.analysis.walk_report.job import WalkConfig, edit_of
+from minitf.decode import generate
+
+TOKENS = np.array([3, 1, 4, 1, 5], np.int32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("model") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return walk_data(model().parameters, TOKENS, CONFIG, Labels(None))
+
+
+def test_the_last_station_says_what_the_model_says(data):
+    logits = walk(model().parameters, jnp.asarray(TOKENS)[None], CONFIG).logits[0]
+    probability = np.asarray(jnp.exp(logits - jnp.log(jnp.sum(jnp.exp(logits), -1, keepdims=True))))
+    for t in range(len(TOKENS)):
+        best = data["tops"][t][-1]
+        order = np.argsort(-probability[t])[: len(best)]
+        assert [b["label"] for b in best] == [str(token) for token in order]
+        np.testing.assert_allclose([b["p"] for b in best], probability[t][order], rtol=1e-4)
+
+
+def test_the_rank_is_of_the_token_that_comes_next(data):
+    logits = np.asarray(walk(model().parameters, jnp.asarray(TOKENS)[None], CONFIG).logits[0])
+    for t, following in enumerate(TOKENS[1:]):
+        assert data["rank"][t][-1] == np.sum(logits[t] > logits[t, following])
+    assert data["rank"][-1][-1] == 0 and data["next"] == [*map(str, TOKENS[1:]), str(logits[-1].argmax())]
+
+
+def test_the_parts_sum_to_the_logit_of_the_prediction(data):
+    logits = np.asarray(walk(model().parameters, jnp.asarray(TOKENS)[None], CONFIG).logits[0])
+    for t in range(len(TOKENS)):
+        total = (
+            data["start"][t]
+            + data["attention_parts"][t].sum()
+            + data["feed_forward_parts"][t].sum()
+            + data["bias"][t]
+        )
+        assert total == pytest.approx(logits[t].max(), rel=1e-4)
+
+
+def test_the_pattern_is_the_walks(data):
+    pattern = walk(model().parameters, jnp.asarray(TOKENS)[None], CONFIG).layers.pattern[:, 0]
+    np.testing.assert_allclose(data["pattern"], pattern, atol=5.1e-4)
+
+
+def test_an_edited_side_is_asked_about_the_same_token(folder, tmp_path):
+    config = WalkConfig(str(folder), "3 1 4 1 5", ids=True, ablate=("0.1", "1.2"))
+    job.run(config, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "walk.json").read_text())
+    assert written["before"]["predicted"] == written["after"]["predicted"]
+    assert not np.any(np.array(written["after"]["heads"])[:, 0, 1]) and not np.any(
+        np.array(written["after"]["heads"])[:, 1, 2]
+    )
+    assert np.any(np.array(written["before"]["heads"])[:, 0, 1])
+    assert written["tokens"] == ["3", "1", "4", "1", "5"]
+
+
+def test_generated_tokens_are_said_as_they_come_and_walked(folder, tmp_path):
+    said = []
+    job.run(WalkConfig(str(folder), "3,1", ids=True, generate=4), tmp_path / "out", say=said.append)
+    expected = generate(model().parameters, [[3, 1]], CONFIG, steps=4).tokens[0].tolist()
+    assert "".join(said).split() == ["3", "1", *map(str, expected)] and len(said) == 5
+    written = json.loads((tmp_path / "out" / "walk.json").read_text())
+    assert written["prompt"] == 2 and len(written["tokens"]) == 6
+
+
+def test_steering_moves_from_one_text_towards_the_other():
+    steered = model(EvilTokenizer())
+    edit = edit_of(WalkConfig("m", "abc", steer="1:2.0:abcd:ab"), steered)
+    ends = [walk(steered.parameters, jnp.arange(n)[None], CONFIG).layers.resid_post[1, 0, -1] for n in (4, 2)]
+    moved = walk(steered.parameters, jnp.arange(3)[None], CONFIG, edit=edit).end
+    plain = walk(steered.parameters, jnp.arange(3)[None], CONFIG).end
+    np.testing.assert_allclose(moved - plain, np.broadcast_to(2 * (ends[0] - ends[1]), plain.shape), atol=1e-3)
+
+
+def test_text_from_tokens_stays_text():
+    evil = model(EvilTokenizer())
+    labels = Labels(evil.tokenizer)
+    numbers = walk_data(evil.parameters, np.arange(6, dtype=np.int32), CONFIG, labels)
+    tokens = [labels(i) for i in range(6)]
+    data = {"tokens": tokens, "prompt": 6, "layers": 2, "heads": 3, "before": numbers, "after": None}
+    text = page.page(data, WalkConfig("<i>model</i>", EVIL[0]), evil)
+
+    found = []
+    reader = html.parser.HTMLParser()
+    reader.handle_starttag = lambda tag, attrs: found.append(tag)
+    reader.feed(text)
+    assert found.count("script") == 3 and "i" not in found and "&lt;i&gt;model" in text
+    assert tokens[0] in json.loads(text.split('id="report-data">')[1].split("</script>")[0])["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no/where"}, "there is no file or folder 'no/where'"),
+        ({"ids": False}, "minitf has no tokenizer for this model; give token ids with --ids"),
+        ({"text": "3 x"}, "'x' is no token id; with --ids the text is whole numbers"),
+        ({"text": " "}, "the text is empty"),
+        ({"text": "3 20"}, "there is no token 20; the model's are 0 to 19"),
+        ({"text": "1 " * 17}, "a text of 17 tokens is longer than the model's 16 positions"),
+        ({"generate": 12}, "5 tokens of text and 12 to generate are more than the 16"),
+        ({"ablate": ("1",)}, "--ablate 1: name a head as LAYER.HEAD, such as 0.3"),
+        ({"ablate": ("0.7",)}, "head=7 is outside 'layers.z', which has 3 on that axis"),
+        ({"steer": "1:x:a:b"}, "--steer 1:x:a:b: say LAYER:COEFFICIENT:TEXT:TEXT"),
+        ({"steer": "1:nan:a:b"}, "the coefficient is nan; it must be finite"),
+        ({"steer": "1:2:a:b"}, "minitf has no tokenizer for this model"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence_and_leaves_nothing(folder, tmp_path, changes, message):
+    config = WalkConfig(**{"model": str(folder), "text": "3 1 4 1 5", "ids": True, **changes})
+    with pytest.raises(Problem) as told:
+        job.run(config, tmp_path / "out")
+    assert message in str(told.value)
+    assert not (tmp_path / "out").exists()
