@@ -28,7 +28,8 @@ run: setup
 	$(BIN)/minitf scan-snap --out runs/scan-snap --overwrite
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	# Two workers: compiling takes most of the time, and each holds its own compiled programs.
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
