@@ -94,22 +94,40 @@ def walk(
 
     token_embedding, position_embedding, start = _start(parameters, tokens, config, edit, places)
 
+    past = None if cache is None else (cache.k, cache.v)
+    end, layers = run_layers(parameters.layers, start, config, edit.layers, places, past, unroll)
+    walked = finish(parameters, start, layers, end, config, edit)
+    return dataclasses.replace(walked, token_embedding=token_embedding, position_embedding=position_embedding)
+
+
+def run_layers(
+    weights: Layer,
+    start: Stream,
+    config: ModelConfig,
+    edit: LayerWalk,
+    places: Places,
+    past: Past = None,
+    unroll: int | bool = 1,
+) -> tuple[Stream, LayerWalk]:
+    """As many layers as the weights have, one after another: where they end, and their walk."""
+
     def layer(stream: Stream, inputs: tuple[Layer, LayerWalk, Past]) -> tuple[Stream, LayerWalk]:
-        weights, changes, past = inputs
-        passed = _layer(stream, weights, config, changes, places, past)
+        passed = _layer(stream, inputs[0], config, inputs[1], places, inputs[2])
         return passed.resid_post, passed
 
-    past = None if cache is None else (cache.k, cache.v)
-    inputs = (parameters.layers, edit.layers, past)
-    end, layers = jax.lax.scan(layer, start, inputs, length=config.layers, unroll=unroll)
+    return jax.lax.scan(layer, start, (weights, edit, past), length=config.layers, unroll=unroll)
+
+
+def finish(
+    parameters: Parameters, start: Stream, layers: LayerWalk, end: Stream, config: ModelConfig, edit: Edit
+) -> Walk:
+    """The walk from its end on: the context vectors and the logits."""
     end = apply(edit.end, end)
     scale, context = None, end
     if config.pre_norm:
         scale, context = _norm(end, parameters.final_norm, config, edit.final_norm_scale)
     context = apply(edit.context, context)
     return Walk(
-        token_embedding=token_embedding,
-        position_embedding=position_embedding,
         start=start,
         layers=layers,
         end=end,

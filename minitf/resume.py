@@ -6,8 +6,8 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from minitf.config import ModelConfig
-from minitf.model import Stream, _fit_edit, _layer, _norm, _places, unembed
-from minitf.parameters import Layer, Parameters
+from minitf.model import Stream, _fit_edit, _layer, _places, finish, run_layers
+from minitf.parameters import Parameters
 from minitf.walk import Edit, LayerWalk, Walk, apply
 
 
@@ -50,28 +50,10 @@ def walk_from(
         raise ValueError("no layer is left to run, so none can be edited")
     start = end = apply(edit.start, stream)
     if layer < config.layers:
-        places = _places(stream.shape[1], config, valid)
-
-        def one(stream: Stream, inputs: tuple[Layer, LayerWalk]) -> tuple[Stream, LayerWalk]:
-            weights, changes = inputs
-            passed = _layer(stream, weights, config, changes, places)
-            return passed.resid_post, passed
-
         weights = jax.tree.map(lambda x: x[layer:], parameters.layers)
-        end, layers = jax.lax.scan(one, start, (weights, edit.layers), length=rest.layers, unroll=unroll)
-    end = apply(edit.end, end)
-    scale, context = None, end
-    if config.pre_norm:
-        scale, context = _norm(end, parameters.final_norm, config, edit.final_norm_scale)
-    context = apply(edit.context, context)
-    return Walk(
-        start=start,
-        layers=layers,
-        end=end,
-        final_norm_scale=scale,
-        context=context,
-        logits=apply(edit.logits, unembed(parameters, context, config)),
-    )
+        places = _places(stream.shape[1], config, valid)
+        end, layers = run_layers(weights, start, rest, edit.layers, places, unroll=unroll)
+    return finish(parameters, start, layers, end, config, edit)
 
 
 def layer_walk(
