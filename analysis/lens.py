@@ -55,13 +55,20 @@ def output_vectors(parameters: Parameters, config: ModelConfig) -> Float[Array, 
 def read(
     parameters: Parameters, stream: Float[Array, "batch position width"], config: ModelConfig
 ) -> Float[Array, "batch position vocabulary"]:
-    """The logits of points of the residual stream: final norm, where there is one, and unembedding."""
-    if config.pre_norm:
-        rows = filter.center(stream.reshape(-1, config.width), config.norm)
-        scale = filter.norm_scale(rows, config.norm, config.norm_epsilon)
-        rows = filter.normalize(rows, scale, parameters.final_norm.gain, parameters.final_norm.offset)
-        stream = rows.astype(stream.dtype).reshape(stream.shape)
-    return unembed(parameters, stream, config)
+    """The logits of points of the residual stream: the final norm, where there is one, and the unembedding."""
+    return unembed(parameters, as_context(parameters, stream, config), config)
+
+
+def as_context(
+    parameters: Parameters, stream: Float[Array, "batch position width"], config: ModelConfig
+) -> Float[Array, "batch position width"]:
+    """Points of the residual stream under the final norm: the context vectors they would be if the walk ended."""
+    if not config.pre_norm:
+        return stream
+    rows = filter.center(stream.reshape(-1, config.width), config.norm)
+    scale = filter.norm_scale(rows, config.norm, config.norm_epsilon)
+    rows = filter.normalize(rows, scale, parameters.final_norm.gain, parameters.final_norm.offset)
+    return rows.astype(stream.dtype).reshape(stream.shape)
 
 
 def logit_lens(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from minitf import tokenizer as tokenizers
 from minitf.analysis import attribution
 from minitf.analysis.geometry import by_sublayer, encoding_geometry
-from minitf.analysis.lens import output_vectors, read, station_names, stations
+from minitf.analysis.lens import as_context, output_vectors, read, station_names, stations
 from minitf.config import ModelConfig
 from minitf.model import walk
 from minitf.parameters import Parameters
@@ -117,7 +117,7 @@ def _numbers(
         first, second = by_sublayer(getattr(geometry, name)[..., 0, :], config)
         moves["attention"][name], moves["feed_forward"][name] = first, second
     found = {
-        "points": _on_the_sphere(points[:, 0]),
+        "points": _on_the_sphere(jax.vmap(lambda x: as_context(parameters, x, config))(points)[:, 0]),
         "top": top,
         "probability": probability,
         "vectors": _on_the_sphere(output_vectors(parameters, config).T[top]),
@@ -146,11 +146,10 @@ def _numbers(
 
 
 def _on_the_sphere(points: Float[Array, "*rest width"]) -> Float[Array, "*rest width"]:
-    """Centered and of length one: where a norm sends them, so that only directions are compared."""
+    """Of length one, so that only directions are compared."""
     points = points.astype(jnp.float32)
-    centered = points - jnp.mean(points, axis=-1, keepdims=True)
-    length = jnp.linalg.norm(centered, axis=-1, keepdims=True)
-    return centered / jnp.where(length == 0, 1.0, length)
+    length = jnp.linalg.norm(points, axis=-1, keepdims=True)
+    return points / jnp.where(length == 0, 1.0, length)
 
 
 def _map(numbers: Numbers, t: int, labels: Labels) -> Numbers:
