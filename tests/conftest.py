@@ -1,7 +1,12 @@
 """For all tests."""
 
+import hypothesis
 import jax
 import pytest
+
+# How long an example takes says how busy the machine is, and that compiling takes time, and nothing else.
+hypothesis.settings.register_profile("minitf", deadline=None)
+hypothesis.settings.load_profile("minitf")
 
 
 @pytest.fixture(autouse=True, scope="module")
