@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -98,14 +100,21 @@ def installed(module: str) -> bool:
 
 
 class Worker:
-    """A module run as a process that answers lines of JSON with lines of JSON; it stays alive between turns.
+    """A process that answers lines of JSON with lines of JSON; it stays alive between turns.
 
-    Raises RuntimeError with what it wrote when it ends instead of answering.
+    Its arguments are the interpreter's: ``-m`` and a module, or a script. Raises RuntimeError when it ends instead
+    of answering.
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(
+        self, *arguments: str, python: str = sys.executable, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
         )
         self.greeting: dict[str, Any] = self._read()
 
@@ -133,6 +142,9 @@ class Worker:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         text = self._process.stdout.readline()
+        # Libraries that a worker imports may print what they like; answers are objects.
+        while text and not text.startswith("{"):
+            text = self._process.stdout.readline()
         if not text:
             raise RuntimeError(f"the benchmark's worker process ended with {self._process.wait()}")
         return json.loads(text)
@@ -187,15 +199,26 @@ def _short(number: float | None) -> str:
 
 
 def run_benchmarks(
-    names: Sequence[str], out: Path, *, seed: int = 0, quiet: bool = False, rounds: int = 3
+    names: Sequence[str],
+    out: Path,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+    rounds: int = 3,
+    pythons: Sequence[str] = (),
 ) -> list[Row]:
     """Run the benchmarks of these names (all, when none is given), print their table, write ``out/bench.json``.
 
+    ``pythons`` are interpreters of environments with further peers, such as another version of TransformerLens.
     Raises ValueError for an unknown name, OSError when the folder cannot be written.
     """
     from minitf.analysis.scan_snap.bench import bench_scan_snap  # noqa: PLC0415 (it uses this file)
+    from minitf.analysis.walk_bench.job import bench_walk  # noqa: PLC0415
 
-    known = {"scan-snap": bench_scan_snap}
+    known: dict[str, Callable[..., list[Row]]] = {
+        "scan-snap": bench_scan_snap,
+        "walk": partial(bench_walk, pythons=pythons),
+    }
     for name in names:
         if name not in known:
             raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(known)}")

@@ -105,17 +105,21 @@ class ScanSnap:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure speed and memory, beside PyTorch where it is installed (the peers extra).
+    """Measure speed and memory, beside PyTorch and TransformerLens where they are installed (the peers extra).
 
     Prints a table and writes bench.json.
     """
 
     names: Annotated[
-        tuple[Literal["scan-snap"], ...], tyro.conf.Positional, arg(metavar="[NAME ...]", help_behavior_hint="")
+        tuple[Literal["scan-snap", "walk"], ...],
+        tyro.conf.Positional,
+        arg(metavar="[NAME ...]", help_behavior_hint=""),
     ] = ()
-    """What to measure: scan-snap. Everything by default."""
+    """What to measure: scan-snap, walk. Everything by default."""
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/bench")
     """Folder for bench.json."""
+    pythons: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
+    """Python interpreters of environments with other versions of TransformerLens, to measure those too."""
     seed: int = 0
     """Random seed."""
     quiet: Annotated[bool, arg(help_behavior_hint="")] = False
@@ -129,7 +133,7 @@ class Bench:
         check_writable(self.out)
         before = signal.signal(signal.SIGINT, _stop)
         try:
-            run_benchmarks(self.names, self.out, seed=self.seed, quiet=self.quiet)
+            run_benchmarks(self.names, self.out, seed=self.seed, quiet=self.quiet, pythons=self.pythons)
         finally:
             signal.signal(signal.SIGINT, before)
         return 0

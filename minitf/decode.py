@@ -16,11 +16,14 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from minitf.config import ModelConfig
-from minitf.model import Cache, walk
-from minitf.parameters import Parameters
+from minitf.layer import Cache
+from minitf.model import walk
+from minitf.parameters import Parameters, split_layers
 from minitf.walk import Edit, Walk
 
 Tree = Any
+
+DEEP = 48  # layers that are compiled one by one, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +203,7 @@ def stream(
     """The tokens of :func:`generate` as they come, one ``[batch]`` array a step; -1 after a sequence's stop."""
     tokens, lengths = _padded(prompts, config, steps)
     key = jax.random.key(0) if key is None else key
+    parameters = _single_layers(parameters, config)
     slots = tokens.shape[1] + steps
     how: dict[str, Any] = {"config": config, "sampling": sampling}
     state = _begin(parameters, jnp.asarray(tokens), jnp.asarray(lengths), key, edit, slots=slots, **how)
@@ -235,6 +239,12 @@ def _padded(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, np.array([len(p) for p in prompts], np.int32)
+
+
+def _single_layers(parameters: Parameters, config: ModelConfig) -> Parameters:
+    """Layers taken apart once, not in every step; a very deep model's program would take long to compile."""
+    deep = config.layers > DEEP or isinstance(parameters.layers, tuple)
+    return parameters if deep else split_layers(parameters)
 
 
 @partial(jax.jit, static_argnames=("config", "slots", "sampling"))
@@ -296,6 +306,7 @@ def _run(
     unroll: int | bool,
 ) -> Generation:
     """All steps of all prompts."""
+    parameters = _single_layers(parameters, config)
     slots = tokens.shape[1] + steps
     begun = _begin(parameters, tokens, lengths, key, edit, config=config, slots=slots, sampling=sampling)
     how: dict[str, Any] = {

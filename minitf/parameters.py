@@ -87,14 +87,15 @@ class Transform:
 class Parameters:
     """All weights of a model. ``unembedding`` is ``[width, vocabulary]``, or None when tied.
 
-    ``token_type`` is ``[token_type, width]``; its first vector is added to every position.
+    ``token_type`` is ``[token_type, width]``; its first vector is added to every position. ``layers`` are stacked
+    on a leading axis, or a tuple of single layers (:func:`split_layers`).
     """
 
     embedding: Weight = None
     position: Weight = None
     token_type: Weight = None
     embedding_norm: Norm = Norm()
-    layers: Layer = Layer()
+    layers: Any = Layer()
     final_norm: Norm = Norm()
     unembedding_transform: Transform = Transform()
     unembedding: Weight = None
@@ -228,6 +229,17 @@ def initialize(config: ModelConfig, key: Key[Array, ""], dtype: Any = jnp.float3
     return jax.tree.unflatten(
         tree, [d.draw(jax.random.fold_in(key, i), dtype) for i, d in enumerate(declarations)]
     )
+
+
+def split_layers(parameters: Parameters) -> Parameters:
+    """The same weights with ``layers`` a tuple of single layers, for :func:`minitf.walk` and decoding.
+
+    A scan copies each layer's weights out of the stack in every pass. Where that counts (few rows, many weights:
+    decoding, one short text through a large model) single layers are faster; the program grows with their number.
+    """
+    layers = len(jax.tree.leaves(parameters.layers)[0])
+    single = tuple(jax.tree.map(lambda x: x[number], parameters.layers) for number in range(layers))  # noqa: B023
+    return dataclasses.replace(parameters, layers=single)
 
 
 def count(config: ModelConfig) -> int:

@@ -1,12 +1,16 @@
 """The forward pass from a layer on: what an edit at that layer can change, without the layers before it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minitf.config import ModelConfig
-from minitf.model import Stream, _fit_edit, _layer, _places, finish, run_layers
+from minitf.layer import Places, Stream, one_layer, places_from_start
+from minitf.model import finish, fit_edit, run_layers
 from minitf.parameters import Parameters
 from minitf.walk import Edit, LayerWalk, Walk, apply
 
@@ -45,13 +49,13 @@ def walk_from(
         raise ValueError("a resumed walk has no embeddings to edit; edit its start")
     if layer < config.layers:
         rest = dataclasses.replace(config, layers=config.layers - layer)
-        edit = _fit_edit(edit, rest)
+        edit = fit_edit(edit, rest)
     elif jax.tree.leaves(edit.layers):
         raise ValueError("no layer is left to run, so none can be edited")
     start = end = apply(edit.start, stream)
     if layer < config.layers:
         weights = jax.tree.map(lambda x: x[layer:], parameters.layers)
-        places = _places(stream.shape[1], config, valid)
+        places = places_from_start(stream.shape[1], config, valid)
         end, layers = run_layers(weights, start, rest, edit.layers, places, unroll=unroll)
     return finish(parameters, start, layers, end, config, edit)
 
@@ -73,7 +77,8 @@ def layer_walk(
         raise ValueError(f"there is no layer {layer}; this model has layers 0 to {config.layers - 1}")
     _check_stream(stream, config)
     weights = jax.tree.map(lambda x: x[layer], parameters.layers)
-    return _layer(stream, weights, config, edit or LayerWalk(), _places(stream.shape[1], config, valid))
+    places = places_from_start(stream.shape[1], config, valid)
+    return one_layer(stream, weights, config, edit or LayerWalk(), places)
 
 
 def end_from(
@@ -83,18 +88,69 @@ def end_from(
     layer: int | Int[Array, ""],
     *,
     valid: Bool[Array, "batch position"] | None = None,
-) -> Float[Array, "batch position width"]:
+    at: Sequence[int] | None = None,
+) -> Float[Array, "batch place width"]:
     """The end of the walk from the start of ``layer`` on, unedited.
 
     ``layer`` may be traced: one program serves for every layer of a sweep, and runs only the layers that are left.
     It cannot be differentiated by reverse mode then; :func:`walk_from` can.
+
+    Args:
+        parameters, stream, config, layer, valid: as :func:`walk_from`.
+        at: the positions to return, all by default. The last layer then reads keys and values of all positions,
+            but takes its steps at these alone.
+
+    Raises:
+        ValueError: a stream that does not fit, or a position that it does not have.
     """
     _check_stream(stream, config)
 
     def one(number: Int[Array, ""], stream: Stream) -> Stream:
         return layer_walk(parameters, stream, config, number, valid=valid).resid_post
 
-    return jax.lax.fori_loop(layer, config.layers, one, stream)
+    if at is None:
+        return jax.lax.fori_loop(layer, config.layers, one, stream)
+    last = config.layers - 1
+    stream = jax.lax.fori_loop(layer, last, one, stream)
+    places = _positions(stream, at)
+    take = lambda stream: stream[:, places]
+    finish_at = lambda stream: last_layer_at(parameters, stream, config, at, valid=valid).resid_post
+    if isinstance(layer, int):
+        return take(stream) if layer > last else finish_at(stream)
+    return jax.lax.cond(layer > last, take, finish_at, stream)
+
+
+def last_layer_at(
+    parameters: Parameters,
+    stream: Float[Array, "batch position width"],
+    config: ModelConfig,
+    at: Sequence[int],
+    *,
+    edit: LayerWalk | None = None,
+    valid: Bool[Array, "batch position"] | None = None,
+) -> LayerWalk:
+    """The last layer's walk at some positions: a step of decoding whose cache holds all the others.
+
+    ``k`` and ``v`` are of all positions; other leaves, and the edit, have those of ``at`` alone. Raises ValueError
+    as :func:`end_from`, and for an edit of what keys and values come from.
+    """
+    places = _positions(stream, at)
+    edit = edit or LayerWalk()
+    for name in ("resid_pre", "attention_norm_scale", "k", "v"):
+        if getattr(edit, name) is not None:
+            raise ValueError(f"an edit of {name!r} changes what all positions read; run the whole layer")
+    weights = jax.tree.map(lambda x: x[config.layers - 1], parameters.layers)
+    whole = places_from_start(stream.shape[1], config, valid)
+    read = one_layer(stream, weights, config, LayerWalk(), whole)
+    some = Places(jnp.asarray(places)[None], whole.forbidden[:, :, places], goes_on=True)
+    return one_layer(stream[:, places], weights, config, edit, some, (read.k, read.v))
+
+
+def _positions(stream: Stream, at: Sequence[int]) -> Int[np.ndarray, " place"]:
+    length = stream.shape[1]
+    if not all(-length <= i < length for i in at):
+        raise ValueError(f"at={list(at)} leaves the {length} positions of the stream")
+    return np.arange(length)[np.asarray(at, int)]
 
 
 def _check_stream(stream: Stream, config: ModelConfig) -> None:

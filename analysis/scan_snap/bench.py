@@ -84,7 +84,7 @@ def _grid_rows(
     ours()  # memory is mapped, threads are there
     with ExitStack() as stack:
         if bench.installed("torch"):
-            worker = stack.enter_context(Worker(torch_peer.__name__))
+            worker = stack.enter_context(Worker("-m", torch_peer.__name__))
             theirs(worker, "positions", 0)
             sides = {peer: partial(theirs, worker, *kind) for peer, kind in PEERS.items()}
             measured = bench.interleaved({"ours": ours, **sides}, rounds, say)

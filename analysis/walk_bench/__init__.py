@@ -1,0 +1,1 @@
+"""``minitf bench walk``: reading, editing, sweeping and decoding, beside the tools that people use."""

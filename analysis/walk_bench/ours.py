@@ -1,0 +1,93 @@
+"""Our side of ``minitf bench walk``, as a worker process on one core."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from minitf.analysis.walk_bench.serve import Task, one_core, serve
+
+
+def main() -> None:
+    """Serve; one core, one thread, as the peers."""
+    one_core()
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    import jax  # noqa: PLC0415 (after the flags)
+
+    serve({"version": jax.__version__, "device": jax.devices()[0].device_kind}, prepare)
+
+
+def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
+    """What can be measured of a model."""
+    import jax  # noqa: PLC0415
+    import jax.numpy as jnp  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    from minitf import walk  # noqa: PLC0415
+    from minitf.analysis.attribution_patching import attribution_patching  # noqa: PLC0415
+    from minitf.analysis.patching import patch  # noqa: PLC0415
+    from minitf.decode import generate  # noqa: PLC0415
+    from minitf.pretrained import load  # noqa: PLC0415
+    from minitf.walk import Walk, leaves  # noqa: PLC0415
+
+    model = load(folder)
+    parameters, config = model.parameters, model.config
+    corrupt, clean = (jnp.asarray(x) for x in json.loads((Path(folder) / "tokens.json").read_text()))
+    forward = jax.jit(lambda p, t: walk(p, t, config).logits)
+    everything = jax.jit(lambda p, t: walk(p, t, config))
+    shapes = jax.eval_shape(everything, parameters, corrupt)
+    heads = jax.jit(lambda p, t: _only(walk(p, t, config), ("layers.z",)))
+    starts = jax.jit(lambda p, t: _only(walk(p, t, config), ("layers.resid_pre",)))
+    names = [name for name, _ in leaves(shapes) if name.startswith("layers.")]
+    slope = jax.jit(lambda p, t, other: attribution_patching(p, t, everything(p, other), _sum, config, names))
+
+    def memory() -> dict[str, float]:
+        analyses = [f.lower(parameters, corrupt).compile().memory_analysis() for f in (everything, forward)]
+        kept, plain = (analysis for analysis in analyses if analysis is not None)
+        arrays = sum(x.size * x.dtype.itemsize for _, x in leaves(shapes))
+        return {
+            "arrays": arrays,
+            "output": kept.output_size_in_bytes,
+            "temporary": kept.temp_size_in_bytes,
+            "temporary_plain": plain.temp_size_in_bytes,
+        }
+
+    def sweep() -> Any:
+        # The walks that a sweep reads are part of its cost, as they are of the peers'.
+        found = patch(parameters, starts(parameters, corrupt), heads(parameters, clean), _last, config, at=(-1,))
+        return np.asarray(found).reshape(-1).tolist()
+
+    def written() -> Any:
+        done = generate(parameters, np.asarray(corrupt).tolist(), config, steps=size["new_tokens"])
+        return np.asarray(done.tokens).tolist()
+
+    def block(value: Walk | Any) -> None:
+        jax.block_until_ready(value)
+
+    return {
+        "forward": lambda: block(forward(parameters, corrupt)),
+        "everything": lambda: block(everything(parameters, corrupt)),
+        "memory": memory,
+        "sweep": sweep,
+        "gradient": lambda: block(slope(parameters, corrupt, clean)),
+        "generate": written,
+    }
+
+
+def _only(passed: Any, names: tuple[str, ...]) -> Any:
+    from minitf.record import record  # noqa: PLC0415
+
+    return record(passed, names)
+
+
+def _last(logits: Any) -> Any:
+    """The metric of the sweep: a logit at the last position, mean over the batch."""
+    return logits[:, -1, 3].mean()
+
+
+def _sum(logits: Any) -> Any:
+    return logits[:, -1, 3].mean()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A worker's loop, for our side and the peers alike: a line of JSON asks, a line of JSON answers.
+
+Standard library only: the peers run in environments that may not have JAX.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Task = Callable[[], Any]
+# From a model's folder and its size to what can be measured with it: each task runs once.
+Prepare = Callable[[str, dict[str, int]], dict[str, Task]]
+
+
+def one_core() -> None:
+    """Stay on one core, where the system allows it; before any library makes its threads."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def serve(greeting: dict[str, Any], prepare: Prepare) -> None:
+    """Greet, then answer until the input ends.
+
+    A question is ``{"folder", "size", "task", "repeats"}``; the answer has the least CPU seconds of one repeat,
+    and the task's value. CPU time, not the clock's: what else the machine does then counts for little.
+    """
+    print(json.dumps(greeting), flush=True)
+    prepared: dict[str, dict[str, Task]] = {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if asked["folder"] not in prepared:
+            prepared[asked["folder"]] = prepare(asked["folder"], asked["size"])
+        task = prepared[asked["folder"]].get(asked["task"])
+        if task is None:
+            print(json.dumps({"seconds": None, "value": None}), flush=True)
+            continue
+        if asked["repeats"] == 0:  # a first run, which compiles
+            value = task()
+            print(json.dumps({"seconds": None, "value": value}), flush=True)
+            continue
+        seconds = []
+        for _ in range(asked["repeats"]):
+            gc.collect()
+            began = time.process_time()
+            task()
+            seconds.append(time.process_time() - began)
+        print(json.dumps({"seconds": min(seconds), "value": None}), flush=True)
