@@ -4,6 +4,8 @@
 data; the residual addition is the aggregate over branches with all weights one.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,18 @@ def combine(
     groups, width = v.shape[2], v.shape[3]
     grouped = pattern.reshape(batch, groups, heads // groups, query, key)
     return jnp.einsum("bghqk,bkgc->bqghc", grouped, v).reshape(batch, query, heads, width)
+
+
+def attend(
+    q: Float[Array, "batch query head head_width"],
+    k: Float[Array, "batch key key_value_head head_width"],
+    v: Float[Array, "batch key key_value_head head_width"],
+    scale: float,
+    causal: bool,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "batch query head head_width"]:
+    """Score, associate and combine in one kernel that never stores the association (Dao et al. 2022)."""
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation=implementation)
 
 
 def add(*branches: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
@@ -37,28 +38,33 @@ class Places:
     """Where the tokens stand.
 
     ``query`` ``[#batch, position]`` are their positions; ``forbidden`` ``[#batch, 1, query, key]`` the pairs that
-    may not meet; ``goes_on`` says whether positions came before, in a cache.
+    may not meet; ``goes_on`` says whether positions came before, in a cache; ``association`` whether the walk is
+    to hold scores and patterns; ``padded`` whether some positions are padding.
     """
 
     query: Any
     forbidden: Any
     goes_on: bool = struct.field(pytree_node=False)
+    association: bool = struct.field(pytree_node=False, default=True)
+    padded: bool = struct.field(pytree_node=False, default=False)
 
 
-def places_from_start(length: int, config: ModelConfig, valid: Bool[Array, "batch position"] | None) -> Places:
+def places_from_start(
+    length: int, config: ModelConfig, valid: Bool[Array, "batch position"] | None, association: bool = True
+) -> Places:
     """The places of a whole sequence; padding, where ``valid`` is False, meets no query."""
     forbidden = ~aggregate.allowed_pairs(length, config.causal, config.attend_self)[None, None]
     if valid is not None:
         forbidden = forbidden | ~valid[:, None, None, :]
-    return Places(jnp.arange(length)[None], forbidden, goes_on=False)
+    return Places(jnp.arange(length)[None], forbidden, False, association, padded=valid is not None)
 
 
-def places_after(cache: Cache, length: int, config: ModelConfig) -> Places:
+def places_after(cache: Cache, length: int, config: ModelConfig, association: bool = True) -> Places:
     """The places of the ``length`` tokens that follow those in the cache."""
     query = cache.filled[:, None] + jnp.arange(length)
     key = jnp.arange(cache.k.shape[2])
     forbidden = (key > query[..., None]) if config.attend_self else (key >= query[..., None])
-    return Places(query, forbidden[:, None], goes_on=True)
+    return Places(query, forbidden[:, None], True, association)
 
 
 def one_layer(
@@ -145,14 +151,16 @@ def _associate(
     config: ModelConfig,
     edit: LayerWalk,
     places: Places,
-) -> tuple[Float[Array, "batch head query key"], Float[Array, "batch head query key"], Array]:
-    """Scores, pattern, and the values mixed under it.
+) -> tuple[Array | None, Array | None, Float[Array, "batch query head head_width"]]:
+    """Scores, pattern (each None where the walk is not to hold them), and the values mixed under it.
 
     Where queries see the past alone, they are taken in blocks, each with the keys up to its end: what is forbidden
     anyway is then not computed, and nobody pays for putting the blocks together who does not read them.
     """
     length, keys = q.shape[1], k.shape[1]
     scale = 1.0 if config.attention == "table" else config.head_size**-0.5
+    if not places.association and _has_kernel(q, config, places):
+        return None, None, aggregate.attend(q, k, v, scale, config.causal)
     edited = edit.scores is not None or edit.pattern is not None
     size = length if edited or places.goes_on or not config.causal else max(BLOCK, -(-length // MOST_BLOCKS))
     scores, patterns, mixed = [], [], []
@@ -167,7 +175,17 @@ def _associate(
         rest = ((0, 0), (0, 0), (0, 0), (0, keys - seen))
         scores.append(jnp.pad(some, rest, constant_values=-jnp.inf))
         patterns.append(jnp.pad(pattern, rest))
-    return jnp.concatenate(scores, axis=2), jnp.concatenate(patterns, axis=2), jnp.concatenate(mixed, axis=1)
+    z = jnp.concatenate(mixed, axis=1)
+    if not places.association:
+        return None, None, z
+    return jnp.concatenate(scores, axis=2), jnp.concatenate(patterns, axis=2), z
+
+
+def _has_kernel(q: Float[Array, "batch query head head_width"], config: ModelConfig, places: Places) -> bool:
+    """Whether cuDNN's fused attention computes this association: on a GPU, in half precision, nothing unusual."""
+    usual = config.attention == "query_key" and config.position != "alibi" and config.attend_self
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return usual and fits and not places.goes_on and not places.padded and jax.default_backend() == "gpu"
 
 
 def _head_steps(

@@ -31,6 +31,7 @@ def walk(
     edit: Edit | None = None,
     valid: Bool[Array, "batch position"] | None = None,
     cache: Cache | None = None,
+    association: bool = True,
     unroll: int | bool = 1,
 ) -> Walk:
     """Run the model and return everything it computed.
@@ -45,6 +46,9 @@ def walk(
         valid: False marks padding, which no query may see.
         cache: keys and values of the positions before; the tokens are then the ones that follow those (see
             :mod:`minitf.decode`), and ``layers.k``, ``layers.v`` of the walk hold the cache with theirs in it.
+        association: False leaves scores and patterns out of the walk, so that a kernel that never stores them can
+            run where there is one: cuDNN's, on a GPU in half precision. Elsewhere the numbers are the same; what
+            is not read is not stored in any case.
         unroll: layers per iteration of the scan; ``True`` unrolls all of them, so that XLA can also drop the
             layers after the last one that is used.
 
@@ -56,8 +60,11 @@ def walk(
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
     if cache is not None and (valid is not None or not config.causal):
         raise ValueError("a cache is for causal models and says how long its sequences are: leave valid out")
-    edit = fit_edit(edit or Edit(), config)
-    places = places_from_start(length, config, valid) if cache is None else places_after(cache, length, config)
+    edit = fit_edit(edit or Edit(), config, association)
+    if cache is None:
+        places = places_from_start(length, config, valid, association)
+    else:
+        places = places_after(cache, length, config, association)
 
     token_embedding, position_embedding, start = _start(parameters, tokens, config, edit, places)
 
@@ -162,9 +169,11 @@ def _start(
     return token_embedding, position_embedding, apply(edit.start, start)
 
 
-def fit_edit(edit: Edit, config: ModelConfig) -> Edit:
+def fit_edit(edit: Edit, config: ModelConfig, association: bool = True) -> Edit:
     """The edit with an entry for every layer; refused where the model lacks a leaf or has other layers."""
     absent = _absent_leaves(config)
+    if not association:
+        absent |= {"layers.scores", "layers.pattern"}
     for name, change in list(leaves(edit)):
         if name in absent:
             raise ValueError(f"this model's walk has no {name!r}, so an edit of it would do nothing")

@@ -212,3 +212,25 @@ def bad_calls():
 def test_what_cannot_be_patched_is_refused_with_a_sentence(sentence):
     with pytest.raises(ValueError, match=sentence):
         bad_calls()[sentence]()
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("layers.z", ("head",)),
+        ("layers.z", ("position", "head")),
+        ("layers.pattern", ("head", "query")),
+        ("layers.scores", ("head",)),
+        ("layers.q", ("head",)),
+        ("layers.v", ("key_value_head",)),
+        ("layers.resid_pre", ("position",)),
+        ("layers.post", ("hidden",)),
+    ],
+)
+def test_reading_some_positions_alone_changes_no_effect(places):
+    parameters, _, corrupt, clean = setting(LLAMA)
+    whole = patching.patch(parameters, corrupt, clean, lead, LLAMA, places)
+    some = patching.patch(parameters, corrupt, clean, lead, LLAMA, places, at=(-1,))
+    finite = jnp.isfinite(whole)
+    np.testing.assert_allclose(jnp.where(finite, some, 0), jnp.where(finite, whole, 0), atol=2e-5)
+    np.testing.assert_array_equal(jnp.isfinite(some), finite)

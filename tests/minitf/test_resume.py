@@ -21,7 +21,7 @@ from properties.models import (
 )
 
 from minitf import change, walk
-from minitf.resume import end_from, layer_walk, walk_from
+from minitf.resume import end_from, last_layer_at, layer_walk, walk_from
 from minitf.walk import leaves, put_change
 
 UNIT = 2.0**-24
@@ -117,3 +117,28 @@ def bad_calls():
 def test_what_cannot_run_is_refused_with_a_sentence(sentence):
     with pytest.raises(ValueError, match=sentence):
         bad_calls()[sentence]()
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, BERT], ids=["gpt2", "llama", "bert"])
+def test_the_end_at_some_positions_is_a_part_of_the_end(config):
+    parameters, tokens = random_parameters(config), random_tokens(config)
+    valid = jnp.arange(tokens.shape[1])[None] >= jnp.array([[0], [2]])
+    streams = quick_jit(lambda p, t: walk(p, t, config, valid=valid))(parameters, tokens).layers.resid_pre
+    end = quick_jit(lambda p, s, i, at=None: end_from(p, s, config, i, valid=valid, at=at))
+    some = quick_jit(lambda p, s, i: end_from(p, s, config, i, valid=valid, at=(-1, 2)))
+    for number in range(config.layers):
+        whole = end(parameters, streams[number], jnp.int32(number))
+        close(some(parameters, streams[number], jnp.int32(number)), whole[:, [-1, 2]])
+        close(end_from(parameters, streams[number], config, number, valid=valid, at=(-1, 2)), whole[:, [-1, 2]])
+    past = some(parameters, streams[0], jnp.int32(config.layers))
+    np.testing.assert_array_equal(past, streams[0][:, [-1, 2]])
+
+
+def test_positions_that_are_not_there_are_refused():
+    parameters, tokens = random_parameters(GPT2), random_tokens(GPT2)
+    stream = walk(parameters, tokens, GPT2).layers.resid_pre[0]
+    with pytest.raises(ValueError, match=r"^at=\[5\] leaves the 5 positions of the stream$"):
+        end_from(parameters, stream, GPT2, 0, at=(5,))
+    edit = change(jax.eval_shape(lambda: walk(parameters, tokens, GPT2)), "layers.v", keep=0.0, layer=0)
+    with pytest.raises(ValueError, match="^an edit of 'v' changes what all positions read; run the whole layer$"):
+        last_layer_at(parameters, stream, GPT2, (-1,), edit=edit.layers)
