@@ -200,6 +200,7 @@ def _plain(config: ModelConfig) -> ModelConfig:
         rotary_fraction=config.rotary_fraction if rotary else 1.0,
         rotary_base=config.rotary_base if rotary else 10000.0,
         rotary_interleaved=rotary and config.rotary_interleaved,
+        rotary_scaling=config.rotary_scaling if rotary else None,
         query_key_value_biases=config.query_key_value_biases or config.biases,
         initializer="normal",
     )
