@@ -59,7 +59,7 @@ class RotaryScaling:
 def frequencies(rotated: int, base: float, scaling: RotaryScaling | None = None) -> Float[np.ndarray, " pair"]:
     """By how many radians each pair turns per position, in float64.
 
-    Pair j of ``rotated / 2`` turns by ``base ** (-2 j / rotated)`` (Su et al. 2021), less where ``scaling`` says so.
+    Pair j of ``rotated / 2`` turns by ``base ** (-2 j / rotated)`` (Su et al. 2021), or less, as ``scaling`` says.
 
     Raises:
         ValueError: YaRN's formula has no meaning for these numbers.

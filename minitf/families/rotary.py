@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json: the newer ``rope_parameters``, or ``rope_scaling`` and single names before it."""
+"""Rotary positions in a config.json: ``rope_parameters``, or the older ``rope_scaling`` and single names."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rotary positions for longer texts, against transformers: the frequencies, and whole models beyond their length."""
+"""Rotary positions for longer texts, against transformers: frequencies, and models beyond their first length."""
 
 import contextlib
 import json
