@@ -1,4 +1,4 @@
-"""Checkpoints under the names that their publishers gave the tensors, with everything else that lies in the files."""
+"""Checkpoints under the names that their publishers gave the tensors, with all else that lies in the files."""
 
 import re
 
