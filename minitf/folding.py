@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
-from minitf.parameters import Declaration, Norm, Parameters, Transform, declare, named, path_name
+from minitf.parameters import Declaration, Norm, Parameters, Transform, Weight, declare, named, path_name
 
 Model = tuple[Parameters, ModelConfig]
 
@@ -70,8 +70,7 @@ def _fold_norms(parameters: Parameters, config: ModelConfig) -> Model:
         raise ValueError(f"norm is {config.norm!r}, which has no gain or offset to fold")
     if config.post_norm:
         raise ValueError(
-            "norm_placement is 'post': what such a norm gives is also the residual stream, which has no map in "
-            "front of it to fold a gain into"
+            "norm_placement is 'post': what such a norm gives is the residual stream itself, which not only maps read"
         )
     if config.attention == "table":
         raise ValueError("table attention has no maps to fold a gain into: its values are what the norm gives")
@@ -95,7 +94,7 @@ def _fold_norms(parameters: Parameters, config: ModelConfig) -> Model:
 
 def _into(norm: Norm, maps: Any, *names: str) -> Any:
     """The maps of these names, where there are such, with a norm's gain and offset in them and in their biases."""
-    folded = {}
+    folded: dict[str, Weight] = {}
     for name in names:
         if getattr(maps, name) is not None:
             weight, bias = _folded(norm, getattr(maps, name), getattr(maps, f"{name}_bias"))
@@ -103,10 +102,8 @@ def _into(norm: Norm, maps: Any, *names: str) -> Any:
     return replace(maps, **folded)
 
 
-def _folded(
-    norm: Norm, weight: Float[Array, "*layer_width_outputs"], bias: Float[Array, "*layer_outputs"] | None
-) -> tuple[Array, Array | None]:
-    """``(x * gain + offset) @ weight + bias`` as one map of ``x``."""
+def _folded(norm: Norm, weight: Weight, bias: Weight) -> tuple[Weight, Weight]:
+    """``(x * gain + offset) @ weight + bias`` as one map of ``x``; in all layers at once if ``layer`` leads."""
 
     def beside(x: Float[Array, "*layer width"]) -> Array:
         return in_statistics_dtype(x).reshape(x.shape + (1,) * (weight.ndim - x.ndim))

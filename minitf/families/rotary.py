@@ -119,8 +119,8 @@ def written(config: ModelConfig, base: str = "rope_theta", fraction: str = "") -
 
     ``base`` and ``fraction`` are the older names; a family without ``fraction`` turns whole heads.
     """
-    turning = {"rope_theta": config.rotary_base}
-    older = {base: config.rotary_base}
+    turning: Json = {"rope_theta": config.rotary_base}
+    older: Json = {base: config.rotary_base}
     if fraction:
         turning["partial_rotary_factor"] = older[fraction] = config.rotary_fraction
     scaling = _scaling_written(config.rotary_scaling)

@@ -1,7 +1,7 @@
 """The tokenizer of a ``tokenizer.json``, run by the package ``tokenizers``, where that is installed.
 
 The file says everything: how text is cleaned and cut, the pieces and how they merge, and which tokens go before
-and after a text (Llama 3's ``<|begin_of_text|>``, BERT's ``[CLS]`` and ``[SEP]``; Pythia, Qwen and BLOOM add none).
+and after a text (Llama 3's ``<|begin_of_text|>``, BERT's ``[CLS]`` and ``[SEP]``; Pythia, Qwen, BLOOM add none).
 """
 
 import json
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# The character that byte-level tokenizers write for each byte: its own where that can be seen, else one from U+0100
-# on (Radford et al. 2019).
+# The character that byte-level tokenizers write for each byte: its own where that can be seen, else one beyond all
+# bytes (Radford et al. 2019).
 _SEEN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _UNSEEN = [value for value in range(256) if value not in _SEEN]
 _CHARACTERS = {value: chr(value) for value in _SEEN} | {v: chr(0x100 + i) for i, v in enumerate(_UNSEEN)}

@@ -226,7 +226,7 @@ def test_folding_is_compiled_and_keeps_half_precision():
         ({}, {}, "^nothing is asked for: set norms, value_biases, center_writers or center_unembedding$"),
         ({"norm": "none"}, {"norms": True}, "^norm is 'none', which has no gain or offset to fold$"),
         ({"norm": "l2"}, {"norms": True}, "^norm is 'l2', which has no gain or offset to fold$"),
-        ({"norm_placement": "post"}, {"norms": True}, "^norm_placement is 'post': what such a norm gives is also"),
+        ({"norm_placement": "post"}, {"norms": True}, "^norm_placement is 'post': what such a norm gives is the"),
         (
             {"norm": "rms"},
             {"center_writers": True},
