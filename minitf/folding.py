@@ -70,7 +70,7 @@ def _fold_norms(parameters: Parameters, config: ModelConfig) -> Model:
         raise ValueError(f"norm is {config.norm!r}, which has no gain or offset to fold")
     if config.post_norm:
         raise ValueError(
-            "norm_placement is 'post': what such a norm gives is the residual stream itself, which not only maps read"
+            "norm_placement is 'post': what such a norm gives is the residual stream, and not only what maps read"
         )
     if config.attention == "table":
         raise ValueError("table attention has no maps to fold a gain into: its values are what the norm gives")

@@ -150,8 +150,8 @@ def _tokens(config: WalkConfig, model: Pretrained) -> np.ndarray:
         tokens = [int(word) for word in words]
     elif model.tokenizer is None:
         raise ValueError(
-            "minitf has no tokenizer for this model; give token ids with --ids (a tokenizer.json beside the model is "
-            "read where the package tokenizers is installed: pip install tokenizers)"
+            "minitf has no tokenizer for this model; give token ids with --ids (a tokenizer.json beside the model "
+            "is read where the package tokenizers is installed: pip install tokenizers)"
         )
     else:
         tokens = list(model.tokenizer.encode(config.text))

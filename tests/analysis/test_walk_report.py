@@ -127,8 +127,8 @@ def test_text_from_tokens_stays_text():
         ({"model": "no/where"}, "there is no file or folder 'no/where'"),
         (
             {"ids": False},
-            "minitf has no tokenizer for this model; give token ids with --ids (a tokenizer.json beside the model is "
-            "read where the package tokenizers is installed: pip install tokenizers)",
+            "minitf has no tokenizer for this model; give token ids with --ids (a tokenizer.json beside the model "
+            "is read where the package tokenizers is installed: pip install tokenizers)",
         ),
         ({"text": "3 x"}, "'x' is no token id; with --ids the text is whole numbers"),
         ({"text": " "}, "the text is empty"),

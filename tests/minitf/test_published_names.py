@@ -8,7 +8,9 @@ from properties.checkpoints import change_tensors, refused, saved
 from properties.models import bits
 from safetensors.numpy import load_file
 
-from minitf.pretrained import load
+from minitf import ModelConfig
+from minitf.pretrained import FAMILIES, load
+from minitf.rotary import RotaryScaling
 
 LAYERS, LENGTH = 2, 6
 mask = np.tril(np.ones((1, 1, LENGTH, LENGTH)))
@@ -94,6 +96,58 @@ def test_what_only_looks_like_something_known_is_an_error(family, known, odd, tm
     folder, _ = published(tmp_path, family)
     change_tensors(folder, lambda t: t.update({odd: t.pop(known)}))
     refused(f"has tensors that this model does not have: .*{odd}$", folder)
+
+
+def test_the_published_configuration_of_llama_3_2_is_read():
+    published = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 128256,
+    }
+    assert FAMILIES["llama"].config(published) == ModelConfig(
+        vocabulary=128256,
+        layers=16,
+        width=2048,
+        heads=32,
+        head_width=64,
+        key_value_heads=8,
+        length=131072,
+        hidden=8192,
+        tied=True,
+        position="rotary",
+        rotary_base=500000.0,
+        rotary_scaling=RotaryScaling("llama3", 32.0, 8192, slow_turns=1.0, fast_turns=4.0),
+        norm="rms",
+        norm_epsilon=1e-5,
+        feed_forward="swiglu",
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])

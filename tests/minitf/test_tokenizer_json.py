@@ -124,6 +124,16 @@ def test_labels_are_the_text_of_the_tokens():
     assert label("bert", inside) == inside
 
 
+def test_pieces_that_a_metaspace_decoder_reads_are_labelled_alike():
+    peer = tokenizers.Tokenizer.from_str(KINDS["llama2"].to_str())
+    peer.decoder = tokenizers.decoders.Metaspace(replacement="▁", prepend_scheme="first")
+    peer.add_special_tokens(["<|first▁of▁all|>"])
+    found = JsonTokenizer(peer, ROWS)
+    assert token_labels(found, [peer.token_to_id("▁cat")]) == ["␣cat"]
+    # The name of a special token is no text.
+    assert token_labels(found, [peer.token_to_id("<|first▁of▁all|>")]) == ["<|first▁of▁all|>"]
+
+
 def test_every_byte_has_a_character_of_its_own():
     characters = [byte_level(bytes([value])) for value in range(256)]
     assert set(characters) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) and len(set(characters)) == 256
