@@ -18,9 +18,9 @@ class RotaryScaling:
         linear: every pair turns ``factor`` times slower (Chen et al. 2023, arXiv 2306.15595).
         llama3: so do only the pairs that turn less than ``slow_turns`` times over the original length; those that
             turn more than ``fast_turns`` times keep their speed; between the two (1 and 4 in Llama 3.1), the
-            share of it that is kept rises with the turns (Grattafiori et al. 2024, arXiv 2407.21783).
+            share of it that is kept rises with the turns.
         yarn: the same, but the share falls with the number of the pair, between the pair of ``fast_turns`` and
-            that of ``slow_turns`` (rounded down and up if ``whole_pairs``), 32 and 1 in the paper; and what turned
+            that of ``slow_turns`` (rounded down and up if ``whole_pairs``), 32 and 1 as published; and what turned
             grows by ``attention_factor``, there 0.1 ln(factor) + 1 (Peng et al. 2023, arXiv 2309.00071).
 
     Raises:
@@ -84,7 +84,7 @@ def _kept(plain: Float[np.ndarray, " pair"], base: float, scaling: RotaryScaling
 
 
 def _yarn_bounds(rotated: int, base: float, scaling: RotaryScaling) -> tuple[float, float]:
-    """The pairs, as real numbers, between which the speed falls (Peng et al. 2023, section 3.2)."""
+    """The pairs, as real numbers, between which the speed falls."""
     if base <= 1:
         raise ValueError(f"rotary_base is {base}; the rule yarn needs one above 1")
     first, last = (
