@@ -1,9 +1,11 @@
 """What a model is: one frozen dataclass, checked when it is made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from minitf.filter import ActivationKind, NormKind
+from minitf.rotary import RotaryScaling, frequencies
 
 _LEAST = {
     "vocabulary": 1,
@@ -60,6 +62,7 @@ class ModelConfig:
     rotary_fraction: float = 1.0  # share of each head that turns
     rotary_base: float = 10000.0
     rotary_interleaved: bool = False
+    rotary_scaling: RotaryScaling | None = None  # positions stretched for longer texts (Llama 3.1)
 
     norm: NormKind = "layer"
     norm_placement: Literal["pre", "post"] = "pre"
@@ -110,6 +113,12 @@ class ModelConfig:
                 )
             if self.rotary_base <= 0:
                 raise ValueError(f"rotary_base is {self.rotary_base}; it must be positive")
+            if not isinstance(self.rotary_scaling, RotaryScaling | None):
+                raise ValueError(
+                    f"rotary_scaling is {self.rotary_scaling!r}; it must be a RotaryScaling or None (from_plain "
+                    "reads what dataclasses.asdict wrote)"
+                )
+            frequencies(self.rotated_width, self.rotary_base, self.rotary_scaling)  # raises where they have none
         if self.embedding_norm and self.norm == "none":
             raise ValueError("embedding_norm needs a norm, but norm is 'none'; choose l2, layer or rms")
         if self.norm_epsilon < 0:
@@ -177,6 +186,12 @@ class ModelConfig:
     def pre_norm(self) -> bool:
         """Whether a norm precedes each sub-layer (and the unembedding)."""
         return self.norm != "none" and self.norm_placement == "pre"
+
+
+def from_plain(fields: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that ``dataclasses.asdict``, and perhaps JSON after it, wrote down."""
+    scaling = fields.get("rotary_scaling")
+    return ModelConfig(**{**fields, "rotary_scaling": None if scaling is None else RotaryScaling(**scaling)})
 
 
 def token_tables(vocabulary: int, initializer: Literal["fan_in", "zeros"] = "zeros") -> ModelConfig:

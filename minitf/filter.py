@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from minitf.rotary import RotaryScaling, frequencies
+
 NormKind = Literal["none", "l2", "layer", "rms"]
 ActivationKind = Literal["relu", "gelu", "gelu_tanh", "swiglu"]
 
@@ -62,17 +64,21 @@ def rotate(
     rotated: int,
     base: float,
     interleaved: bool,
+    scaling: RotaryScaling | None = None,
 ) -> Float[Array, "rows head head_width"]:
     """Rotary positions (Su et al. 2021) on the first ``rotated`` components of every head.
 
-    Pair j turns by ``position * base ** (-2 j / rotated)`` radians. ``interleaved`` pairs neighbours
-    (0,1), (2,3), ... as the paper and llama2.c do; otherwise component j pairs with j + rotated / 2, as
+    Each pair turns by its frequency times the position (:func:`minitf.rotary.frequencies`). ``interleaved`` pairs
+    neighbours (0,1), (2,3), ... as the paper and llama2.c do; otherwise component j pairs with j + rotated / 2, as
     GPT-NeoX and the published Llama weights do.
     """
     turning, still = rows[..., :rotated], rows[..., rotated:]
-    frequency = base ** (-np.arange(0, rotated, 2) / rotated)
-    angle = positions.astype(jnp.promote_types(rows.dtype, jnp.float32))[:, None] * frequency
-    cos, sin = (f(angle)[:, None, :].astype(rows.dtype) for f in (jnp.cos, jnp.sin))
+    position = positions.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    angle = position[:, None] * frequencies(rotated, base, scaling)
+    cos, sin = (f(angle)[:, None, :] for f in (jnp.cos, jnp.sin))
+    if scaling is not None:
+        cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
+    cos, sin = cos.astype(rows.dtype), sin.astype(rows.dtype)
     if interleaved:
         first, second = turning[..., 0::2], turning[..., 1::2]
     else:

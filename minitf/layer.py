@@ -220,7 +220,14 @@ def _query_key_value(
     if config.position == "rotary":
         positions = jnp.broadcast_to(places.query, (batch, length)).reshape(-1)
         q, k = (
-            filter.rotate(x, positions, config.rotated_width, config.rotary_base, config.rotary_interleaved)
+            filter.rotate(
+                x,
+                positions,
+                config.rotated_width,
+                config.rotary_base,
+                config.rotary_interleaved,
+                config.rotary_scaling,
+            )
             for x in (q, k)
         )
     q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))

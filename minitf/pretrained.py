@@ -20,8 +20,7 @@ from safetensors.numpy import save as to_safetensors
 
 from minitf import tokenizer as tokenizers
 from minitf.config import ModelConfig
-from minitf.families import bert, bloom, gpt2, gpt_neox, llama, llama2c
-from minitf.families.llama2c_tokenizer import load_tokenizer
+from minitf.families import bert, bloom, gpt2, gpt_neox, llama, llama2c, llama2c_tokenizer, tokenizer_json
 from minitf.families.mapping import Family, read, write
 from minitf.families.weights import INDEX, ONE, open_folder, read_json, shards
 from minitf.files import write_atomically
@@ -48,7 +47,9 @@ class Pretrained:
     """A model with its weights.
 
     ``family`` is the ``model_type`` of its config.json, or "llama2c". ``tokenizer`` has ``encode``, ``decode`` and
-    ``n_vocab`` (a ``tiktoken.Encoding`` or llama2.c's), or is None where minitf has none for the model.
+    ``n_vocab``: a ``tiktoken.Encoding`` for GPT-2's, llama2.c's own, or that of the folder's tokenizer.json
+    (:class:`minitf.families.tokenizer_json.JsonTokenizer`). It is None where there is none, or where the package
+    ``tokenizers``, which runs the last, is not installed.
     """
 
     family: str
@@ -76,8 +77,8 @@ def load(
 
     Raises:
         ValueError: nothing there; an architecture or setting that minitf cannot express; a file that is damaged or
-            not safetensors; an unknown, missing or misshapen tensor; NaN or infinity. Always before anything is
-            compiled, and with the name of what is wrong.
+            not safetensors; an unknown, missing or misshapen tensor; NaN or infinity; a tokenizer that is damaged
+            or another model's. Always before anything is compiled, and with the name of what is wrong.
     """
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -150,7 +151,7 @@ def _load_folder(folder: Path, dtype: Any) -> Pretrained:
     except ValueError as error:
         raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
     parameters = read(family, config, open_folder(folder), dtype, str(folder))
-    return Pretrained(str(name), config, parameters, _gpt2_tokenizer(folder, str(name), config))
+    return Pretrained(str(name), config, parameters, _tokenizer(folder, str(name), config))
 
 
 def _load_llama2c(file: Path, dtype: Any, tokenizer: str | os.PathLike[str] | None) -> Pretrained:
@@ -159,22 +160,34 @@ def _load_llama2c(file: Path, dtype: Any, tokenizer: str | os.PathLike[str] | No
     config, parameters = llama2c.load(file, dtype)
     beside = [file.with_name(f"tok{config.vocabulary}.bin"), file.with_name("tokenizer.bin")]
     path = Path(tokenizer) if tokenizer is not None else next((p for p in beside if p.is_file()), None)
-    found = None if path is None else load_tokenizer(path, config.vocabulary)
+    found = None if path is None else llama2c_tokenizer.load_tokenizer(path, config.vocabulary)
     return Pretrained("llama2c", config, parameters, found)
 
 
-def _gpt2_tokenizer(folder: Path, family: str, config: ModelConfig) -> Any:
-    """GPT-2's encoding, where the model has its vocabulary and tiktoken has its files; else None."""
-    merges = folder / "merges.txt"
-    if family != "gpt2" or config.vocabulary != _GPT2_VOCABULARY:
-        return None
-    # A model of another language may have as many tokens.
-    if merges.is_file() and hashlib.sha256(merges.read_bytes()).hexdigest() != _GPT2_MERGES:
-        return None
+def _tokenizer(folder: Path, family: str, config: ModelConfig) -> Any:
+    """GPT-2's encoding by tiktoken where it is the model's; else what tokenizer.json says, or None."""
+    found = _gpt2_tokenizer(folder) if family == "gpt2" and config.vocabulary == _GPT2_VOCABULARY else None
+    file = folder / "tokenizer.json"
+    if found is None and file.is_file():
+        return tokenizer_json.load_tokenizer(file, config.vocabulary)
+    return found
+
+
+def _gpt2_tokenizer(folder: Path) -> Any:
+    """GPT-2's encoding, where the folder names no other and tiktoken has its files; else None."""
     try:
-        return tokenizers.gpt2_encoding()
+        found = tokenizers.gpt2_encoding()
     except ValueError:
         return None
+    # A model of another language may have as many tokens.
+    merges, file = folder / "merges.txt", folder / "tokenizer.json"
+    if merges.is_file():
+        return found if hashlib.sha256(merges.read_bytes()).hexdigest() == _GPT2_MERGES else None
+    if file.is_file():
+        own = {tokenizer_json.byte_level(found.decode_single_token_bytes(i)): i for i in range(found.n_vocab)}
+        model = read_json(file).get("model")
+        return found if isinstance(model, dict) and model.get("vocab") == own else None
+    return found
 
 
 def _family(name: Any, field: str) -> Family:
@@ -200,6 +213,7 @@ def _plain(config: ModelConfig) -> ModelConfig:
         rotary_fraction=config.rotary_fraction if rotary else 1.0,
         rotary_base=config.rotary_base if rotary else 10000.0,
         rotary_interleaved=rotary and config.rotary_interleaved,
+        rotary_scaling=config.rotary_scaling if rotary else None,
         query_key_value_biases=config.query_key_value_biases or config.biases,
         initializer="normal",
     )
@@ -225,8 +239,9 @@ def _fetch(name: str, revision: str | None) -> Path:
     not_there = getattr(errors, "RemoteEntryNotFoundError", errors.EntryNotFoundError)
     try:
         folder = fetch("config.json").parent
-        with contextlib.suppress(errors.EntryNotFoundError):
-            fetch("merges.txt")
+        for file in ("merges.txt", "tokenizer.json"):
+            with contextlib.suppress(errors.EntryNotFoundError):
+                fetch(file)
         _fetch_weights(fetch, not_there)
     except (OSError, ValueError, errors.EntryNotFoundError) as error:
         at = f" at revision {revision}" if revision else ""

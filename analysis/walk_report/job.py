@@ -149,7 +149,10 @@ def _tokens(config: WalkConfig, model: Pretrained) -> np.ndarray:
             raise ValueError(f"{wrong[0]!r} is no token id; with --ids the text is whole numbers")
         tokens = [int(word) for word in words]
     elif model.tokenizer is None:
-        raise ValueError("minitf has no tokenizer for this model; give token ids with --ids")
+        raise ValueError(
+            "minitf has no tokenizer for this model; give token ids with --ids (a tokenizer.json beside the model "
+            "is read where the package tokenizers is installed: pip install tokenizers)"
+        )
     else:
         tokens = list(model.tokenizer.encode(config.text))
     return np.array(_checked(tokens, model.config), np.int32)

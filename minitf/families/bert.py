@@ -82,7 +82,11 @@ FAMILY = Family(
     ),
     prefix="bert.",
     # The pooler and the next-sentence head belong to another task and have no part in the logits of tokens.
-    ignorable=(r"bert\.pooler\..*", r"cls\.seq_relationship\..*", r"bert\.embeddings\.position_ids"),
+    ignorable=(
+        r"bert\.pooler\.dense\.(weight|bias)",
+        r"cls\.seq_relationship\.(weight|bias)",
+        r"bert\.embeddings\.position_ids",
+    ),
     copies={
         _HEAD + "decoder.weight": "bert.embeddings.word_embeddings.weight",
         _HEAD + "decoder.bias": _HEAD + "bias",

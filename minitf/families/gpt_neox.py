@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia (Black et al. 2022; Biderman et al. 2023): parallel sub-layers, partly rotary heads."""
 
 from minitf.config import ModelConfig
-from minitf.families import settings
+from minitf.families import rotary, settings
 from minitf.families.mapping import Family, Json, Tensor, fused, linear, norm
 
 _LAYER = "gpt_neox.layers.{}."
@@ -23,17 +23,12 @@ def config(json: Json) -> ModelConfig:
         norm_epsilon=settings.number(json, "layer_norm_eps", 1e-5),
         tied=settings.flag(json, "tie_word_embeddings", False),
         biases=True,
-        **settings.rotary(json, "rotary_emb_base", "rotary_pct", 0.25),
+        **rotary.read(json, "rotary_emb_base", "rotary_pct", 0.25),
     )
 
 
 def json(config: ModelConfig) -> Json:
     """Their configuration."""
-    rotary = {
-        "rope_type": "default",
-        "rope_theta": config.rotary_base,
-        "partial_rotary_factor": config.rotary_fraction,
-    }
     return {
         "model_type": "gpt_neox",
         "architectures": ["GPTNeoXForCausalLM"],
@@ -48,10 +43,7 @@ def json(config: ModelConfig) -> Json:
         "layer_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tied,
         "attention_bias": True,
-        # The newer form, and the older names for readers that know only those.
-        "rope_parameters": rotary,
-        "rotary_emb_base": config.rotary_base,
-        "rotary_pct": config.rotary_fraction,
+        **rotary.written(config, "rotary_emb_base", "rotary_pct"),
     }
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from minitf.config import ModelConfig
-from minitf.families import settings
+from minitf.families import rotary, settings
 from minitf.families.mapping import Family, Json, Tensor, linear, norm, projections
 
 ModelType = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -22,9 +22,9 @@ def config(model_type: ModelType, json: Json) -> ModelConfig:
     # Where a number is missing, Llama takes the heads'; the others have defaults of their own, better not guessed.
     groups = {"default": heads} if model_type == "llama" or "num_key_value_heads" in json else {}
     head_width = {} if model_type == "qwen3" else {"default": width // heads}
-    rotary = settings.rotary(json)
-    if rotary["rotary_fraction"] != 1:
-        raise ValueError(f"config.json: partial_rotary_factor is {rotary['rotary_fraction']}; here it must be 1")
+    turning = rotary.read(json)
+    if turning["rotary_fraction"] != 1:
+        raise ValueError(f"config.json: partial_rotary_factor is {turning['rotary_fraction']}; here it must be 1")
     return ModelConfig(
         vocabulary=settings.whole(json, "vocab_size"),
         layers=settings.whole(json, "num_hidden_layers"),
@@ -42,7 +42,7 @@ def config(model_type: ModelType, json: Json) -> ModelConfig:
         biases=_biases(model_type, json),
         query_key_value_biases=model_type == "qwen2",
         query_key_norm=model_type == "qwen3",
-        **rotary,
+        **turning,
     )
 
 
@@ -90,9 +90,7 @@ def json(model_type: ModelType, config: ModelConfig) -> Json:
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tied,
-        # The newer form, and the older name for readers that know only that.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
-        "rope_theta": config.rotary_base,
+        **rotary.written(config),
     }
     if model_type == "llama":
         found |= {"attention_bias": config.biases, "mlp_bias": config.biases}

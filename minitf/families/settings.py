@@ -61,39 +61,6 @@ def only(json: Json, expected: Json, why: str) -> None:
             raise ValueError(f"config.json: {name} is {found!r}, but minitf can only have {value!r}: {why}")
 
 
-def rotary(
-    json: Json, base: str = "rope_theta", fraction: str = "partial_rotary_factor", usual: float = 1.0
-) -> Json:
-    """``rotary_base`` and ``rotary_fraction``, from the newer ``rope_parameters`` or the older single names.
-
-    ``usual`` is the fraction of a file that gives none.
-
-    Raises:
-        ValueError: positions that are scaled in any way, or a description in an unknown form.
-    """
-    found: Json = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        part = json.get(name)
-        if part is None:
-            continue
-        if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
-            raise ValueError(f"config.json: {name} is {part!r}, which minitf cannot read")
-        kind = part.get("rope_type", part.get("type", "default"))
-        if kind != "default":
-            raise ValueError(
-                f"config.json: {name} scales the rotary positions by the rule {kind!r}; minitf has only unscaled "
-                "ones ('default')"
-            )
-        unknown = set(part) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if any(part[name] is not None for name in unknown):
-            raise ValueError(f"config.json: {name} has settings that minitf does not know: {sorted(unknown)}")
-        found |= part
-    return {
-        "rotary_base": number(found, "rope_theta", json.get(base) or 10000.0),
-        "rotary_fraction": number(found, "partial_rotary_factor", json.get(fraction) or usual),
-    }
-
-
 def _value(json: Json, name: str, default: Any) -> Any:
     value = json.get(name)
     if value is not None:

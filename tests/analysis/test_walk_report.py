@@ -12,6 +12,7 @@ from minitf.analysis.walk_report import job, page
 from minitf.analysis.walk_report.data import Labels, walk_data
 from minitf.analysis.walk_report.job import WalkConfig, edit_of
 from minitf.decode import generate
+from minitf.pretrained import load
 
 TOKENS = np.array([3, 1, 4, 1, 5], np.int32)
 
@@ -81,6 +82,20 @@ def test_generated_tokens_are_said_as_they_come_and_walked(folder, tmp_path):
     assert written["prompt"] == 2 and len(written["tokens"]) == 6
 
 
+def test_a_model_with_a_tokenizer_of_its_own_is_given_text_and_labelled_in_text(tmp_path):
+    pytest.importorskip("tokenizers", reason="not installed: pip install 'minitf[hub]'")
+    from properties.checkpoints import saved as model_of_family
+    from properties.tokenizer_files import KINDS
+
+    folder = model_of_family(tmp_path / "model", "llama", vocabulary=400, layers=1)
+    KINDS["llama2"].save(str(folder / "tokenizer.json"))
+    found = load(folder)
+    tokens = job._tokens(WalkConfig(str(folder), "The cat"), found)
+    labels = Labels(found.tokenizer)
+    assert [labels(int(token)) for token in tokens] == ["<s>", "␣The", "␣cat"]
+    assert labels(399) == "⟨399⟩"
+
+
 def test_steering_moves_from_one_text_towards_the_other():
     steered = model(EvilTokenizer())
     edit = edit_of(WalkConfig("m", "abc", steer="1:2.0:abcd:ab"), steered)
@@ -110,7 +125,11 @@ def test_text_from_tokens_stays_text():
     ("changes", "message"),
     [
         ({"model": "no/where"}, "there is no file or folder 'no/where'"),
-        ({"ids": False}, "minitf has no tokenizer for this model; give token ids with --ids"),
+        (
+            {"ids": False},
+            "minitf has no tokenizer for this model; give token ids with --ids (a tokenizer.json beside the model "
+            "is read where the package tokenizers is installed: pip install tokenizers)",
+        ),
         ({"text": "3 x"}, "'x' is no token id; with --ids the text is whole numbers"),
         ({"text": " "}, "the text is empty"),
         ({"text": "3 20"}, "there is no token 20; the model's are 0 to 19"),

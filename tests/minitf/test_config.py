@@ -92,6 +92,11 @@ def test_what_cannot_be_rotated_is_refused():
     refused("^rotary_fraction 0 of a head_width of 4 ", **rotary, rotary_fraction=0)
     refused("^rotary_fraction 2.0 of a head_width of 4 ", **rotary, rotary_fraction=2.0)
     refused("^rotary_base is -1.0; it must be positive$", **rotary, rotary_base=-1.0)
+    refused(
+        "^rotary_scaling is {'rule': 'linear'}; it must be a RotaryScaling",
+        **rotary,
+        rotary_scaling={"rule": "linear"},
+    )
     assert ModelConfig(**GOOD, **rotary, rotary_fraction=0.5).rotated_width == 2
 
 

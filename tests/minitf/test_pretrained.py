@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from properties.checkpoints import CONFIGS, change_settings, change_tensors, made, refused, saved
-from properties.models import bits, examples
+from properties.models import SCALINGS, bits, examples
 from safetensors.numpy import load_file, save_file
 
 from minitf import pretrained
 from minitf.parameters import count
 from minitf.pretrained import FAMILIES, load, save
+from minitf.rotary import RotaryScaling
 
 
 def test_every_family_has_a_model_in_these_tests():
@@ -64,7 +66,7 @@ def test_a_configuration_that_a_family_can_say_comes_back_from_its_json(family, 
     if family in ("gpt2", "gpt_neox", "bert"):
         changes |= {"feed_forward": pick("relu", "gelu", "gelu_tanh"), "hidden": pick(0, 12)}
     if CONFIGS[family].position == "rotary":
-        changes["rotary_base"] = pick(1e4, 1e6)
+        changes |= {"rotary_base": pick(1e4, 1e6), "rotary_scaling": pick(None, *SCALINGS)}
     if family == "gpt_neox":
         changes |= {"parallel": pick(False, True), "rotary_fraction": pick(0.5, 1.0)}
     if family in ("llama", "mistral", "qwen2", "qwen3"):
@@ -294,6 +296,14 @@ def test_a_configuration_file_that_is_none_is_refused(tmp_path):
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = ROPE | {"rope_type": "yarn", "factor": 2.0}
+LLAMA3 = ROPE | {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 4,
+}
 
 
 @pytest.mark.parametrize(
@@ -311,12 +321,23 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
         ("gpt2", {"quantization_config": {"bits": 4}}, "the weights are quantized"),
         ("gpt_neox", {"attention_bias": False}, "attention_bias is False"),
         ("gpt_neox", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
-        ("gpt_neox", {"rope_parameters": ROPE | {"rope_type": "yarn"}}, "by the rule 'yarn'"),
+        ("gpt_neox", {"rope_parameters": ROPE | {"rope_type": "yarn"}}, "has no 'factor'"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; minitf has silu"),
         ("llama", {"attention_bias": True}, "attention_bias is True and mlp_bias is False"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .* by the rule 'linear'"),
-        ("llama", {"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 8.0}}, "by the rule 'llama3'"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling .* by the rule 'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": ["yarn"]}}, "rope_parameters .* by the rule \\['yarn'\\]"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling and rope_parameters differ in",
+        ),
+        ("llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": "2"}}, "factor is '2'; it must be"),
+        ("llama", {"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 8.0}}, "has no 'low_freq_factor'"),
+        ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4}}, "slow_turns of rotary_scaling is 4.0"),
+        ("llama", {"rope_parameters": LLAMA3 | {"beta_fast": 4}}, r"does not know: \['beta_fast'\]"),
+        ("llama", {"rope_parameters": LLAMA3, "original_max_position_embeddings": 5}, "is 5, but among .* is 4$"),
+        ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": 4}}, "yarn cannot slow 6"),
         ("llama", {"rope_parameters": {"full_attention": ROPE}}, "rope_parameters is .* which minitf cannot read"),
         (
             "llama",
@@ -353,6 +374,36 @@ def test_older_names_of_rotary_settings_are_read(tmp_path):
     folder = saved(tmp_path / "llama", "llama")
     change_settings(folder, rope_parameters=None, rope_scaling=None, rope_theta=500)
     assert load(folder).config.rotary_base == 500.0
+
+
+def test_a_model_that_was_stretched_is_read_from_either_form_and_kept(tmp_path):
+    folder = saved(tmp_path / "model", "llama")
+    older = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    expected = RotaryScaling("llama3", 8.0, 4, 1.0, 4.0)
+    for settings in (
+        {"rope_parameters": LLAMA3},
+        {"rope_parameters": None, "rope_scaling": older},
+        {"rope_parameters": LLAMA3, "rope_scaling": older},
+    ):
+        change_settings(folder, rope_scaling=None)
+        change_settings(folder, **settings)
+        assert load(folder).config.rotary_scaling == expected
+    save(tmp_path / "again", load(folder))
+    assert load(tmp_path / "again").config == load(folder).config
+    # The length before, when nothing says it, is the length now; and Qwen's older files say "type".
+    change_settings(
+        folder, rope_parameters=None, max_position_embeddings=64, rope_scaling={"type": "yarn", "factor": 4.0}
+    )
+    found = load(folder).config.rotary_scaling
+    assert found == RotaryScaling("yarn", 4.0, 64, 1.0, 32.0, 1 + 0.1 * math.log(4.0))
+    change_settings(folder, original_max_position_embeddings=32)
+    assert load(folder).config.rotary_scaling.original_length == 32
+
+
+def test_a_family_does_not_lose_what_its_rule_does_not_say(tmp_path):
+    model = made("llama", rotary_scaling=RotaryScaling("linear", 2.0, attention_factor=1.5))
+    with pytest.raises(ValueError, match="^the family llama cannot express .* rotary_scaling=RotaryScaling"):
+        save(tmp_path / "model", model)
 
 
 def test_a_sliding_window_shorter_than_the_positions_becomes_the_length(tmp_path):

@@ -1,6 +1,11 @@
+import http.server
+import importlib.util
 import json
+import os
 import struct
+import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -159,7 +164,8 @@ def test_a_model_of_the_hub_is_fetched_by_name_and_revision(hub):
     found = load("hub:somebody/model", revision="step1000")
     assert bits(found.parameters) == bits(made("gpt2").parameters)
     assert {revision for _, _, revision in hub.asked} == {"step1000"}
-    assert {file for _, file, _ in hub.asked} == {"config.json", "merges.txt", "model.safetensors"}
+    optional = {"merges.txt", "tokenizer.json"}
+    assert {file for _, file, _ in hub.asked} == {"config.json", "model.safetensors"} | optional
 
 
 def test_shards_on_the_hub_are_fetched_as_the_index_says(hub):
@@ -181,3 +187,72 @@ def test_a_model_that_the_hub_does_not_have_is_refused(hub):
 def test_without_the_hubs_package_the_way_to_get_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused("^fetching hub:a/b needs the package huggingface_hub: pip install huggingface_hub", "hub:a/b")
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """A hub of one model at one revision, on this machine; it keeps a list of the addresses asked for."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        begin = "/somebody/model/resolve/step1000/"
+        file = self.server.folder / self.path.removeprefix(begin)
+        there = self.path.startswith(begin) and file.is_file()
+        body = file.read_bytes() if there else b"Entry not found"
+        self.send_response(200 if there else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header(*(("ETag", f'"{len(body)}"') if there else ("X-Error-Code", "EntryNotFound")))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("huggingface_hub", "tokenizers"))),
+    reason="not installed: pip install 'minitf[hub]'",
+)
+def test_the_hubs_package_fetches_the_files_of_the_revision(tmp_path):
+    import tokenizers
+
+    folder = saved(tmp_path / "hub")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a")).save(str(folder / "tokenizer.json"))
+    program = """
+import jax, numpy
+from minitf.pretrained import load
+
+found = load("hub:somebody/model", revision="step1000")
+print(found.tokenizer.encode("b"), b"".join(map(numpy.asarray, jax.tree.leaves(found.parameters))).hex())
+for name, revision in (("somebody/model", None), ("nobody/model", "step1000")):
+    try:
+        load(f"hub:{name}", revision=revision)
+    except ValueError as error:
+        print(str(error).split(":")[1])
+"""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        server.folder, server.asked = folder, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    found, *refusals = done.stdout.splitlines()
+    assert found == f"[1] {b''.join(bits(made('gpt2').parameters)[1]).hex()}"
+    assert refusals == [
+        "somebody/model could not be fetched",
+        "nobody/model at revision step1000 could not be fetched",
+    ]
+    asked = {path.rsplit("/", 1)[1] for path in server.asked if "/somebody/model/resolve/step1000/" in path}
+    assert asked == {"config.json", "model.safetensors", "tokenizer.json", "merges.txt"}

@@ -289,7 +289,6 @@ def test_half_precision_is_kept_where_it_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         {"hidden_act": "gelu"},
         {"attention_bias": True},

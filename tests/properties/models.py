@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minitf import ModelConfig
 from minitf.model import walk
 from minitf.parameters import declare, path_name
+from minitf.rotary import RotaryScaling
 from minitf.walk import identity_edit
 
 LENGTH, BATCH = 5, 2
@@ -44,6 +45,12 @@ BERT = ModelConfig(
     feed_forward="gelu",
 )
 NEOX = replace(GPT2, width=16, heads=2, position="rotary", rotary_fraction=0.5, parallel=True, tied=False)
+# Rotary positions for longer texts, so that among few pairs some are slowed and some are not.
+SCALINGS = (
+    RotaryScaling("linear", 4.0),
+    RotaryScaling("llama3", 8.0, 16),
+    RotaryScaling("yarn", 4.0, 64, slow_turns=1.0, fast_turns=8.0, attention_factor=1.2),
+)
 NAMED = {"gpt2": GPT2, "llama": LLAMA, "bert": BERT, "neox": NEOX}
 
 
@@ -98,6 +105,7 @@ def random_config(generator, fixed):
         "parallel": pick(False, True),
         "feed_forward": pick("none", "relu", "gelu", "gelu_tanh", "swiglu"),
         "hidden": 10,
+        "rotary_scaling": pick(None, None, *SCALINGS),
     } | fixed
     try:
         return ModelConfig(**fields)

@@ -128,10 +128,31 @@ def rotate(x, config):
     for t in range(x.shape[1]):
         for pair in range(turning // 2):
             first, second = (2 * pair, 2 * pair + 1) if config.rotary_interleaved else (pair, pair + turning // 2)
-            angle = t * config.rotary_base ** (-2 * pair / turning)
-            turned = (x[:, t, first] + 1j * x[:, t, second]) * np.exp(1j * angle)
+            angle, growth = t * config.rotary_base ** (-2 * pair / turning), 1.0
+            if config.rotary_scaling is not None:
+                angle *= pace(pair, turning, config)
+                growth = config.rotary_scaling.attention_factor
+            turned = growth * (x[:, t, first] + 1j * x[:, t, second]) * np.exp(1j * angle)
             out[:, t, first], out[:, t, second] = turned.real, turned.imag
     return out
+
+
+def pace(pair, turning, config):
+    """How fast a pair turns in a model for longer texts, as a share of how fast it turned before."""
+    scaling = config.rotary_scaling
+    turns = lambda j: scaling.original_length * config.rotary_base ** (-2 * j / turning) / (2 * math.pi)
+    if scaling.rule == "linear" or turns(pair) < scaling.slow_turns:
+        return 1 / scaling.factor
+    if turns(pair) > scaling.fast_turns and scaling.rule == "llama3":
+        return 1.0
+    if scaling.rule == "llama3":
+        smooth = (turns(pair) - scaling.slow_turns) / (scaling.fast_turns - scaling.slow_turns)
+        return (1 - smooth) / scaling.factor + smooth
+    # The whole pairs around the two bounds, found by looking.
+    first = max([j for j in range(turning) if turns(j) >= scaling.fast_turns], default=0)
+    last = next((j for j in range(turning) if turns(j) <= scaling.slow_turns), turning - 1)
+    slowed = min(max((pair - first) / (last - first), 0.0), 1.0)
+    return (1 - slowed) + slowed / scaling.factor
 
 
 def feed_forward(x, w, config):
