@@ -16,6 +16,7 @@ from minitf.analysis.lens import as_context, output_vectors, read, station_names
 from minitf.config import ModelConfig
 from minitf.model import walk
 from minitf.parameters import Parameters
+from minitf.pretrained import Pretrained
 from minitf.walk import Edit
 
 TOP, NEURONS = 6, 12
@@ -91,6 +92,32 @@ def walk_data(
     if "neurons" in numbers:
         found["neurons"] = [_strongest(numbers["neurons"][:, t]) for t in range(len(tokens))]
     return found
+
+
+def both_sides(
+    model: Pretrained, tokens: Int[np.ndarray, " position"], edit: Edit | None = None, prompt: int | None = None
+) -> Numbers:
+    """What a page needs: the tokens, the walk over them, and the edited one, where there is an edit.
+
+    Args:
+        model: with its tokenizer, where it has one.
+        tokens: of one sequence; from number ``prompt`` on they are shown as generated.
+        edit: the second side.
+    """
+    labels = Labels(model.tokenizer)
+    plain = walk_data(model.parameters, tokens, model.config, labels)
+    edited = None
+    if edit is not None:
+        same = plain["predicted_ids"]
+        edited = walk_data(model.parameters, tokens, model.config, labels, edit, predicted=same)
+    return {
+        "tokens": [labels(int(t)) for t in tokens],
+        "prompt": len(tokens) if prompt is None else prompt,
+        "layers": model.config.layers,
+        "heads": model.config.heads,
+        "before": plain,
+        "after": edited,
+    }
 
 
 @partial(jax.jit, static_argnames="config")

@@ -12,7 +12,7 @@ import numpy as np
 
 from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people
 from minitf.analysis.walk_report import page
-from minitf.analysis.walk_report.data import Labels, walk_data
+from minitf.analysis.walk_report.data import both_sides
 from minitf.config import ModelConfig
 from minitf.decode import Sampling, stream
 from minitf.edits import ablate, steer
@@ -76,27 +76,23 @@ def run(
                 "this model, or a page, has room for"
             )
         open_run_folder(out, dataclasses.asdict(config), overwrite=overwrite)
-        labels = Labels(model.tokenizer)
         prompt = len(tokens)
         if config.generate:
             tokens = _generated(config, model, tokens, edit, say)
-        plain = walk_data(model.parameters, tokens, model.config, labels)
-        edited = None
-        if edit is not None:
-            same = plain["predicted_ids"]
-            edited = walk_data(model.parameters, tokens, model.config, labels, edit, predicted=same)
-        data = {
-            "tokens": [labels(int(t)) for t in tokens],
-            "prompt": prompt,
-            "layers": model.config.layers,
-            "heads": model.config.heads,
-            "before": plain,
-            "after": edited,
-        }
+        data = both_sides(model, tokens, edit, prompt=prompt)
         path = out / "report.html"
         write_atomically(out / "walk.json", page.as_json(data).encode())
-        write_atomically(path, page.page(data, config, model).encode())
+        write_atomically(path, page.page(data, model, config.model, _in_words(config), _settings(config)).encode())
     return path
+
+
+def _in_words(config: WalkConfig) -> list[str]:
+    heads = [f"head {head} left out" for head in config.ablate]
+    return [*heads, *([f"steered {config.steer}"] if config.steer else [])]
+
+
+def _settings(config: WalkConfig) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in vars(config).items() if key != "model" and value not in ("", ())]
 
 
 def edit_of(config: WalkConfig, model: Pretrained) -> Edit | None:

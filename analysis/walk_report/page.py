@@ -1,9 +1,9 @@
 """The page of a walk: one self-contained file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from plotly.offline import get_plotlyjs
 
@@ -11,9 +11,6 @@ from minitf import __version__
 from minitf.analysis import page_parts
 from minitf.parameters import count
 from minitf.pretrained import Pretrained
-
-if TYPE_CHECKING:
-    from minitf.analysis.walk_report.job import WalkConfig
 
 HERE = Path(__file__).parent
 
@@ -23,8 +20,21 @@ def as_json(data: Mapping[str, Any]) -> str:
     return json.dumps(json.loads(page_parts.script_json(data)), indent=1)
 
 
-def page(data: Mapping[str, Any], config: "WalkConfig", model: Pretrained) -> str:
-    """The whole report as HTML text."""
+def page(
+    data: Mapping[str, Any],
+    model: Pretrained,
+    name: str,
+    edits: Sequence[str] = (),
+    settings: Sequence[tuple[str, Any]] = (),
+) -> str:
+    """The whole report as HTML text.
+
+    Args:
+        data: as :func:`minitf.analysis.walk_report.data.both_sides` makes it.
+        model: whose walk it is, called ``name``.
+        edits: what was changed, in words.
+        settings: names and values for the table at the end.
+    """
     scripts = {
         "report": page_parts.script((HERE / "walk.js").read_text(encoding="utf-8")),
         "plotly": page_parts.script(get_plotlyjs()),
@@ -34,15 +44,12 @@ def page(data: Mapping[str, Any], config: "WalkConfig", model: Pretrained) -> st
         scripts,
         data,
         family=model.family,
-        name=config.model,
+        name=name,
         model=model.config,
         parameters=f"{count(model.config):,}",
         tokens=data["tokens"],
         prompt=data["prompt"],
-        edits=[
-            *(f"head {h} left out" for h in config.ablate),
-            *([f"steered {config.steer}"] if config.steer else []),
-        ],
-        settings=[(key, value) for key, value in vars(config).items() if key != "model" and value not in ("", ())],
+        edits=edits,
+        settings=settings,
         version=__version__,
     )

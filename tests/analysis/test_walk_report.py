@@ -1,6 +1,7 @@
 import html.parser
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ from walk_example import CONFIG, EVIL, EvilTokenizer, model, saved
 from minitf import walk
 from minitf.analysis.run_folder import Problem
 from minitf.analysis.walk_report import job, page
-from minitf.analysis.walk_report.data import Labels, walk_data
+from minitf.analysis.walk_report.data import Labels, both_sides, walk_data
 from minitf.analysis.walk_report.job import WalkConfig, edit_of
+from minitf.analysis.walk_report.show import show
 from minitf.decode import generate
+from minitf.edits import ablate
 from minitf.pretrained import load
 
 TOKENS = np.array([3, 1, 4, 1, 5], np.int32)
@@ -107,18 +110,17 @@ def test_steering_moves_from_one_text_towards_the_other():
 
 def test_text_from_tokens_stays_text():
     evil = model(EvilTokenizer())
-    labels = Labels(evil.tokenizer)
-    numbers = walk_data(evil.parameters, np.arange(6, dtype=np.int32), CONFIG, labels)
-    tokens = [labels(i) for i in range(6)]
-    data = {"tokens": tokens, "prompt": 6, "layers": 2, "heads": 3, "before": numbers, "after": None}
-    text = page.page(data, WalkConfig("<i>model</i>", EVIL[0]), evil)
+    data = both_sides(evil, np.arange(6, dtype=np.int32))
+    text = page.page(data, evil, "<i>model</i>", [EVIL[1]], [("text", EVIL[0])])
 
     found = []
     reader = html.parser.HTMLParser()
     reader.handle_starttag = lambda tag, attrs: found.append(tag)
     reader.feed(text)
     assert found.count("script") == 3 and "i" not in found and "&lt;i&gt;model" in text
-    assert tokens[0] in json.loads(text.split('id="report-data">')[1].split("</script>")[0])["tokens"]
+    assert (
+        Labels(evil.tokenizer)(0) in json.loads(text.split('id="report-data">')[1].split("</script>")[0])["tokens"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,3 +150,30 @@ def test_bad_input_is_told_in_a_sentence_and_leaves_nothing(folder, tmp_path, ch
         job.run(config, tmp_path / "out")
     assert message in str(told.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_notebook_shows_the_page_and_nothing_of_it_leaves_its_frame(tmp_path):
+    evil = model(EvilTokenizer())
+    like = jax.eval_shape(lambda: walk(evil.parameters, jnp.zeros((1, 1), jnp.int32), CONFIG))
+    shown = show(evil, "six ..", ablate(like, "layers.z", layer=0, head=1), name="<i>model</i>")
+    tags = []
+    reader = html.parser.HTMLParser()
+    reader.handle_starttag = lambda tag, attrs: tags.append((tag, dict(attrs)))
+    reader.feed(shown._repr_html_())
+    assert [tag for tag, _ in tags] == ["iframe"]
+    assert tags[0][1]["srcdoc"] == shown.html
+    assert "as the edit says" in shown.html and "&lt;i&gt;model" in shown.html
+    shown.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == shown.html
+    assert len(repr(shown)) < 80
+
+
+def test_what_cannot_be_shown_is_told():
+    with pytest.raises(ValueError, match="^minitf has no tokenizer for this model; give token ids$"):
+        show(model(), "text")
+    with pytest.raises(ValueError, match="^there is no token 20; the model's are 0 to 19$"):
+        show(model(), [3, 20])
+    with pytest.raises(ValueError, match="^17 tokens: the model reads from 1 to 16$"):
+        show(model(), [1] * 17)
+    with pytest.raises(ValueError, match="^0 tokens: the model reads from 1 to 16$"):
+        show(model(), [])

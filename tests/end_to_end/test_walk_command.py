@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 from browsing import Opened, a_browser
-from walk_example import CONFIG, EvilTokenizer, model, saved
+from walk_example import EvilTokenizer, model, saved
 
 from minitf.analysis.walk_report import job, page
-from minitf.analysis.walk_report.data import Labels, walk_data
+from minitf.analysis.walk_report.data import both_sides
 
 
 def minitf(*arguments):
@@ -48,21 +48,11 @@ def browser():
 def opened(browser, tmp_path_factory):
     """A page of evil tokens, before and after an edit."""
     evil = model(EvilTokenizer())
-    labels, tokens = Labels(evil.tokenizer), evil.tokenizer.encode("eight ..")
     config = job.WalkConfig("m", "eight ..", ablate=("0.1",))
-    tokens = np.array(tokens, np.int32)
-    before = walk_data(evil.parameters, tokens, CONFIG, labels)
-    after = walk_data(evil.parameters, tokens, CONFIG, labels, job.edit_of(config, evil), before["predicted_ids"])
-    data = {
-        "tokens": [labels(int(t)) for t in tokens],
-        "prompt": 6,
-        "layers": 2,
-        "heads": 3,
-        "before": before,
-        "after": after,
-    }
+    tokens = np.array(evil.tokenizer.encode(config.text), np.int32)
+    data = both_sides(evil, tokens, job.edit_of(config, evil), prompt=6)
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(page.page(data, config, evil), encoding="utf-8")
+    file.write_text(page.page(data, evil, "m", ["head 0.1 left out"]), encoding="utf-8")
     return Opened(browser, file.as_uri(), "[data-plot=neurons] .barlayer")
 
 
