@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from minitf.walk import Edit, Walk, change, get, leaf_axes, put
 
@@ -31,7 +31,7 @@ def set_to(shapes: Walk, name: str, value: Any, **index: Any) -> Edit:
 
 
 def patch(shapes: Walk, name: str, source: Walk, **index: Any) -> Edit:
-    """What ``source`` has there: activation patching; with the walk of another input, resample ablation."""
+    """What ``source`` has there: activation patching."""
     return set_to(shapes, name, _part(source, name, index), **index)
 
 
@@ -48,6 +48,28 @@ def mean_ablate(shapes: Walk, name: str, data: Walk, **index: Any) -> Edit:
     part = _part(data, name, index)
     batch = [axis for axis in axes if not _is_single(index.get(axis, slice(None)))].index("batch")
     return set_to(shapes, name, jnp.mean(part, axis=batch, keepdims=True), **index)
+
+
+def resample(shapes: Walk, name: str, data: Walk, key: Key[Array, ""], **index: Any) -> Edit:
+    """What another sequence of ``data`` has there: for each its own, drawn at random, and never itself.
+
+    The sequences are led around one random circle, so each is also given away once.
+
+    Raises:
+        ValueError: as ``patch``; the leaf has no batch, or ``data`` has one sequence only.
+    """
+    axes = leaf_axes()[name] if get(data, name) is not None else ()
+    if "batch" not in axes or "batch" in index:
+        raise ValueError(
+            f"{name!r} is resampled over its whole batch; it has the axes {', '.join(axes) or 'none'}"
+        )
+    value = get(data, name)
+    sequences = value.shape[axes.index("batch")]
+    if sequences < 2:
+        raise ValueError(f"there is {sequences} sequence; another one is drawn from at least 2")
+    circle = jax.random.permutation(key, sequences)
+    order = jnp.zeros_like(circle).at[circle].set(jnp.roll(circle, 1))
+    return patch(shapes, name, put(data, name, jnp.take(value, order, axis=axes.index("batch"))), **index)
 
 
 def freeze_association(shapes: Walk, source: Walk, **index: Any) -> Edit:

@@ -5,7 +5,7 @@ import pytest
 from properties.models import GPT2, LLAMA, random_parameters, random_tokens, shapes
 
 from minitf import compose, walk
-from minitf.edits import ablate, freeze_association, mean_ablate, patch, scale, set_to, steer
+from minitf.edits import ablate, freeze_association, mean_ablate, patch, resample, scale, set_to, steer
 
 PARAMETERS = random_parameters(GPT2)
 TOKENS = random_tokens(GPT2)
@@ -98,3 +98,28 @@ def test_what_cannot_be_is_said_in_a_sentence():
         steer(PLAIN, jnp.ones(3), layer=0)
     with pytest.raises(ValueError, match="^layer=2 is outside 'layers.resid_post', which has 2 on that axis$"):
         steer(PLAIN, jnp.ones(12), layer=2)
+
+
+def test_a_resampled_place_holds_what_another_sequence_has_there_each_once():
+    tokens = jnp.concatenate([TOKENS, OTHER, (TOKENS + 3) % GPT2.vocabulary])
+    data = run(tokens)
+    for seed in range(8):
+        edit = resample(data, "layers.z", data, jax.random.key(seed), layer=1, head=2)
+        found = run(tokens, edit).layers.z
+        np.testing.assert_array_equal(found[0], data.layers.z[0])
+        np.testing.assert_array_equal(found[1, :, :, :2], data.layers.z[1, :, :, :2])
+        given = np.asarray(found[1, :, :, 2])
+        mine = np.asarray(data.layers.z[1, :, :, 2])
+        from_whom = [[i for i in range(6) if np.array_equal(one, mine[i])] for one in given]
+        assert sorted(sum(from_whom, [])) == list(range(6))
+        assert all(i not in who for i, who in enumerate(from_whom))
+
+
+def test_what_cannot_be_resampled_is_told():
+    one = run(TOKENS[:1])
+    with pytest.raises(ValueError, match="^there is 1 sequence; another one is drawn from at least 2$"):
+        resample(one, "layers.z", one, jax.random.key(0))
+    with pytest.raises(ValueError, match="^'position_embedding' is resampled over its whole batch"):
+        resample(PLAIN, "position_embedding", PLAIN, jax.random.key(0))
+    with pytest.raises(ValueError, match="^'layers.z' is resampled over its whole batch"):
+        resample(PLAIN, "layers.z", PLAIN, jax.random.key(0), batch=0)
