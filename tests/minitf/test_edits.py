@@ -111,7 +111,7 @@ def test_a_resampled_place_holds_what_another_sequence_has_there_each_once():
         given = np.asarray(found[1, :, :, 2])
         mine = np.asarray(data.layers.z[1, :, :, 2])
         from_whom = [[i for i in range(6) if np.array_equal(one, mine[i])] for one in given]
-        assert sorted(sum(from_whom, [])) == list(range(6))
+        assert sorted(i for who in from_whom for i in who) == list(range(6))
         assert all(i not in who for i, who in enumerate(from_whom))
 
 
