@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from properties import oracle
 from properties.models import (
     BERT,
@@ -15,7 +16,6 @@ from properties.models import (
     LLAMA,
     NEOX,
     bits,
-    compiled,
     configs,
     examples,
     in_float64,
@@ -42,7 +42,7 @@ def random_difference(like, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=like.end.shape), like.end.dtype)
 
 
-def edge_by_edge(weights, start, config, difference, layer, written_by, receivers, through):
+def edge_by_edge(weights, start, difference, config, layer, written_by, receivers, through):
     """The same run in numpy: every step twice, for those that read the difference and for those that do not."""
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     added = lambda half, number: difference if (half, number) == (written_by, layer) else 0.0
@@ -95,79 +95,64 @@ def random_receivers(like, seed):
 
 @pytest.mark.parametrize(
     ("config", "written_by", "through"),
-    [
-        (DEEP, "attention", False),
-        (DEEP, "feed_forward", True),
-        (LLAMA, "attention", True),
-        (NEOX, "attention", True),
-    ],
-    ids=["gpt2", "gpt2-feed-forwards-through", "llama-through", "neox-through"],
+    [(DEEP, "attention", False), (LLAMA, "attention", True), (NEOX, "feed_forward", True)],
+    ids=["gpt2", "llama-through-feed-forwards", "neox-feed-forwards-through-feed-forwards"],
 )
 def test_receivers_read_the_difference_and_nothing_else_does(config, written_by, through):
     with jax.enable_x64(True):
         parameters, tokens = in_float64(random_parameters(config)), random_tokens(config)
-        base = quick_jit(lambda p: walk(p, tokens, config))(parameters)
-        run = quick_jit(
-            lambda difference, layer, receivers: end_along(
+        how = {"written_by": written_by, "through_feed_forwards": through}
+
+        @quick_jit
+        def run(difference, layer, receivers):
+            base = walk(parameters, tokens, config)
+            return base.start, end_along(parameters, base, difference, layer, receivers, config, **how)
+
+        like = shapes(config, parameters, tokens)
+        difference = random_difference(like)
+        for layer in range(-1 if written_by == "feed_forward" else 0, config.layers):
+            receivers = random_receivers(like, layer + 1)
+            start, found = run(difference, layer, receivers)
+            given = [np.asarray(x) for x in (start, difference)]
+            expected = edge_by_edge(named(parameters), *given, config, layer, written_by, receivers, through)
+            # Some hundred products follow one another; the unit of a double is 1e-16.
+            assert relative_error(found, expected) < 1e-12
+            nothing = edge_by_edge(named(parameters), given[0], 0.0, config, 0, written_by, receivers, through)
+            assert relative_error(expected, nothing) > 1e-3
+
+
+@examples(3)
+@given(config=configs(norm_placement="pre", residual=True, attention="query_key", layers=2), through=st.booleans())
+def test_the_edges_to_all_receivers_are_the_change_of_the_sender_also_under_padding(config, through):
+    parameters, tokens, like = random_parameters(config), random_tokens(config), shapes(config)
+    valid = jnp.arange(5)[None, :] >= jnp.array([[2], [0]])
+    difference = random_difference(like)
+    # Where feed-forwards on the way answer too, they need not be named.
+    receivers = join(to_heads(like), to_end(like))
+    if not through and config.feed_forward != "none":
+        receivers = join(receivers, to_feed_forwards(like))
+
+    @quick_jit
+    def run(layer):
+        base = walk(parameters, tokens, config, valid=valid)
+        edit = change(like, "layers.attention_step", layer=layer, put=difference)
+        return (
+            walk(parameters, tokens, config, edit=edit, valid=valid).end,
+            end_along(
                 parameters,
                 base,
                 difference,
                 layer,
                 receivers,
                 config,
-                written_by=written_by,
                 through_feed_forwards=through,
-            )
+                valid=valid,
+            ),
         )
-        difference = random_difference(base)
-        for layer in range(-1 if written_by == "feed_forward" else 0, config.layers):
-            receivers = random_receivers(base, layer + 1)
-            expected = edge_by_edge(
-                named(parameters),
-                np.asarray(base.start),
-                config,
-                np.asarray(difference),
-                layer,
-                written_by,
-                receivers,
-                through,
-            )
-            # Some hundred products follow one another; the unit of a double is 1e-16.
-            assert relative_error(run(difference, layer, receivers), expected) < 1e-12
-            assert relative_error(expected, base.end) > 1e-3
 
-
-def with_and_without(parameters, tokens, config, valid=None):
-    """The walk, and its end where the attention step of a layer is another, as a whole edited walk finds it."""
-
-    def run(layer, difference):
-        base = walk(parameters, tokens, config, valid=valid)
-        edit = change(base, "layers.attention_step", layer=layer, put=difference)
-        return base, walk(parameters, tokens, config, edit=edit, valid=valid).end
-
-    return quick_jit(run)
-
-
-@pytest.mark.parametrize("through", [False, True])
-@examples(2)
-@given(config=configs(norm_placement="pre", residual=True, attention="query_key", layers=2))
-def test_the_edges_to_all_receivers_are_the_change_of_the_sender(through, config):
-    parameters, tokens = random_parameters(config), random_tokens(config)
-    both = with_and_without(parameters, tokens, config)
-    like = shapes(config)
-    difference = random_difference(like)
-    # Where feed-forwards on the way answer too, they need not be named.
-    receivers = join(to_heads(like), to_end(like))
-    if not through and config.feed_forward != "none":
-        receivers = join(receivers, to_feed_forwards(like))
-    found = quick_jit(
-        lambda base, layer: end_along(
-            parameters, base, difference, layer, receivers, config, through_feed_forwards=through
-        )
-    )
     for layer in range(config.layers):
-        base, expected = both(layer, difference)
-        assert relative_error(found(base, layer), expected) < 1000 * UNIT
+        expected, found = run(layer)
+        assert relative_error(found, expected) < 1000 * UNIT
 
 
 def test_in_a_linear_model_the_effects_of_disjoint_paths_add_up_to_the_whole():
@@ -195,25 +180,19 @@ def test_in_a_linear_model_the_effects_of_disjoint_paths_add_up_to_the_whole():
 
 
 def test_nobody_before_the_sender_reads_it_and_nothing_changes_nothing():
-    parameters, tokens = random_parameters(DEEP), random_tokens(DEEP)
-    base = compiled(DEEP)(parameters, tokens)
-    before = join(to_heads(base, layer=[0, 1]), to_feed_forwards(base, layer=0))
-    run = quick_jit(lambda layer, difference: end_along(parameters, base, difference, layer, before, DEEP))
-    difference = random_difference(base)
-    assert bits(run(1, difference)) == bits(run(2, 1e30 * difference)) == bits(base.end)
-    assert relative_error(run(0, 0 * difference), base.end) < 400 * UNIT
-    assert relative_error(run(0, difference), base.end) > 1e-2
+    parameters, tokens, like = random_parameters(DEEP), random_tokens(DEEP), shapes(DEEP)
+    before = join(to_heads(like, layer=[0, 1]), to_feed_forwards(like, layer=0))
 
+    @quick_jit
+    def run(layer, difference):
+        base = walk(parameters, tokens, DEEP)
+        return base.end, end_along(parameters, base, difference, layer, before, DEEP)
 
-def test_padding_stays_hidden():
-    parameters, tokens, difference = random_parameters(GPT2), random_tokens(GPT2), random_difference(shapes(GPT2))
-    valid = jnp.arange(5)[None, :] >= jnp.array([[2], [0]])
-    base, expected = with_and_without(parameters, tokens, GPT2, valid)(0, difference)
-    to = everything(base)
-    found = quick_jit(lambda d: end_along(parameters, base, d, 0, to, GPT2, valid=valid))(difference)
-    assert relative_error(found, expected) < 1000 * UNIT
-    ignored = quick_jit(lambda d: end_along(parameters, base, d, 0, to, GPT2))(difference)
-    assert relative_error(ignored, expected) > 1e-3
+    difference = random_difference(like)
+    end, later = run(1, difference)
+    assert bits(later) == bits(run(2, 1e30 * difference)[1]) == bits(end)
+    assert relative_error(run(0, 0 * difference)[1], end) < 400 * UNIT
+    assert relative_error(run(0, difference)[1], end) > 1e-2
 
 
 def test_receivers_are_masks_of_the_named_places():

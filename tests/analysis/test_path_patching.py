@@ -69,7 +69,6 @@ def step_differences(parameters, base, source, senders):
     [
         (path_patching.HEADS_BY_POSITION, {"memory": 30_000}),
         (path_patching.NEURONS, {"through_feed_forwards": True, "at": [2, -1]}),
-        (path_patching.FEED_FORWARDS, {}),
         (path_patching.START_BY_POSITION, {"memory": 1, "through_feed_forwards": True}),
     ],
     ids=lambda x: x[0] if isinstance(x, tuple) else "",
@@ -135,28 +134,24 @@ def test_the_effects_are_those_of_the_three_passes_of_the_paper(through):
     assert np.abs(shares[:2]).min() > 1e-4
 
 
-def test_later_senders_have_no_effect_at_all_and_a_source_like_the_base_has_none():
-    parameters, base, source = setting(DEEP)
-    receivers = to_heads(base, layer=1)
-    sweep = lambda source: np.asarray(path_patching.patch(parameters, base, source, lead, DEEP, receivers))
-    found, nothing = sweep(source), sweep(base)
-    np.testing.assert_array_equal(found[1:], nothing[1:])
-    np.testing.assert_allclose(nothing, np.broadcast_to(lead(base.logits), (3, 3, 2)), atol=1e-5)
-    assert np.abs(found[0] - nothing[0]).min() > 1e-3
-
-
-def test_a_whole_sweep_is_one_program_for_all_receivers_of_a_kind_and_shows_its_progress():
+def test_a_sweep_is_one_program_and_later_senders_have_no_effect_at_all():
     parameters, base, source = setting(DEEP)
     seen = []
     progress = lambda layers: (seen.append(i) or i for i in layers)
     kept = Walk(layers=LayerWalk(resid_pre=base.layers.resid_pre, z=base.layers.z), end=base.end)
-    sent = Walk(layers=LayerWalk(z=source.layers.z))
     before = path_patching._patched._cache_size()
-    for layer in (1, 2):
-        receivers = to_heads(base, layer=layer)
-        path_patching.patch(parameters, kept, sent, mean_lead, DEEP, receivers, progress=progress)
+
+    def sweep(source, layer):
+        receivers, sent = to_heads(base, layer=layer), Walk(layers=LayerWalk(z=source.layers.z))
+        return path_patching.patch(parameters, kept, sent, mean_lead, DEEP, receivers, progress=progress)
+
+    found, nothing, further = sweep(source, 1), sweep(base, 1), sweep(source, 2)
     assert path_patching._patched._cache_size() == before + 1
-    assert seen == [0, 1, 2] * 2
+    assert seen == [0, 1, 2] * 3
+    np.testing.assert_array_equal(found[1:], nothing[1:])
+    np.testing.assert_allclose(nothing, np.full((3, 3), mean_lead(base.logits)), atol=1e-5)
+    assert np.abs(found[0] - nothing[0]).min() > 1e-3
+    assert np.abs(further[:2] - nothing[:2]).min() > 1e-3
 
 
 @functools.cache
