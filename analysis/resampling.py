@@ -1,10 +1,9 @@
 """Other examples of the same class: what a resample is drawn from."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, UInt32
 
 from minitf.walk import Leaf, leaf
 
@@ -47,12 +46,16 @@ def by_example(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(values.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
 
-def draw(among: Classes, like: Int[Array, " batch"], key: Key[Array, ""]) -> Int[Array, " batch *position"]:
+def draw(
+    among: Classes, like: Int[Array, " batch"], bits: UInt32[Array, "batch position"]
+) -> Int[Array, " batch *position"]:
     """For each of the examples ``like``, another one of its class, all others with the same probability.
 
-    One for each position where the classes are by position. An example alone in its class stands for itself.
+    One for each position where the classes are by position. An example alone in its class stands for itself. The
+    remainder of 32 random ``bits`` is fair to a part in 2**32 / size.
     """
     order, start, size, rank = (jnp.asarray(x) for x in (among.order, among.start, among.size, among.rank))
     start, size, rank = start[like], size[like], rank[like]
-    further = 1 + jax.random.randint(key, size.shape, 0, jnp.maximum(size - 1, 1))
+    own_bits = bits if size.ndim == 2 else bits[:, 0]
+    further = 1 + (own_bits % jnp.maximum(size - 1, 1).astype(jnp.uint32)).astype(rank.dtype)
     return jnp.take_along_axis(order, start + (rank + further) % size, axis=0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from properties.models import GPT2, quick_jit, random_parameters, random_tokens, shapes
 
-from minitf import Change, ModelConfig, identity_edit, initialize, walk
+from minitf import Change, ModelConfig, identity_edit, walk
 from minitf.analysis.causal_scrubbing import Node, Scrubbed, scrub
 from minitf.walk import get, leaf_axes, put
 
@@ -33,8 +33,9 @@ def colour(tokens):
     return tokens // 2
 
 
+@functools.cache
 def router():
-    parameters = jax.tree.map(jnp.zeros_like, initialize(ROUTER, KEY))
+    parameters = jax.tree.map(jnp.zeros_like, random_parameters(ROUTER))
     attention = parameters.layers.attention.replace(
         query_bias=jnp.ones((1, 1, 1)),
         key=jnp.zeros((1, 4, 1, 1)).at[0, 2].set(1000.0),  # where dimension 2 says "first position"
@@ -121,17 +122,18 @@ PAIRS, CROSSED = np.array([0, 1, 0, 1]), np.array([0, 1, 1, 0])
 BY_POSITION = np.stack([PAIRS, CROSSED, PAIRS, CROSSED, PAIRS], axis=1)
 VALID = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]] * 2, bool)
 
+
+def parts(one, another, by_position):
+    return [
+        Node("layers.z", one, {"layer": 0, "head": [0, 2]}),
+        Node("layers.feed_forward_step", another, {"layer": 0, "position": slice(1, 4)}),
+        Node("layers.pattern", by_position, {"layer": 1, "head": 1}),
+    ]
+
+
 # The parts, how they are tested, and how many examples stand for themselves.
 HYPOTHESES = {
-    "parts-and-positions": (
-        [
-            Node("layers.z", PAIRS, {"layer": 0, "head": [0, 2]}),
-            Node("layers.feed_forward_step", CROSSED, {"layer": 0, "position": slice(1, 4)}),
-            Node("layers.pattern", BY_POSITION, {"layer": 1, "head": 1}),
-        ],
-        {"at": [-1]},
-        (0, 0, 0),
-    ),
+    "parts-and-positions": (parts(PAIRS, CROSSED, BY_POSITION), {"at": [-1]}, (0, 0, 0)),
     "made-of": (
         [
             Node(
@@ -158,6 +160,11 @@ HYPOTHESES = {
         (0, 4),
     ),
 }
+
+
+def scrub_four(inputs, **how):
+    tokens = random_tokens(GPT2, batch=4)
+    return scrub(random_parameters(GPT2), tokens, lead, GPT2, inputs, KEY, resamples=3, **how)
 
 
 @functools.cache
@@ -206,40 +213,32 @@ class OneByOne:
 @pytest.mark.parametrize("which", HYPOTHESES)
 def test_a_resample_is_one_edited_walk_for_every_example(which):
     inputs, how, alone = HYPOTHESES[which]
-    tokens = random_tokens(GPT2, batch=4)
-    found = scrub(random_parameters(GPT2), tokens, lead, GPT2, inputs, KEY, resamples=2, **how)
-    one_by_one = OneByOne(tokens, **({"valid": VALID | True} | how))
+    found = scrub_four(inputs, **how)
+    one_by_one = OneByOne(random_tokens(GPT2, batch=4), **({"valid": VALID | True} | how))
     logits = lambda inputs: np.concatenate([one_by_one.walk(example, inputs).logits for example in range(4)])
     expected, model = np.mean(lead(logits(inputs))), np.mean(lead(logits(())))
-    np.testing.assert_allclose(found.scrubbed, [expected, expected], atol=1e-5)
+    np.testing.assert_allclose(found.scrubbed, [expected] * 3, atol=1e-5)
     np.testing.assert_allclose(found.model, model, atol=1e-5)
     assert abs(expected - model) > 1e-2
     assert found.alone == alone
 
 
-def scrub_any(by_example, by_position, **how):
-    parameters, tokens = random_parameters(GPT2), random_tokens(GPT2, batch=6)
-    inputs = [Node("layers.z", by_example, {"layer": 0}), Node("layers.pre", by_position)]
-    return scrub(parameters, tokens, lead, GPT2, inputs, KEY, resamples=5, **how)
-
-
 def test_the_memory_bound_sets_how_many_run_together_and_nothing_else():
-    seen = []
-    labels = np.array([0, 0, 0, 1, 1, 1]), lambda tokens: tokens % 2
+    inputs, seen = parts(np.zeros(4), [0, 0, 0, 1], lambda tokens: tokens % 2), []
     progress = lambda numbers: (seen.append(i) or i for i in numbers)
-    whole, parted = scrub_any(*labels, progress=progress), scrub_any(*labels, progress=progress, memory=140_000)
-    assert seen == [*range(3), *range(7)]  # the model; then one or three batches, with classes and without
-    assert parted.scrubbed.shape == parted.random.shape == (5,)
+    whole, parted = (scrub_four(inputs, at=[-1], progress=progress, **how) for how in ({}, {"memory": 80_000}))
+    assert seen == [*range(3), *range(5)]  # the model; then one or two batches, with classes and without
+    assert parted.scrubbed.shape == parted.random.shape == (3,)
     np.testing.assert_allclose(parted.scrubbed, whole.scrubbed, atol=1e-5)
     np.testing.assert_allclose(parted.random, whole.random, atol=1e-5)
     assert np.ptp(whole.scrubbed) > 1e-2
 
 
 def test_classes_of_one_leave_any_model_as_it_is_to_the_last_bit():
-    found = scrub_any(np.arange(6), np.arange(30).reshape(6, 5))
+    found = scrub_four(parts(np.arange(4), np.arange(4), np.arange(20).reshape(4, 5)), at=[-1])
     assert found.recovered == 1
     assert set(found.scrubbed) == {found.model}
-    assert found.alone == (6, 30)
+    assert found.alone == (4, 4, 20)
 
 
 def test_the_standard_error_is_that_of_leaving_out_one_resample_after_another():

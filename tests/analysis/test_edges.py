@@ -82,20 +82,27 @@ def feed_forward_step(x, part, config):
 
 
 def random_receivers(like, seed):
-    """Some inputs of every kind, at some positions."""
+    """Some inputs of every kind, at some positions; for odd seeds none in the last layer, but some at the end."""
     generator = np.random.default_rng(seed)
     some = lambda **sizes: {axis: generator.random(size) < 0.6 for axis, size in sizes.items()}
     layers, _, length, heads, _ = like.layers.q.shape
+    in_layers = lambda **sizes: (
+        some(**sizes) | {"layer": np.append(generator.random(layers - 1) < 0.6, seed % 2 == 0)}
+    )
     return join(
-        *(to_heads(like, one, **some(layer=layers, position=length, head=heads)) for one in "qkv"),
-        to_feed_forwards(like, **some(layer=layers, position=length)),
+        *(to_heads(like, one, **in_layers(position=length, head=heads)) for one in "qkv"),
+        to_feed_forwards(like, **in_layers(position=length)),
         to_end(like, **some(position=length)),
     )
 
 
 @pytest.mark.parametrize(
     ("config", "written_by", "through"),
-    [(DEEP, "attention", False), (LLAMA, "attention", True), (NEOX, "feed_forward", True)],
+    [
+        (DEEP, "attention", False),
+        (replace(LLAMA, layers=3), "attention", True),
+        (replace(NEOX, layers=3), "feed_forward", True),
+    ],
     ids=["gpt2", "llama-through-feed-forwards", "neox-feed-forwards-through-feed-forwards"],
 )
 def test_receivers_read_the_difference_and_nothing_else_does(config, written_by, through):
@@ -180,13 +187,14 @@ def test_in_a_linear_model_the_effects_of_disjoint_paths_add_up_to_the_whole():
 
 
 def test_nobody_before_the_sender_reads_it_and_nothing_changes_nothing():
-    parameters, tokens, like = random_parameters(DEEP), random_tokens(DEEP), shapes(DEEP)
-    before = join(to_heads(like, layer=[0, 1]), to_feed_forwards(like, layer=0))
+    config = replace(NEOX, layers=3)  # where the feed-forward of a layer does not read its attention
+    parameters, tokens, like = random_parameters(config), random_tokens(config), shapes(config)
+    before = join(to_heads(like, layer=[0, 1]), to_feed_forwards(like, layer=[0, 1]))
 
     @quick_jit
     def run(layer, difference):
-        base = walk(parameters, tokens, DEEP)
-        return base.end, end_along(parameters, base, difference, layer, before, DEEP)
+        base = walk(parameters, tokens, config)
+        return base.end, end_along(parameters, base, difference, layer, before, config)
 
     difference = random_difference(like)
     end, later = run(1, difference)

@@ -16,7 +16,8 @@ some_labels = hnp.arrays(int, st.sampled_from([(7,), (7, 3)]), elements=st.integ
 @examples(60)
 @given(labels=some_labels, like=hnp.arrays(int, 7, elements=st.integers(0, 6)), seed=st.integers(0, 9))
 def test_what_is_drawn_is_another_example_of_the_class_where_there_is_one(labels, like, seed):
-    found = np.asarray(draw(classes(labels), jnp.asarray(like), jax.random.key(seed)))
+    bits = np.random.default_rng(seed).integers(2**32, size=(7, 3), dtype=np.uint32)
+    found = np.asarray(draw(classes(labels), jnp.asarray(like), jnp.asarray(bits)))
     assert found.shape == labels.shape
     columns = zip(labels.reshape(7, -1).T, found.reshape(7, -1).T, strict=True)
     for label, drawn in columns:
@@ -27,8 +28,9 @@ def test_what_is_drawn_is_another_example_of_the_class_where_there_is_one(labels
 
 def test_all_others_are_drawn_with_the_same_probability_and_each_by_itself():
     labels = np.array([[2, 0], [1, 0], [2, 0], [2, 1], [1, 1], [2, 1]])
-    among, keys, count = classes(labels), jax.random.split(jax.random.key(0), 3000), 3000
-    found = np.asarray(jax.vmap(lambda key: draw(among, jnp.arange(6), key))(keys))
+    among, count = classes(labels), 3000
+    bits = jax.random.bits(jax.random.key(0), (count, 6, 2), jnp.uint32)
+    found = np.asarray(jax.vmap(lambda some: draw(among, jnp.arange(6), some))(bits))
     for example in range(6):
         for position in range(2):
             label = labels[:, position]
