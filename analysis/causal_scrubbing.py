@@ -102,7 +102,11 @@ def scrub(
     memory: int = 2**28,
     progress: Progress = iter,
 ) -> Scrubbed:
-    """Test the claim that the logits depend on their ``inputs``, and these on their labels, alone.
+    """Test the claim that the logits depend on their ``inputs``, and these on their labels, alone::
+
+        copies = Node("layers.z", lambda tokens: tokens, {"layer": 1, "head": 3})
+        found = scrub(parameters, tokens, loss, config, [copies], jax.random.key(0))
+        found.recovered, found.standard_error, found.alone
 
     Args:
         tokens: the data set. All of it runs for every resample, and what is drawn comes from it.

@@ -111,7 +111,13 @@ def end_along(
         ValueError: the model's inputs are not sums of steps, or receivers and walk do not fit.
     """
     check(receivers, base, config)
+    least = 0 if written_by == "attention" else -1
+    if isinstance(layer, int) and not least <= layer < config.layers:
+        raise ValueError(
+            f"no {written_by} {layer} writes a step; this model has layers {least} to {config.layers - 1}"
+        )
     receivers = jax.tree.map(jnp.asarray, receivers)
+    difference = difference.astype(base.end.dtype)
     # What attention writes, the feed-forward of its layer reads, unless that reads the layer's start.
     within = written_by == "attention" and not config.parallel and config.feed_forward != "none"
     sees = _seeing(receivers, layer, within, config.layers)

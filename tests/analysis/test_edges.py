@@ -223,10 +223,10 @@ def test_receivers_are_masks_of_the_named_places():
 def bad_calls():
     like = shapes(GPT2)
 
-    def run(receivers, config=GPT2, base=None):
+    def run(receivers, config=GPT2, base=None, layer=0, **how):
         base = shapes(config) if base is None else base
         zeros = jnp.zeros((2, 5, config.width))
-        return lambda: end_along(random_parameters(config), base, zeros, 0, receivers, config)
+        return lambda: end_along(random_parameters(config), base, zeros, layer, receivers, config, **how)
 
     no_residual = replace(GPT2, residual=False)
     table = replace(GPT2, attention="table", width=12, heads=1)
@@ -240,6 +240,8 @@ def bad_calls():
         "base walk holds no 'end'": run(to_end(like), base=like.replace(end=None)),
         "has 2 layers; the model has 3": run(to_end(like), DEEP, base=like),
         "there are no receivers": run(Receivers()),
+        "no attention -1 writes a step": run(to_end(like), layer=-1),
+        "no feed_forward 2 .* layers -1 to 1": run(to_end(like), layer=2, written_by="feed_forward"),
         "no feed-forward to receive": run(to_feed_forwards(like), attention_alone),
         r"q is of shape \(2, 1, 1, 4, 1\) and must broadcast to \(2, 2, 5, 3, 4\)": run(
             to_heads(other, "q", head=1)
