@@ -262,7 +262,7 @@ def geometric_median(rows: Rows, steps: int = 100) -> Float[Array, " width"]:
     Unlike the mean it hardly moves for the few vectors, hundreds of times longer than others, of real models.
     """
 
-    def nearer(_: int, point: Array) -> Array:
+    def nearer(_: Array, point: Array) -> Array:
         distance = jnp.linalg.norm(rows - point, axis=-1)
         # A row at the point itself would weigh infinitely much.
         weight = 1 / jnp.maximum(distance, 1e-6 * jnp.mean(distance) + jnp.finfo(rows.dtype).tiny)

@@ -1,5 +1,7 @@
 """Where in a walk an autoencoder stands: one leaf, whose vectors are rows to read and to replace."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -9,6 +11,7 @@ from minitf.config import ModelConfig
 from minitf.edits import set_to
 from minitf.model import walk
 from minitf.parameters import Parameters
+from minitf.resume import layer_walk
 from minitf.walk import Walk, get, leaf_axes
 
 
@@ -47,11 +50,21 @@ class Place:
             raise ValueError(f"{self.name!r} is [{', '.join(axes)}]: no vector for every batch and position")
 
     def rows(self, tokens: Int[Array, "batch position"]) -> Float[Array, "row width"]:
-        """The vectors there in the walk of these tokens, one after another; layers after it do not run."""
-        value = get(walk(self.parameters, tokens, self.config, unroll=True), self.name)
+        """The vectors there in the walk of these tokens, one after another.
+
+        Layers after it do not run, and of the layers before it nothing but their end is kept.
+
+        Raises:
+            ValueError: this model's walk has no such leaf.
+        """
+        if self.layer is None:
+            value = get(walk(self.parameters, tokens, self.config), self.name)
+        else:
+            stream = self._start(tokens, self.layer)
+            here = layer_walk(self.parameters, stream, self.config, self.layer)
+            value = get(Walk(layers=here), self.name)
         if value is None:
             raise ValueError(f"this model's walk has no {self.name!r}")
-        value = value if self.layer is None else value[self.layer]
         return value.reshape(tokens.size, -1)
 
     def logits_with(
@@ -66,7 +79,15 @@ class Place:
         edit = set_to(shapes, self.name, jnp.asarray(rows, like.dtype).reshape(shape), **index)
         return walk(self.parameters, tokens, self.config, edit=edit).logits
 
+    def _start(self, tokens: Int[Array, "batch position"], layer: int) -> Float[Array, "batch position width"]:
+        """Where a layer starts: the end of the model that has the layers before it alone."""
+        if layer == 0:
+            return walk(self.parameters, tokens, self.config).start
+        some = jax.tree.map(lambda x: x[:layer], self.parameters.layers)
+        before = replace(self.parameters, layers=some)
+        return walk(before, tokens, replace(self.config, layers=layer)).end
 
-def batch_rows(source: Place | None, batch: Array) -> Float[Array, "row width"]:
+
+def batch_rows(source: Place | None, batch: Array) -> Array:
     """A batch of rows itself, or the rows at a place in the walk of a batch of tokens."""
     return batch if source is None else source.rows(batch)

@@ -19,6 +19,7 @@ from properties.models import (
     LLAMA,
     bits,
     compiled,
+    compiled_logits,
     examples,
     in_float64,
     quick_jit,
@@ -274,7 +275,7 @@ def test_on_a_real_model_it_reads_from_every_station_what_the_logit_lens_does_no
         mean_divergences(model.parameters, t, held, model.config) for t in (initialize(model.config), done.lens)
     )
     # The best that can be said without looking at the stream: the mean of what the model says of these tokens.
-    final = np.float64(compiled(model.config)(model.parameters, held).logits)
+    final = np.float64(compiled_logits(model.config)(model.parameters, held))
     final = np.exp(final - final.max(-1, keepdims=True))
     final /= final.sum(-1, keepdims=True)
     constant = (final * np.log(final / final.mean((0, 1)))).sum(-1).mean()
