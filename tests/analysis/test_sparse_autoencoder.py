@@ -268,7 +268,7 @@ def best_cosines(decoder):
 
 FIND = {
     "relu": AutoencoderConfig(WIDTH, 40, "relu", sparsity=0.2),
-    "topk": AutoencoderConfig(WIDTH, 40, "topk", k=3, auxiliary_k=8, dead_after=5000),
+    "topk": AutoencoderConfig(WIDTH, 40, "topk", k=3, auxiliary_k=8, dead_after=2048),
     "jumprelu": AutoencoderConfig(WIDTH, 40, "jumprelu", sparsity=0.05, threshold=0.1, bandwidth=0.1),
 }
 ADAM = optax.adam(0.01)
@@ -295,21 +295,24 @@ def test_training_finds_planted_directions(config):
 
 def test_the_auxiliary_loss_brings_dead_latents_back():
     rows = planted()[1]
-    config = replace(FIND["topk"], dead_after=2048)
+    config = FIND["topk"]
     start = initialize(config, jax.random.key(0), jnp.asarray(rows[0]))
     # Half of the latents begin where they are hardly ever among the largest.
     buried = start.replace(encoder_bias=jnp.where(jnp.arange(40) < 20, -0.5, 0.0))
-    left, helped = (train(buried, rows, replace(config, auxiliary_k=k), optimizer=ADAM).history for k in (0, 8))
+    left, helped = (
+        train(buried, rows, replace(config, auxiliary_k=k), optimizer=ADAM).history
+        for k in (0, config.auxiliary_k)
+    )
     dead, error = zip(*((h.dead_share[-1], h.reconstruction[-20:].mean()) for h in (left, helped)), strict=True)
     print(f"without and with the auxiliary loss: dead latents {dead}, error {error}")
     assert dead[1] < dead[0] and error[1] < 0.8 * error[0]
 
 
 def test_training_on_tokens_is_training_on_the_vectors_of_their_walk():
-    parameters, config = random_parameters(GPT2), AutoencoderConfig(GPT2.width, 20, sparsity=0.1)
-    tokens = random_tokens(GPT2, batch=6 * 4).reshape(6, 4, -1)
-    place = Place(parameters, GPT2, "layers.resid_mid", 1)
-    leaf = quick_jit(lambda tokens: walk(parameters, tokens, GPT2).layers.resid_mid[1])
+    model, config = replace(GPT2, layers=1), AutoencoderConfig(GPT2.width, 20, sparsity=0.1)
+    parameters, tokens = random_parameters(model), random_tokens(model, batch=6 * 4).reshape(6, 4, -1)
+    place = Place(parameters, model, "layers.resid_mid", 0)
+    leaf = quick_jit(lambda tokens: walk(parameters, tokens, model).layers.resid_mid[0])
     walked = [leaf(batch) for batch in tokens]
     rows = np.stack(walked).reshape(6, -1, GPT2.width)
     start = initialize(config, jax.random.key(0), jnp.asarray(rows[0]))

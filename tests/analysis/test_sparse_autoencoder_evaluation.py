@@ -106,11 +106,9 @@ def test_top_examples_of_tokens_are_positions_of_sequences():
         assert start[sequence, position, latent] == start[..., latent].max() > 0
 
 
-SMALL = replace(GPT2, layers=1)
 PLACES = {
-    "resid_post": (SMALL, "layers.resid_post", 0),
     "z": (LLAMA, "layers.z", 1),
-    "start": (SMALL, "start", None),
+    "start": (GPT2, "start", None),
 }
 
 

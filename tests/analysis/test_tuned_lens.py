@@ -133,10 +133,14 @@ def mean_divergences(parameters, tuned, tokens, config):
     return np.asarray(compiled_lens(config)(parameters, tuned, tokens)).mean((1, 2))
 
 
+def seen_tokens(config):
+    return random_tokens(config, seed=1, batch=40 * 16).reshape(40, 16, -1)
+
+
 @norms
 def test_training_brings_every_station_but_the_last_nearer_to_the_end_on_tokens_never_seen(config):
     parameters = random_parameters(config)
-    tokens = random_tokens(config, seed=1, batch=40 * 16).reshape(40, 16, -1)
+    tokens = seen_tokens(config)
     unseen = random_tokens(config, seed=2, batch=64)
     done = train(parameters, tokens, config)
     assert done.finished and done.loss.shape == (40, 5)
@@ -184,22 +188,20 @@ def test_the_logits_of_one_station_at_a_time_are_in_memory():
 
 
 def test_a_stopped_training_goes_on_where_it_was_and_one_that_is_lost_says_so():
-    parameters = random_parameters(GPT2)
-    tokens = np.asarray(random_tokens(GPT2, batch=8 * 4)).reshape(8, 4, -1)
+    parameters, tokens = random_parameters(GPT2), seen_tokens(GPT2)
 
     def interrupted():
-        yield from tokens[:5]
+        yield from tokens[:30]
         raise KeyboardInterrupt
 
-    # Without momentum, which would begin anew.
-    fit = functools.partial(train, parameters, config=GPT2, optimizer=optax.sgd(0.5), steps_per_program=4)
-    whole, half = fit(tokens), fit(interrupted())
-    assert whole.finished and not half.finished and len(half.loss) == 4
-    rest = fit(tokens[4:], start=half.lens)
-    assert bits(rest.lens) == bits(whole.lens)
+    whole, half = train(parameters, tokens[:25], GPT2), train(parameters, interrupted(), GPT2)
+    assert whole.finished and not half.finished and half.loss.shape == (25, 5)
+    assert bits(half.lens) == bits(whole.lens)
+    rest = train(parameters, tokens[25:], GPT2, start=half.lens)
+    np.testing.assert_allclose(rest.loss[0], mean_divergences(parameters, half.lens, tokens[25], GPT2), atol=1e-5)
     lost = jax.tree.map(lambda x: x * jnp.nan, half.lens)
     with pytest.raises(ValueError, match="^the loss at step 0 .the first is 0. is not finite"):
-        fit(tokens, start=lost)
+        train(parameters, tokens, GPT2, start=lost)
 
 
 def test_it_is_saved_and_read_back_to_the_bit(tmp_path):
