@@ -19,7 +19,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from minitf.analysis.patching import Metric, Progress, bytes_per_run
+from minitf.analysis.patching import Metric, Progress, bytes_per_run, runs_together
 from minitf.analysis.resampling import Classes, by_example, classes, draw
 from minitf.config import ModelConfig
 from minitf.model import unembed, walk
@@ -99,7 +99,7 @@ def scrub(
     resamples: int = 32,
     at: Sequence[int] | None = None,
     valid: Bool[Array, "batch position"] | None = None,
-    memory: int = 2**28,
+    memory: int | None = None,
     progress: Progress = iter,
 ) -> Scrubbed:
     """Test the claim that the logits depend on their ``inputs``, and these on their labels, alone::
@@ -119,7 +119,8 @@ def scrub(
         resamples: how often all is drawn, at least twice.
         at: the positions whose logits the metric gets, all by default.
         valid: False marks padding. Only examples that are padded alike then stand for each other.
-        memory: bytes that the runs of one batch may take together; sets how many resamples run at once.
+        memory: bytes that the runs of one batch may take together; sets how many resamples run at once. As
+            :func:`minitf.analysis.patching.patch` by default.
         progress: wraps the numbers of those batches, such as ``rich.progress.track``.
 
     Raises:
@@ -139,8 +140,9 @@ def scrub(
     size = bytes_per_run(config, len(tokens), tokens.shape[1], fixed, shapes.end.dtype.itemsize)
     replaced = [get(shapes, part.name) for part in parts]
     size += sum(2 * value.size * value.dtype.itemsize for value in replaced)
-    batches = math.ceil(resamples / max(1, min(resamples, memory // size)))
-    numbers = jnp.arange(batches * math.ceil(resamples / batches)).reshape(batches, -1)
+    together = runs_together(resamples, size, memory)
+    batches = math.ceil(resamples / together)
+    numbers = jnp.arange(batches * together).reshape(batches, together)
     keys = jax.vmap(jax.vmap(lambda number: jax.random.fold_in(key, number)))(numbers)
     run = functools.partial(_resampled, parameters, tokens, data, valid, metric=metric, config=config, at=fixed)
 

@@ -71,9 +71,7 @@ def patch(
     fixed = None if at is None else tuple(int(i) for i in at)
     count = math.prod(_place_shape(name, over, values.shape))
     size = bytes_per_run(config, stream.shape[1], length, fixed, stream.dtype.itemsize)
-    memory = default_memory() if memory is None else memory
-    batches = math.ceil(count / max(1, min(count, memory // size)))
-    together = math.ceil(count / batches)
+    together = runs_together(count, size, memory)
     run = functools.partial(
         _patched_layer, metric=metric, config=config, name=name, over=over, at=fixed, together=together
     )
@@ -86,9 +84,13 @@ def patch(
     return jnp.stack(found)
 
 
-def default_memory() -> int:
-    """How many bytes a batch of runs should take on this backend."""
-    return 2**26 if jax.default_backend() == "cpu" else 2**30
+def runs_together(count: int, size: int, memory: int | None) -> int:
+    """How many of ``count`` runs of ``size`` bytes make one batch of at most ``memory``, all about equally many."""
+    if memory is None:
+        # What a CPU's caches do not hold is slower there; elsewhere larger batches are faster.
+        memory = 2**26 if jax.default_backend() == "cpu" else 2**30
+    batches = math.ceil(count / max(1, min(count, memory // size)))
+    return math.ceil(count / batches)
 
 
 def bytes_per_run(

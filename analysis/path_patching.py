@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from minitf.analysis.edges import Half, Receivers, Stream, check, end_along
 from minitf.analysis.lens import read
-from minitf.analysis.patching import Metric, Progress, bytes_per_run
+from minitf.analysis.patching import Metric, Progress, bytes_per_run, runs_together
 from minitf.config import ModelConfig
 from minitf.parameters import Parameters
 from minitf.walk import LayerWalk, Walk, get, leaf_axes
@@ -51,7 +51,7 @@ def patch(
     through_feed_forwards: bool = False,
     at: Sequence[int] | None = None,
     valid: Bool[Array, "batch position"] | None = None,
-    memory: int = 2**28,
+    memory: int | None = None,
     progress: Progress = iter,
 ) -> Float[Array, "..."]:
     """The metric of the base run with one sender at a time as in the source, for the receivers alone.
@@ -75,7 +75,8 @@ def patch(
             lets feed-forwards between them answer too, and holds heads alone, as Wang et al. do.
         at: the positions whose logits the metric gets, all by default; fewer save time in large vocabularies.
         valid: as the walks were made with.
-        memory: bytes that the runs of one batch may take together; sets how many run at once.
+        memory: bytes that the runs of one batch may take together; sets how many run at once. As
+            :func:`minitf.analysis.patching.patch` by default.
         progress: wraps the numbers of the layers, such as ``rich.progress.track``.
 
     Raises:
@@ -91,14 +92,13 @@ def patch(
     fixed = None if at is None else tuple(int(i) for i in at)
     count = math.prod(shape)
     size = bytes_per_run(config, stream.shape[1], length, fixed, stream.dtype.itemsize)
-    batches = math.ceil(count / max(1, min(count, memory // size)))
     run = functools.partial(
         _patched,
         metric=metric,
         config=config,
         senders=(name, tuple(over)),
         shape=shape,
-        together=math.ceil(count / batches),
+        together=runs_together(count, size, memory),
         through_feed_forwards=through_feed_forwards,
         at=fixed,
     )
