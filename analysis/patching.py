@@ -85,7 +85,7 @@ def patch(
 
 
 def runs_together(count: int, size: int, memory: int | None) -> int:
-    """How many of ``count`` runs of ``size`` bytes make one batch of at most ``memory``, all about equally many."""
+    """How many of ``count`` runs of ``size`` bytes make one batch of at most ``memory``, all about equal."""
     if memory is None:
         # What a CPU's caches do not hold is slower there; elsewhere larger batches are faster.
         memory = 2**26 if jax.default_backend() == "cpu" else 2**30
