@@ -41,7 +41,8 @@ def walk(
     Args:
         parameters: as ``initialize(config, key)`` makes them; their dtype is the dtype of the computation. Their
             layers are scanned, or, after :func:`minitf.parameters.split_layers`, run one by one.
-        tokens: ids below ``config.vocabulary``; ids beyond it are clamped by XLA, so check data before.
+        tokens: ids below ``config.vocabulary``. Under ``jit`` nobody can look at them, and XLA clamps ids beyond it:
+            check data before.
         edit: changes to any leaves, in the order in which the leaves are computed.
         valid: False marks padding, which no query may see.
         cache: keys and values of the positions before; the tokens are then the ones that follow those (see
@@ -53,11 +54,18 @@ def walk(
             layers after the last one that is used.
 
     Raises:
-        ValueError: the sequence is longer than ``config.length``, or an edit does not fit the model.
+        ValueError: the sequence is longer than ``config.length``, an id is outside the vocabulary (where they can
+            be looked at), or an edit does not fit the model.
     """
     length = tokens.shape[1]
     if length > config.length:
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+        least, most = int(jnp.min(tokens)), int(jnp.max(tokens))
+        if least < 0 or most >= config.vocabulary:
+            raise ValueError(
+                f"there is no token {least if least < 0 else most}; the vocabulary is 0 to {config.vocabulary - 1}"
+            )
     if cache is not None and (valid is not None or not config.causal):
         raise ValueError("a cache is for causal models and says how long its sequences are: leave valid out")
     edit = fit_edit(edit or Edit(), config, association)

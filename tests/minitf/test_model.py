@@ -26,6 +26,13 @@ def test_more_tokens_than_the_model_is_long_are_refused():
         walk(random_parameters(GPT2), jnp.zeros((1, 9), jnp.int32), GPT2)
 
 
+@pytest.mark.parametrize("wrong", [-1, 13])
+def test_a_token_outside_the_vocabulary_is_refused_where_it_can_be_seen(wrong):
+    tokens = random_tokens(GPT2).at[1, 2].set(wrong)
+    with pytest.raises(ValueError, match=f"^there is no token {wrong}; the vocabulary is 0 to 12$"):
+        walk(random_parameters(GPT2), tokens, GPT2)
+
+
 def test_an_edit_of_another_depth_is_refused():
     edit = put(Edit(), "layers.resid_mid", Change(jnp.ones((3, 1, 1, 1)), jnp.zeros((3, 1, 1, 1))))
     match = "^the edit of 'layers.resid_mid' has 3 layers on its first axis; the model has 2$"
