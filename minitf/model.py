@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minitf import aggregate, filter
@@ -41,8 +42,8 @@ def walk(
     Args:
         parameters: as ``initialize(config, key)`` makes them; their dtype is the dtype of the computation. Their
             layers are scanned, or, after :func:`minitf.parameters.split_layers`, run one by one.
-        tokens: ids below ``config.vocabulary``. Under ``jit`` nobody can look at them, and XLA clamps ids beyond it:
-            check data before.
+        tokens: ids below ``config.vocabulary``. Under ``jit`` nobody can look at them, and XLA clamps ids beyond
+            it: check data before.
         edit: changes to any leaves, in the order in which the leaves are computed.
         valid: False marks padding, which no query may see.
         cache: keys and values of the positions before; the tokens are then the ones that follow those (see
@@ -60,12 +61,7 @@ def walk(
     length = tokens.shape[1]
     if length > config.length:
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
-    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-        least, most = int(jnp.min(tokens)), int(jnp.max(tokens))
-        if least < 0 or most >= config.vocabulary:
-            raise ValueError(
-                f"there is no token {least if least < 0 else most}; the vocabulary is 0 to {config.vocabulary - 1}"
-            )
+    _check_tokens(tokens, config)
     if cache is not None and (valid is not None or not config.causal):
         raise ValueError("a cache is for causal models and says how long its sequences are: leave valid out")
     edit = fit_edit(edit or Edit(), config, association)
@@ -80,6 +76,16 @@ def walk(
     end, layers = run_layers(parameters.layers, start, config, edit.layers, places, past, unroll)
     walked = finish(parameters, start, layers, end, config, edit)
     return dataclasses.replace(walked, token_embedding=token_embedding, position_embedding=position_embedding)
+
+
+def _check_tokens(tokens: Int[Array, "batch position"], config: ModelConfig) -> None:
+    """Refuse tokens outside the vocabulary, where they can be looked at: not while tracing."""
+    if isinstance(tokens, jax.core.Tracer) or not tokens.size or not getattr(tokens, "is_fully_addressable", True):
+        return
+    seen = np.asarray(tokens)  # numpy, since under a trace jnp would trace what is known
+    wrong = seen[(seen < 0) | (seen >= config.vocabulary)]
+    if wrong.size:
+        raise ValueError(f"there is no token {wrong[0]}; the vocabulary is 0 to {config.vocabulary - 1}")
 
 
 def run_layers(
