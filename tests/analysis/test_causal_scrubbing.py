@@ -17,6 +17,15 @@ from minitf.walk import get, leaf_axes, put
 
 KEY = jax.random.key(0)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    """Where no bit and no cost is at stake, compiling takes longest."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 # A model made by hand. A token has a sign and a colour. The one head looks at the first position alone and writes
 # the sign it finds there into the logit of token 1; nothing else matters. All numbers are exact.
 ROUTER = ModelConfig(
@@ -234,6 +243,15 @@ def test_the_memory_bound_sets_how_many_run_together_and_nothing_else():
     assert np.ptp(whole.scrubbed) > 1e-2
 
 
+@pytest.fixture
+def _as_it_is_used():
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.usefixtures("_as_it_is_used")
 def test_classes_of_one_leave_any_model_as_it_is_to_the_last_bit():
     found = scrub_four(parts(np.arange(4), np.arange(4), np.arange(20).reshape(4, 5)), at=[-1])
     assert found.recovered == 1

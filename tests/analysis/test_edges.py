@@ -34,6 +34,14 @@ DEEP = replace(GPT2, layers=3)
 UNIT = 2.0**-24
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    """Where no bit and no cost is at stake, compiling takes longest."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def everything(like):
     return join(to_heads(like), to_feed_forwards(like), to_end(like))
 
