@@ -9,8 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 from minitf.analysis.patching import Metric
 from minitf.config import ModelConfig
 from minitf.model import walk
-from minitf.parameters import Parameters
+from minitf.parameters import Parameters, split_layers
 from minitf.walk import Change, Edit, Walk, get, leaf_axes, put
+
+SHALLOW = 12  # layers that are compiled one by one, at most
 
 
 def attribution_patching(
@@ -36,6 +38,9 @@ def attribution_patching(
     Raises:
         ValueError: a leaf that does not exist, that the clean walk lacks or that has another shape there.
     """
+    if config.layers <= SHALLOW and not isinstance(parameters.layers, tuple):
+        # Backwards, what each layer leaves behind costs a scan more than it does single layers.
+        parameters = split_layers(parameters)
     shapes = jax.eval_shape(lambda p, t: walk(p, t, config, valid=valid), parameters, corrupt_tokens)
     for name in names:
         like, value = get(shapes, name), get(clean, name)

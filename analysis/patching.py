@@ -17,7 +17,7 @@ from minitf.analysis.lens import read
 from minitf.config import ModelConfig
 from minitf.parameters import Parameters
 from minitf.resume import end_from, last_layer_at, layer_walk
-from minitf.walk import Change, LayerWalk, Walk, get, leaf_axes, put
+from minitf.walk import Change, LayerWalk, Walk, get, leaf_axes, leaves, put
 
 # From logits [batch, position, vocabulary] to a number, or to one for each sequence.
 Metric = Callable[[Array], Array]
@@ -146,12 +146,14 @@ def _patched_layer(
     count = math.prod(shape)
     numbers = jnp.minimum(jnp.arange(math.ceil(count / together) * together), count - 1).reshape(-1, together)
 
-    # Only what comes after the patch differs between places: vmap leaves the rest of the layer as it is.
+    # What comes before the patch is the same for all places, and is taken from here.
+    unedited = layer_walk(parameters, stream, config, layer, valid=valid)
+
     def patched(number: Array) -> Array:
-        edit = _replaced(name, over, value, number)
+        edit = _replaced(name, over, value, unedited, number)
         if not ends:
             return layer_walk(parameters, stream, config, layer, edit=edit, valid=valid).resid_post
-        edit = put(Walk(), name, _at_positions(get(Walk(layers=edit), name), name, at)).layers
+        edit = _at_positions(edit, at or ())
         return last_layer_at(parameters, stream, config, at or (), edit=edit, valid=valid).resid_post
 
     def some(chosen: Array) -> Array:
@@ -167,27 +169,31 @@ def _patched_layer(
     return found.reshape(-1, *found.shape[2:])[:count].reshape(*shape, *found.shape[2:])
 
 
-def _replaced(name: str, over: tuple[str, ...], value: Array, number: Array) -> LayerWalk:
-    """The edit of one layer that replaces the place of that number by its clean value."""
+def _replaced(name: str, over: tuple[str, ...], value: Array, unedited: LayerWalk, number: Array) -> LayerWalk:
+    """The edit of one layer that puts the place of that number at its clean value, and all else as it was."""
     axes = leaf_axes()[name][1:]
     place = jnp.unravel_index(number, _place_shape(name, over, (0, *value.shape)))
     here = jnp.ones((1,) * value.ndim, bool)
     for axis, index in zip([a for a in axes if a in over], place, strict=True):
         sizes = [value.shape[i] if a == axis else 1 for i, a in enumerate(axes)]
         here = here & (jnp.arange(value.shape[axes.index(axis)]) == index).reshape(sizes)
-    change = Change(keep=jnp.where(here, 0.0, 1.0).astype(value.dtype), put=jnp.where(here, value, -0.0))
-    return put(Walk(), name, change).layers
+    was = Walk(layers=unedited)
+    edit = put(Walk(), name, Change(keep=None, put=jnp.where(here, value, get(was, name))))
+    names = list(leaf_axes())
+    if names.index(name) > names.index("layers.resid_mid"):
+        edit = put(edit, "layers.resid_mid", Change(keep=None, put=unedited.resid_mid))
+    return edit.layers
 
 
-def _at_positions(change: Change, name: str, at: tuple[int, ...] | None) -> Change:
-    """The change at these positions (for scores and patterns, these queries)."""
-    axes = leaf_axes()[name][1:]
-    axis = axes.index("position" if "position" in axes else "query")
-
-    def part(x: Array) -> Array:
-        return x if x.shape[axis] == 1 else jnp.take(x, jnp.asarray(at), axis=axis)
-
-    return Change(keep=part(change.keep), put=part(change.put))
+def _at_positions(edit: LayerWalk, at: tuple[int, ...]) -> LayerWalk:
+    """The edit at these positions (for scores and patterns, at these queries)."""
+    some = Walk()
+    for name, change in leaves(Walk(layers=edit)):
+        axes = leaf_axes()[name][1:]
+        axis = axes.index("position" if "position" in axes else "query")
+        part = lambda x, axis=axis: x if x.shape[axis] == 1 else jnp.take(x, jnp.asarray(at), axis=axis)
+        some = put(some, name, jax.tree.map(part, change))
+    return some.layers
 
 
 def _place_shape(name: str, over: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """The forward pass, which returns the walk."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from minitf.layer import (
     places_from_start,
 )
 from minitf.parameters import Layer, Parameters
-from minitf.walk import Change, Edit, LayerWalk, Walk, apply, leaves, put
+from minitf.walk import Edit, LayerWalk, Walk, apply, leaves, put
 
 
 def walk(
@@ -193,16 +194,18 @@ def fit_edit(edit: Edit, config: ModelConfig, association: bool = True) -> Edit:
             raise ValueError(f"this model's walk has no {name!r}, so an edit of it would do nothing")
         if not name.startswith("layers."):
             continue
-        parts = []
-        for part in (change.keep, change.put):
-            sizes = jnp.shape(part)
-            if sizes and sizes[0] != config.layers:
-                raise ValueError(
-                    f"the edit of {name!r} has {sizes[0]} layers on its first axis; the model has {config.layers}"
-                )
-            parts.append(part if sizes else jnp.full(config.layers, part))
-        edit = put(edit, name, Change(*parts))
+        edit = put(edit, name, jax.tree.map(lambda part, name=name: _by_layer(part, name, config), change))
     return edit
+
+
+def _by_layer(part: Any, name: str, config: ModelConfig) -> Any:
+    """A part of a change with an entry for every layer; a number is the same for all."""
+    sizes = jnp.shape(part)
+    if sizes and sizes[0] != config.layers:
+        raise ValueError(
+            f"the edit of {name!r} has {sizes[0]} layers on its first axis; the model has {config.layers}"
+        )
+    return part if sizes else jnp.full(config.layers, part)
 
 
 def _absent_leaves(config: ModelConfig) -> set[str]:

@@ -85,7 +85,7 @@ class Change:
     """``x -> keep * x + put`` on one leaf.
 
     ``keep`` and ``put`` are numbers, or arrays that broadcast against the leaf; in :class:`LayerWalk` their first
-    axis is the layer.
+    axis is the layer. Where ``keep`` is None, the leaf is ``put``, and what only it came from is not computed.
     """
 
     keep: Leaf
@@ -100,9 +100,11 @@ def apply(change: Change | None, x: Array) -> Array:
     """The edited value of one leaf. Raises ValueError where the change does not fit the leaf's shape."""
     if change is None:
         return x
-    for part in (jnp.shape(change.keep), jnp.shape(change.put)):
+    for part in map(jnp.shape, jax.tree.leaves(change)):
         if len(part) > x.ndim or any(n not in (1, m) for n, m in zip(part[::-1], x.shape[::-1], strict=False)):
             raise ValueError(f"a change of shape {part} does not fit a leaf of shape {x.shape}")
+    if change.keep is None:
+        return jnp.broadcast_to(jnp.asarray(change.put, x.dtype), x.shape)
     return jnp.asarray(change.keep, x.dtype) * x + jnp.asarray(change.put, x.dtype)
 
 
@@ -219,7 +221,9 @@ def compose(first: Edit, second: Edit) -> Edit:
     def after(a: Change | None, b: Change | None) -> Change | None:
         if a is None or b is None:
             return b if a is None else a
-        return Change(keep=b.keep * a.keep, put=b.keep * a.put + b.put)
+        if b.keep is None:
+            return b
+        return Change(keep=None if a.keep is None else b.keep * a.keep, put=b.keep * a.put + b.put)
 
     return jax.tree.map(after, first, second, is_leaf=lambda x: x is None or isinstance(x, Change))
 
@@ -243,7 +247,8 @@ def _rows(walk: Walk) -> list[tuple[str, str]]:
 
     def content(name: str, value: Leaf) -> str:
         if isinstance(value, Change):
-            return f"keep {jnp.shape(value.keep)}, put {jnp.shape(value.put)}"
+            kept = "nothing" if value.keep is None else jnp.shape(value.keep)
+            return f"keep {kept}, put {jnp.shape(value.put)}"
         shape, axes = jnp.shape(value), leaf_axes()[name]
         # Seeds or a sweep come before the leaf's own axes.
         axes = ("",) * (len(shape) - len(axes)) + axes if len(shape) >= len(axes) else ("",) * len(shape)

@@ -39,7 +39,8 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     heads = jax.jit(lambda p, t: _only(walk(p, t, config), ("layers.z",)))
     starts = jax.jit(lambda p, t: _only(walk(p, t, config), ("layers.resid_pre",)))
     names = [name for name, _ in leaves(shapes) if name.startswith("layers.")]
-    slope = jax.jit(lambda p, t, other: attribution_patching(p, t, everything(p, other), _sum, config, names))
+    slope = jax.jit(lambda p, t, other: attribution_patching(p, t, other, _last, config, names))
+    other = everything(parameters, clean)
 
     def memory() -> dict[str, float]:
         analyses = [f.lower(parameters, corrupt).compile().memory_analysis() for f in (everything, forward)]
@@ -69,7 +70,7 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
         "everything": lambda: block(everything(parameters, corrupt)),
         "memory": memory,
         "sweep": sweep,
-        "gradient": lambda: block(slope(parameters, corrupt, clean)),
+        "gradient": lambda: block(slope(parameters, corrupt, other)),
         "generate": written,
     }
 
@@ -82,10 +83,6 @@ def _only(passed: Any, names: tuple[str, ...]) -> Any:
 
 def _last(logits: Any) -> Any:
     """The metric of the sweep: a logit at the last position, mean over the batch."""
-    return logits[:, -1, 3].mean()
-
-
-def _sum(logits: Any) -> Any:
     return logits[:, -1, 3].mean()
 
 
