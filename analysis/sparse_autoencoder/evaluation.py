@@ -183,7 +183,8 @@ def _merged(
     latents = encode(autoencoder, rows, config).T
     numbers = jnp.broadcast_to(first + jnp.arange(len(rows)), latents.shape)
     values = jnp.concatenate([best.activation.astype(latents.dtype), latents], axis=1)
-    numbers = jnp.concatenate([best.row, jnp.where(latents > 0, numbers, -1)], axis=1)
+    numbers = jnp.concatenate([best.row, numbers], axis=1)
+    # Of equal values the first are kept: a row without activity never takes the place of none.
     activation, places = jax.lax.top_k(values, best.row.shape[1])
     return TopExamples(activation, jnp.take_along_axis(numbers, places, axis=1)), jnp.asarray(len(rows))
 

@@ -238,12 +238,12 @@ def test_a_step_goes_down_the_slope_and_keeps_rows_at_length_one_where_the_metho
 
 
 def test_a_latent_is_dead_after_so_many_rows_without_activity():
-    config = replace(TOPK, latents=2, k=1, auxiliary_k=0, dead_after=8)
+    config = replace(TOPK, latents=4, k=1, auxiliary_k=0, dead_after=8)
     a = random_autoencoder(config, dtype=np.float32)
-    a = a.replace(encoder_bias=jnp.array([100.0, -100.0]))
+    a = a.replace(encoder_bias=jnp.array([100.0, -100.0, -100.0, -100.0]))
     rows = jnp.stack([random_rows(config, 4, dtype=np.float32)] * 5)
     done = train(a, rows, config, optimizer=optax.sgd(0.0), steps_per_program=5)
-    assert done.history.dead_share.tolist() == [0, 0, 0.5, 0.5, 0.5]
+    assert done.history.dead_share.tolist() == [0, 0, 0.75, 0.75, 0.75]
     assert done.history.l0.tolist() == [1] * 5
 
 

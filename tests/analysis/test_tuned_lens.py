@@ -86,6 +86,8 @@ def test_it_adds_an_affine_map_of_the_stream_and_every_lens_reads_what_it_transl
     translated = translate(tuned, walked)
     # Some width roundings of a sum of width products.
     assert relative_error(stations(translated), expected) < 2 * config.width * 2.0**-24
+    # As in any walk, a layer starts where the one before it ended.
+    assert bits(translated.layers.resid_pre[1:]) == bits(translated.layers.resid_post[:-1])
     assert logit_lens(random_parameters(config), translated, config).shape == (5, 2, 5, config.vocabulary)
 
 
