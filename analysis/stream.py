@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from minitf.config import ModelConfig
+
 Tree = Any
 # (what stays, state, batch) -> state, numbers to keep. A function defined once: every new one is compiled anew.
 Step = Callable[[Tree, Tree, Array], tuple[Tree, Tree]]
@@ -76,9 +78,24 @@ def stream(
     return Streamed(state, jax.tree.map(lambda *parts: np.concatenate(parts), *records), finished)
 
 
+def checked_tokens(batch: Any, config: ModelConfig) -> np.ndarray:
+    """One batch of tokens, on the host. Raises ValueError where the model cannot read it."""
+    tokens = np.asarray(batch)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"a batch of tokens is [batch, position] of whole numbers; this one is {tokens.dtype} {tokens.shape}"
+        )
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocabulary:
+        raise ValueError(
+            f"tokens go from 0 to {config.vocabulary - 1} here; a batch has {tokens.min()} to {tokens.max()}"
+        )
+    return tokens
+
+
 @partial(jax.jit, static_argnames="step")
 def _program(given: Tree, state: Tree, batches: Array, count: Array, *, step: Step) -> tuple[Tree, Tree]:
     """As many steps as ``count`` says, one after another."""
+    step = jax.jit(step)  # traced once, though asked twice
     shapes = jax.eval_shape(step, given, state, batches[0])[1]
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

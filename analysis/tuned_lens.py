@@ -21,7 +21,7 @@ from safetensors.numpy import save as to_safetensors
 
 from minitf import filter
 from minitf.analysis.lens import LensReading, divergence, lens, read, station_names, stations
-from minitf.analysis.stream import Progress, stream
+from minitf.analysis.stream import Progress, checked_tokens, stream
 from minitf.config import ModelConfig
 from minitf.families.weights import open_file
 from minitf.files import write_atomically
@@ -149,7 +149,7 @@ def train(
     tuned = initialize(config) if start is None else start
     _check_shapes(tuned, config, "the lens to start from")
     setting = _Setting(parameters, config, optimizer)
-    tokens = (_checked(batch, config) for batch in progress(batches))
+    tokens = (checked_tokens(batch, config) for batch in progress(batches))
     done = stream(_step, setting, (tuned, optimizer.init(tuned)), tokens, steps_per_program=steps_per_program)
     return Training(lens=done.state[0], loss=done.records, finished=done.finished)
 
@@ -169,7 +169,7 @@ def load(path: Path, config: ModelConfig) -> TunedLens:
     arrays = open_file(Path(path))
     if set(arrays) != {"weight", "bias"}:
         raise ValueError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; a tuned lens is weight and bias")
-    tuned = TunedLens(**{name: jnp.asarray(value) for name, value in arrays.items()})
+    tuned = TunedLens(**{name: jnp.array(value) for name, value in arrays.items()})
     _check_shapes(tuned, config, str(path))
     return tuned
 
@@ -206,20 +206,6 @@ def _translated(
     rows = in_statistics_dtype(stream.reshape(-1, stream.shape[-1]))
     rows = rows + filter.linear(rows, translator.weight, translator.bias)
     return rows.astype(stream.dtype).reshape(stream.shape)
-
-
-def _checked(batch: Any, config: ModelConfig) -> np.ndarray:
-    """One batch of tokens, refused where the model cannot read it."""
-    tokens = np.asarray(batch)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            f"a batch of tokens is [batch, position] of whole numbers; this one is {tokens.dtype} {tokens.shape}"
-        )
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocabulary:
-        raise ValueError(
-            f"tokens go from 0 to {config.vocabulary - 1} here; a batch has {tokens.min()} to {tokens.max()}"
-        )
-    return tokens
 
 
 def _check_shapes(tuned: TunedLens, config: ModelConfig, what: str) -> None:

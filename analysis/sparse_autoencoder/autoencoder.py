@@ -3,7 +3,6 @@
 Their losses are means over rows. ``x`` is normalized: the mean squared length of the data is 1, as in
 Rajamanoharan et al. 2024, so that a reconstruction by zeros has the loss 1, and weights mean the same everywhere.
 
-
 - ``relu`` (Bricken et al. 2023): ``|x - x_hat|^2 + sparsity * sum_i f_i |W_dec,i|``. The penalty counts the
   length of a decoder row, so rows are free: a longer row with a smaller activation gains nothing.
 - ``topk`` (Gao et al. 2024, arXiv 2406.04093): the k largest of the positive pre-activations; the loss is
@@ -19,14 +18,14 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
+from minitf.analysis.sparse_autoencoder.activations import Latents, jump_relu, keep_largest
 from minitf.filter import in_statistics_dtype
 from minitf.walk import Leaf, leaf
 
 Kind = Literal["relu", "topk", "jumprelu"]
 Rows = Float[Array, "row width"]
-Latents = Float[Array, "row latent"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,11 @@ class AutoencoderConfig:
         dead_after: rows without activity after which a latent counts as dead; Gao et al. take ten million.
         threshold: theta at the start (``jumprelu``).
         bandwidth: width of the kernel, the epsilon of the paper, which takes .001 with batches of 4096
-            (``jumprelu``); only pre-activations within half of it around theta move theta.
+            (``jumprelu``). Only pre-activations within half of it around theta move theta, so smaller batches
+            want a wider one.
 
     Raises:
-        ValueError: a number that no autoencoder can have, or one that its kind does not use.
+        ValueError: a number that no autoencoder can have, or a ``sparsity`` or ``k`` that its kind does not use.
     """
 
     width: int
@@ -105,21 +105,6 @@ class SparseAutoencoder:
     decoder_bias: Leaf = leaf("width")
     log_threshold: Leaf = leaf("latent")
     scale: Leaf = leaf("")
-
-
-@struct.dataclass
-class Losses:
-    """The parts of the loss, weighted; ``total`` is their sum. ``l0`` is the mean number of active latents."""
-
-    reconstruction: Leaf = leaf("")
-    sparsity: Leaf = leaf("")
-    auxiliary: Leaf = leaf("")
-    l0: Leaf = leaf("")
-
-    @property
-    def total(self) -> Float[Array, ""]:
-        """What training lowers."""
-        return self.reconstruction + self.sparsity + self.auxiliary
 
 
 def initialize(config: AutoencoderConfig, key: Key[Array, ""], rows: Rows) -> SparseAutoencoder:
@@ -182,77 +167,15 @@ def activate(pre: Latents, autoencoder: SparseAutoencoder, config: AutoencoderCo
     return jax.nn.relu(pre) if config.kind == "relu" else keep_largest(jax.nn.relu(pre), config.k)
 
 
-def losses(
-    autoencoder: SparseAutoencoder,
-    inputs: Rows,
-    config: AutoencoderConfig,
-    dead: Bool[Array, " latent"] | None = None,
-) -> tuple[Losses, Bool[Array, " latent"]]:
-    """The loss on normalized inputs, in its parts, and which latents were active in any row.
-
-    Args:
-        dead: latents that the auxiliary loss may use; none by default.
-    """
-    pre = pre_activations(autoencoder, inputs)
-    latents = activate(pre, autoencoder, config)
-    left = inputs - latents @ autoencoder.decoder - autoencoder.decoder_bias
-    nothing = jnp.zeros((), inputs.dtype)
-    penalty, auxiliary = nothing, nothing
-    if config.kind == "relu":
-        penalty = jnp.mean(latents @ jnp.linalg.norm(autoencoder.decoder, axis=-1))
-    if config.kind == "jumprelu":
-        over = above(pre, jnp.exp(autoencoder.log_threshold), config.bandwidth)
-        penalty = jnp.mean(jnp.sum(over, axis=-1))
-    if config.auxiliary_k and dead is not None:
-        auxiliary = auxiliary_loss(autoencoder, pre, left, dead, config.auxiliary_k)
-    active = latents > 0
-    parts = Losses(
-        reconstruction=jnp.mean(jnp.sum(left * left, axis=-1)),
-        sparsity=config.sparsity * penalty,
-        auxiliary=config.auxiliary_weight * auxiliary,
-        l0=jnp.mean(jnp.sum(active, axis=-1).astype(inputs.dtype)),
-    )
-    return parts, jnp.any(active, axis=0)
-
-
-def auxiliary_loss(
-    autoencoder: SparseAutoencoder, pre: Latents, left: Rows, dead: Bool[Array, " latent"], k: int
-) -> Float[Array, ""]:
-    """How badly the k largest dead latents explain the error that the live ones left (Gao et al. 2024, A.2).
-
-    The error is a constant here: it is the dead that are to follow it. Zero where no latent is dead.
-    """
-    revived = keep_largest(jnp.where(dead, jax.nn.relu(pre), 0.0), k) @ autoencoder.decoder
-    missed = jax.lax.stop_gradient(left) - revived
-    return jnp.where(jnp.any(dead), jnp.mean(jnp.sum(missed * missed, axis=-1)), 0.0)
-
-
-def keep_largest(values: Latents, k: int) -> Latents:
-    """The k largest of each row, zero elsewhere; of equal ones the first."""
-    kept, places = jax.lax.top_k(values, k)
-    return jnp.put_along_axis(jnp.zeros_like(values), places, kept, axis=-1, inplace=False)
-
-
-def jump_relu(pre: Latents, threshold: Float[Array, " latent"], bandwidth: float) -> Latents:
-    """``z 1[z > theta]``, with the slope ``-theta / epsilon K((z - theta) / epsilon)`` for theta."""
-    slope = -(threshold / bandwidth) * rectangle((pre - threshold) / bandwidth)
-    return pre * (pre > threshold) + _sloped(slope, threshold)
-
-
-def above(pre: Latents, threshold: Float[Array, " latent"], bandwidth: float) -> Latents:
-    """``1[z > theta]``, with the slope ``-1 / epsilon K((z - theta) / epsilon)`` for theta, and none for z."""
-    slope = -(1 / bandwidth) * rectangle((pre - threshold) / bandwidth)
-    return (pre > threshold).astype(pre.dtype) + _sloped(slope, threshold)
-
-
-def rectangle(x: Array) -> Array:
-    """The kernel K: 1 within half of 0, else 0."""
-    return (jnp.abs(x) < 0.5).astype(x.dtype)
+def lengths(directions: Float[Array, "latent width"]) -> Float[Array, " latent"]:
+    """The length of each row; that of a row of zeros has the slope 0, not none."""
+    square = jnp.sum(directions * directions, axis=-1)
+    return jnp.where(square == 0, 0.0, jnp.sqrt(jnp.where(square == 0, 1.0, square)))
 
 
 def unit(directions: Float[Array, "latent width"]) -> Float[Array, "latent width"]:
     """The rows at length 1; a row of zeros stays."""
-    length = jnp.linalg.norm(directions, axis=-1, keepdims=True)
+    length = lengths(directions)[:, None]
     return directions / jnp.where(length == 0, 1.0, length)
 
 
@@ -277,11 +200,6 @@ def check_rows(rows: Array, config: AutoencoderConfig) -> None:
         raise ValueError(f"the rows have shape {rows.shape}; this autoencoder reads [row, {config.width}]")
     if not jnp.issubdtype(rows.dtype, jnp.floating):
         raise ValueError(f"the rows are {rows.dtype}; an autoencoder reads vectors of floating-point numbers")
-
-
-def _sloped(slope: Array, threshold: Array) -> Array:
-    """Zero, with a given slope for the threshold and none for anything else."""
-    return jax.lax.stop_gradient(slope) * (threshold - jax.lax.stop_gradient(threshold))
 
 
 def _is_whole(value: object, least: int) -> bool:

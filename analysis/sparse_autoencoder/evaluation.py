@@ -18,8 +18,8 @@ from minitf.analysis.sparse_autoencoder.autoencoder import (
     encode,
     reconstruct,
 )
-from minitf.analysis.sparse_autoencoder.place import Place, batch_rows
-from minitf.analysis.stream import Progress
+from minitf.analysis.sparse_autoencoder.place import Place, batch_rows, checked_batches
+from minitf.analysis.stream import Progress, checked_tokens
 from minitf.filter import in_statistics_dtype
 from minitf.walk import Leaf, leaf
 
@@ -63,9 +63,9 @@ class LossRecovered:
     zero: Leaf = leaf("")
 
     @property
-    def share(self) -> Float[Array, ""]:
+    def share(self) -> float:
         """The share of the loss recovered."""
-        return (self.zero - self.reconstructed) / (self.zero - self.clean)
+        return float((self.zero - self.reconstructed) / (self.zero - self.clean))
 
 
 def measure(
@@ -84,11 +84,12 @@ def measure(
         progress: wraps the batches, such as ``rich.progress.track``.
 
     Raises:
-        ValueError: vectors of another width, no batch, or rows that are all the same, which have no variance.
+        ValueError: vectors of another width, tokens that the model cannot read, no batch, or rows that are not
+            finite or all the same, so that they have no variance.
     """
     sums = [
         jax.tree.map(np.float64, _sums(autoencoder, jnp.asarray(batch), source, config=config))
-        for batch in progress(batches)
+        for batch in checked_batches(source, progress(batches))
     ]
     if not sums:
         raise ValueError("there is no batch to measure on")
@@ -97,6 +98,8 @@ def measure(
     middle = count @ mean / rows
     # Within the batches, and of their means around the mean of all.
     variance = spread.sum() + count @ np.square(mean - middle).sum(axis=1)
+    if not np.isfinite(variance + error.sum()):
+        raise ValueError("rows, or what is reconstructed of them, are not finite, so nothing can be measured")
     if not variance > 0:
         raise ValueError("all rows are the same, so there is no variance to explain")
     density = active.sum(axis=0) / rows
@@ -125,7 +128,7 @@ def top_examples(
         raise ValueError(f"count is {count}; there must be at least 1 example")
     best = TopExamples(jnp.zeros((config.latents, count)), jnp.full((config.latents, count), -1, jnp.int32))
     first = 0
-    for batch in progress(batches):
+    for batch in checked_batches(source, progress(batches)):
         best, rows = _merged(best, autoencoder, jnp.asarray(batch), jnp.int32(first), source, config=config)
         first += int(rows)
     if not first:
@@ -139,15 +142,19 @@ def loss_recovered(
     """What the model's next-token loss says of the reconstruction, by an edit that puts it into the walk.
 
     Raises:
-        ValueError: a model that does not predict the next token, sequences of one token, vectors of another width,
-            or a place of which the loss does not depend.
+        ValueError: a model that does not predict the next token, tokens that it cannot read, sequences of one
+            token, vectors of another width, losses that are not finite, or a place on which the loss does not
+            depend.
     """
     if not place.config.causal:
         raise ValueError("the next token is predicted by causal models, and this model sees it")
     if tokens.shape[1] < 2:
         raise ValueError("a sequence of one token has no next token to predict; give at least 2")
-    clean, reconstructed, zero = _next_token_losses(autoencoder, tokens, place, config=config)
-    if not isinstance(clean, jax.core.Tracer) and clean == zero:
+    checked = jnp.asarray(checked_tokens(tokens, place.config))
+    clean, reconstructed, zero = np.asarray(_next_token_losses(autoencoder, checked, place, config=config))
+    if not np.isfinite([clean, reconstructed, zero]).all():
+        raise ValueError(f"the losses {clean}, {reconstructed} and {zero} are not all finite")
+    if clean == zero:
         raise ValueError(f"zeroing {place.name!r} leaves the loss as it is, so there is no loss to recover")
     return LossRecovered(clean, reconstructed, zero)
 

@@ -1,12 +1,16 @@
 """Where in a walk an autoencoder stands: one leaf, whose vectors are rows to read and to replace."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from minitf.analysis.stream import checked_tokens
 from minitf.config import ModelConfig
 from minitf.edits import set_to
 from minitf.model import walk
@@ -86,6 +90,12 @@ class Place:
         some = jax.tree.map(lambda x: x[:layer], self.parameters.layers)
         before = replace(self.parameters, layers=some)
         return walk(before, tokens, replace(self.config, layers=layer)).end
+
+
+def checked_batches(source: Place | None, batches: Iterable[Any]) -> Iterator[np.ndarray]:
+    """The batches on the host; tokens are refused where the model cannot read them."""
+    for batch in batches:
+        yield np.asarray(batch) if source is None else checked_tokens(batch, source.config)
 
 
 def batch_rows(source: Place | None, batch: Array) -> Array:

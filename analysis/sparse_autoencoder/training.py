@@ -12,14 +12,13 @@ from jaxtyping import Array, Float
 
 from minitf.analysis.sparse_autoencoder.autoencoder import (
     AutoencoderConfig,
-    Losses,
     SparseAutoencoder,
     check_rows,
-    losses,
     normalized,
     unit,
 )
-from minitf.analysis.sparse_autoencoder.place import Place, batch_rows
+from minitf.analysis.sparse_autoencoder.losses import Losses, losses
+from minitf.analysis.sparse_autoencoder.place import Place, batch_rows, checked_batches
 from minitf.analysis.stream import Progress, stream
 from minitf.walk import Leaf, leaf
 
@@ -69,11 +68,13 @@ def train(
         steps_per_program, progress: as :func:`minitf.analysis.stream.stream`.
 
     Raises:
-        ValueError: vectors of another width, no batch, or a loss that is not finite, with the number of its step.
+        ValueError: vectors of another width, tokens that the model cannot read, no batch, or a loss that is not
+            finite, with the number of its step.
     """
     setting = _Setting(source, config, optimizer)
     state = _State(autoencoder, optimizer.init(autoencoder), jnp.zeros(config.latents, jnp.int32))
-    done = stream(_step, setting, state, batches, steps_per_program=steps_per_program, progress=progress)
+    checked = checked_batches(source, progress(batches))
+    done = stream(_step, setting, state, checked, steps_per_program=steps_per_program)
     return Training(done.state.autoencoder, done.records, done.finished)
 
 

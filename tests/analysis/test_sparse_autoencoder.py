@@ -23,19 +23,17 @@ from properties.models import (
 from scipy.optimize import minimize
 
 from minitf import walk
+from minitf.analysis.sparse_autoencoder.activations import above, jump_relu, keep_largest
 from minitf.analysis.sparse_autoencoder.autoencoder import (
     AutoencoderConfig,
     SparseAutoencoder,
-    above,
     activate,
     encode,
     geometric_median,
     initialize,
-    jump_relu,
-    keep_largest,
-    losses,
     reconstruct,
 )
+from minitf.analysis.sparse_autoencoder.losses import losses
 from minitf.analysis.sparse_autoencoder.place import Place
 from minitf.analysis.sparse_autoencoder.training import train
 from minitf.walk import get
@@ -186,6 +184,13 @@ def test_no_dead_latent_no_auxiliary_loss():
         assert losses(a, x, TOPK)[0].auxiliary == 0
         assert losses(a, x, TOPK, jnp.zeros(8, bool))[0].auxiliary == 0
         assert losses(a, x, TOPK, jnp.asarray(DEAD))[0].auxiliary > 0
+
+
+def test_a_direction_of_length_zero_has_a_slope():
+    a = random_autoencoder(RELU, dtype=np.float32)
+    a = a.replace(decoder=a.decoder.at[2].set(0))
+    slope = quick_jit(jax.grad(lambda a: losses(a, random_rows(RELU, dtype=np.float32), RELU)[0].total))(a)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope)) and np.asarray(slope.decoder[2]).any()
 
 
 def test_the_geometric_median_is_the_nearest_point_and_hardly_moves_for_an_outlier():
@@ -361,6 +366,7 @@ def config_with(**fields):
     config.__post_init__()
 
 
+@functools.cache
 def bad_calls():
     make = config_with
     place = functools.partial(Place, random_parameters(GPT2), GPT2)
@@ -386,6 +392,9 @@ def bad_calls():
         "^k is 2 and auxiliary_k is 0, but they are for topk alone; relu is as sparse": lambda: make(k=2),
         r"the rows have shape \(3, 5\); this autoencoder reads \[row, 4\]": lambda: train(
             a, rows[None], replace(RELU, width=4)
+        ),
+        "tokens go from 0 to 12 here; a batch has 13 to": lambda: train(
+            a, random_tokens(GPT2)[None] + 13, RELU, source=place("end")
         ),
         "the rows are int32; an autoencoder reads vectors": lambda: train(a, rows[None].astype(int), RELU),
         "the mean squared length of the rows is 0.0": lambda: start(0 * rows),

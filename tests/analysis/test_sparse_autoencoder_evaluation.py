@@ -155,9 +155,13 @@ def test_losses_that_cannot_be_recovered_are_refused():
         loss_recovered(a, tokens, config, Place(random_parameters(BERT), BERT, "end"))
     with pytest.raises(ValueError, match="a sequence of one token has no next token"):
         loss_recovered(a, tokens[:, :1], config, Place(parameters, GPT2, "end"))
+    with pytest.raises(ValueError, match="tokens go from 0 to 12 here; a batch has 13 to"):
+        loss_recovered(a, tokens + 13, config, Place(parameters, GPT2, "end"))
     wide, other = identity(3)
     with pytest.raises(ValueError, match=r"the rows have shape \(10, 12\); this autoencoder reads \[row, 3\]"):
         loss_recovered(wide, tokens, other, Place(parameters, GPT2, "end"))
+    with pytest.raises(ValueError, match="the losses .*nan.* are not all finite"):
+        loss_recovered(a.replace(scale=jnp.float32(jnp.nan)), tokens, config, Place(parameters, GPT2, "end"))
     # An unembedding of zeros says the same whatever the walk was.
     silent = replace(GPT2, tied=False)
     weights = random_parameters(silent)
@@ -172,6 +176,12 @@ def test_data_that_cannot_be_measured_are_refused():
         measure(a, [], config)
     with pytest.raises(ValueError, match="all rows are the same, so there is no variance to explain"):
         measure(a, [jnp.ones((4, 3))], config)
+    with pytest.raises(ValueError, match="rows, or what is reconstructed of them, are not finite"):
+        measure(a, [jnp.full((4, 3), jnp.nan)], config)
+    place = Place(random_parameters(GPT2), GPT2, "end")
+    for function in (measure, functools.partial(top_examples, count=1)):
+        with pytest.raises(ValueError, match="tokens go from 0 to 12 here; a batch has 13 to"):
+            function(a, [random_tokens(GPT2) + 13], config, source=place)
     with pytest.raises(ValueError, match=r"the rows have shape \(4, 2\); this autoencoder reads \[row, 3\]"):
         measure(a, [jnp.ones((4, 2))], config)
     with pytest.raises(ValueError, match="there is no batch to look for examples in"):

@@ -222,6 +222,7 @@ def test_it_is_saved_and_read_back_to_the_bit(tmp_path):
         load(path, GPT2)
 
 
+@functools.cache
 def bad_calls():
     parameters, tokens = random_parameters(GPT2), random_tokens(GPT2)
     batches = tokens[None]
