@@ -15,6 +15,7 @@ from properties.models import (
     random_tokens,
     shapes,
 )
+from quick_compiling import quick_compiling  # noqa: F401
 
 from minitf import walk
 from minitf.analysis.sparse_autoencoder import evaluation
@@ -107,8 +108,8 @@ def test_top_examples_of_tokens_are_positions_of_sequences():
 
 
 PLACES = {
-    "z": (LLAMA, "layers.z", 1),
-    "start": (GPT2, "start", None),
+    "z": (GPT2, "layers.z", 1),
+    "start": (LLAMA, "start", None),
 }
 
 

@@ -19,7 +19,6 @@ from properties.models import (
     LLAMA,
     bits,
     compiled,
-    compiled_logits,
     examples,
     in_float64,
     quick_jit,
@@ -27,6 +26,7 @@ from properties.models import (
     random_tokens,
     relative_error,
 )
+from quick_compiling import quick_compiling  # noqa: F401
 from safetensors.numpy import save_file
 
 from minitf import LayerWalk, ModelConfig, Walk, pretrained, walk
@@ -128,11 +128,16 @@ def test_a_step_of_training_goes_down_torchs_slope(config):
 
 @functools.lru_cache
 def compiled_lens(config):
-    return quick_jit(lambda p, t, tokens: tuned_lens(p, t, walk(p, tokens, config), tokens, config).divergence)
+    @quick_jit
+    def reading_and_logits(parameters, tuned, tokens):
+        walked = walk(parameters, tokens, config)
+        return tuned_lens(parameters, tuned, walked, tokens, config), walked.logits
+
+    return reading_and_logits
 
 
 def mean_divergences(parameters, tuned, tokens, config):
-    return np.asarray(compiled_lens(config)(parameters, tuned, tokens)).mean((1, 2))
+    return np.asarray(compiled_lens(config)(parameters, tuned, tokens)[0].divergence).mean((1, 2))
 
 
 def seen_tokens(config):
@@ -184,7 +189,8 @@ def test_the_logits_of_one_station_at_a_time_are_in_memory():
     parameters, tokens = random_parameters(config), random_tokens(config, batch=4)[None]
     setting = module._Setting(parameters, config, module.SGD)
     state = (initialize(config), module.SGD.init(initialize(config)))
-    program = stream._program.lower(setting, state, tokens, np.int32(1), step=module._step).compile()
+    program = stream._program.lower(setting, state, tokens, np.int32(1), step=module._step)
+    program = program.compile({"xla_backend_optimization_level": "3"})
     logits = tokens.size * config.vocabulary * 4
     assert program.memory_analysis().temp_size_in_bytes < len(station_names(config)) / 2 * logits
 
@@ -280,7 +286,7 @@ def test_on_a_real_model_it_reads_from_every_station_what_the_logit_lens_does_no
         mean_divergences(model.parameters, t, held, model.config) for t in (initialize(model.config), done.lens)
     )
     # The best that can be said without looking at the stream: the mean of what the model says of these tokens.
-    final = np.float64(compiled_logits(model.config)(model.parameters, held))
+    final = np.float64(compiled_lens(model.config)(model.parameters, done.lens, held)[1])
     final = np.exp(final - final.max(-1, keepdims=True))
     final /= final.sum(-1, keepdims=True)
     constant = (final * np.log(final / final.mean((0, 1)))).sum(-1).mean()
