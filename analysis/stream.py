@@ -14,6 +14,7 @@ from jaxtyping import Array
 from minitf.config import ModelConfig
 
 Tree = Any
+REMEDY = "choose a smaller learning rate, or look for inputs or weights that are not finite"
 # (what stays, state, batch) -> state, numbers to keep. A function defined once: every new one is compiled anew.
 Step = Callable[[Tree, Tree, Array], tuple[Tree, Tree]]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -54,7 +55,8 @@ def stream(
         progress: wraps the batches, such as ``rich.progress.track``.
 
     Raises:
-        ValueError: no batch, batches of several shapes, or a step that kept a number that is not finite.
+        ValueError: no batch, batches of several shapes, a step that kept a number that is not finite, or a state
+            that is not finite in the end.
     """
     if steps_per_program < 1:
         raise ValueError(f"steps_per_program is {steps_per_program}; it must be at least 1")
@@ -75,6 +77,9 @@ def stream(
             raise
     if not records:
         raise ValueError("there is no batch to take a step on; the stream is empty, or was read before")
+    # Losses are those before their steps, so none of them shows what the last step did.
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)):
+        raise ValueError(f"what the last step, {done - 1}, led to is not finite; {REMEDY}")
     return Streamed(state, jax.tree.map(lambda *parts: np.concatenate(parts), *records), finished)
 
 
@@ -122,7 +127,4 @@ def _check_finite(records: Tree, done: int) -> None:
     values = [np.asarray(x, np.float64) for x in jax.tree.leaves(records)]
     bad = ~np.all([np.isfinite(x.reshape(len(x), -1)).all(axis=1) for x in values], axis=0)
     if bad.any():
-        raise ValueError(
-            f"the loss at step {done + int(bad.argmax())} (the first is 0) is not finite; choose a smaller "
-            "learning rate, or look for inputs or weights that are not finite"
-        )
+        raise ValueError(f"the loss at step {done + int(bad.argmax())} (the first is 0) is not finite; {REMEDY}")

@@ -75,6 +75,13 @@ def test_a_number_that_is_not_finite_is_an_error_that_names_the_step(step):
         run(batches)
 
 
+def test_a_last_step_that_leads_nowhere_finite_is_an_error_too():
+    batches = BATCHES.copy()
+    batches[6, 1] = np.inf
+    with pytest.raises(ValueError, match="^what the last step, 6, led to is not finite; choose a smaller"):
+        run(batches)
+
+
 def test_streams_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="^there is no batch to take a step on; the stream is empty, or was read"):
         run([])
