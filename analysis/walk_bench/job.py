@@ -77,8 +77,7 @@ def bench_walk(
 def _written(folder: Path, size: Size, seed: int) -> Path:
     """The model and two inputs, where every side finds them."""
     config = size.config
-    # Larger weights than a fresh model's: its logits would all be alike, and so would sweeps and texts.
-    parameters = jax.tree.map(lambda x: 3.0 * x, initialize(config, jax.random.key(seed)))
+    parameters = initialize(config, jax.random.key(seed))
     save(folder, Pretrained("gpt2", config, parameters))
     tokens = jax.random.randint(jax.random.key(seed + 1), (2, size.batch, size.length), 0, config.vocabulary)
     (folder / "tokens.json").write_text(json.dumps(jnp.asarray(tokens).tolist()))
