@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minitf.analysis import bench
 from minitf.analysis.bench import Row, Say, Worker
@@ -136,7 +137,8 @@ def _check(first: dict[str, Any], size: Size) -> None:
     for name, value in first.items():
         task, _, peer = name.partition(" ")
         if peer and task == "sweep":
-            most = max(abs(a - b) for a, b in zip(value, first["sweep"], strict=True))
+            # numpy's maximum passes on what is no number.
+            most = float(np.max(np.abs(np.subtract(value, first["sweep"]))))
             scale = max(abs(a) for a in first["sweep"])
             if not most <= 1e-4 * scale:
                 raise RuntimeError(f"{size.name}: the sweep of {peer} differs from ours by {most} of {scale}")
@@ -161,7 +163,7 @@ def _in_forwards(measured: dict[str, list[float]], size: Size) -> list[Row]:
     ]
 
 
-def _memory_rows(memory: dict[str, float], size: Size) -> list[Row]:
+def _memory_rows(memory: dict[str, int], size: Size) -> list[Row]:
     beyond = memory["output"] + memory["temporary"] - memory["temporary_plain"] - memory["arrays"]
     return [
         bench.value_row(f"the whole walk's arrays, {size.name}", [memory["arrays"] / 2**20], "MiB"),

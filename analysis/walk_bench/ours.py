@@ -42,7 +42,7 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     slope = jax.jit(lambda p, t, other: attribution_patching(p, t, other, _last, config, names))
     other = everything(parameters, clean)
 
-    def memory() -> dict[str, float]:
+    def memory() -> dict[str, int]:
         analyses = [f.lower(parameters, corrupt).compile().memory_analysis() for f in (everything, forward)]
         kept, plain = (analysis for analysis in analyses if analysis is not None)
         arrays = sum(x.size * x.dtype.itemsize for _, x in leaves(shapes))
