@@ -38,9 +38,8 @@ def attribution_patching(
     Raises:
         ValueError: a leaf that does not exist, that the clean walk lacks or that has another shape there.
     """
-    if config.layers <= SHALLOW and not isinstance(parameters.layers, tuple):
-        # Backwards, what each layer leaves behind costs a scan more than it does single layers.
-        parameters = split_layers(parameters)
+    # Backwards, what each layer leaves behind costs a scan more than it does single layers.
+    parameters = split_layers(parameters, most=SHALLOW)
     shapes = jax.eval_shape(lambda p, t: walk(p, t, config, valid=valid), parameters, corrupt_tokens)
     for name in names:
         like, value = get(shapes, name), get(clean, name)

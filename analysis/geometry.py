@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from minitf import initialize
 from minitf.analysis.lens import lens, output_vectors
 from minitf.config import ModelConfig
+from minitf.edits import around_a_circle
 from minitf.filter import in_statistics_dtype
 from minitf.parameters import Parameters
 from minitf.walk import Leaf, Walk, leaf, station_steps
@@ -143,8 +144,7 @@ def shuffled_layers(parameters: Parameters, config: ModelConfig, key: Key[Array,
     """
     if config.layers < 2:
         raise ValueError("the layers of a model with one layer cannot be shuffled; take another control")
-    cycle = jax.random.permutation(key, config.layers)
-    order = jnp.zeros_like(cycle).at[cycle].set(jnp.roll(cycle, 1))
+    order = around_a_circle(key, config.layers)
     return dataclasses.replace(parameters, layers=jax.tree.map(lambda x: x[order], parameters.layers))
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from minitf.analysis.lens import read
 from minitf.config import ModelConfig
 from minitf.parameters import Parameters
-from minitf.resume import end_from, last_layer_at, layer_walk
+from minitf.resume import BEFORE_KEYS, end_from, last_layer_at, layer_walk
 from minitf.walk import Change, LayerWalk, Walk, get, leaf_axes, leaves, put
 
 # From logits [batch, position, vocabulary] to a number, or to one for each sequence.
@@ -27,8 +27,6 @@ HEADS = ("layers.z", ("head",))
 HEADS_BY_POSITION = ("layers.z", ("position", "head"))
 STARTS_BY_POSITION = ("layers.resid_pre", ("position",))
 ATTENTION_BY_POSITION = ("layers.attention_step", ("position",))
-# Leaves that come before the keys and values of a layer, or are them.
-BEFORE_KEYS = ("resid_pre", "attention_norm_scale", "k", "v")
 FEED_FORWARD_BY_POSITION = ("layers.feed_forward_step", ("position",))
 
 
@@ -66,10 +64,8 @@ def patch(
     stream, values = get(corrupt, "layers.resid_pre"), _layer_leaf(clean, name)
     _check_places(name, over, stream, values, config)
     length = stream.shape[2]
-    if at is not None and not all(-length <= i < length for i in at):
-        raise ValueError(f"at={list(at)} leaves the {length} positions of the walk")
-    fixed = None if at is None else tuple(int(i) for i in at)
-    count = math.prod(_place_shape(name, over, values.shape))
+    fixed = fixed_positions(at, length)
+    count = math.prod(place_shape(name, over, values.shape))
     size = bytes_per_run(config, stream.shape[1], length, fixed, stream.dtype.itemsize)
     together = runs_together(count, size, memory)
     run = functools.partial(
@@ -142,7 +138,7 @@ def _patched_layer(
     """
     stream, value = streams[layer], values[layer]
     batch, length, width = stream.shape
-    shape = _place_shape(name, over, values.shape)
+    shape = place_shape(name, over, values.shape)
     count = math.prod(shape)
     numbers = jnp.minimum(jnp.arange(math.ceil(count / together) * together), count - 1).reshape(-1, together)
 
@@ -171,12 +167,7 @@ def _patched_layer(
 
 def _replaced(name: str, over: tuple[str, ...], value: Array, unedited: LayerWalk, number: Array) -> LayerWalk:
     """The edit of one layer that puts the place of that number at its clean value, and all else as it was."""
-    axes = leaf_axes()[name][1:]
-    place = jnp.unravel_index(number, _place_shape(name, over, (0, *value.shape)))
-    here = jnp.ones((1,) * value.ndim, bool)
-    for axis, index in zip([a for a in axes if a in over], place, strict=True):
-        sizes = [value.shape[i] if a == axis else 1 for i, a in enumerate(axes)]
-        here = here & (jnp.arange(value.shape[axes.index(axis)]) == index).reshape(sizes)
+    here = at_place(name, over, value.shape, number)
     was = Walk(layers=unedited)
     edit = put(Walk(), name, Change(keep=None, put=jnp.where(here, value, get(was, name))))
     names = list(leaf_axes())
@@ -196,8 +187,27 @@ def _at_positions(edit: LayerWalk, at: tuple[int, ...]) -> LayerWalk:
     return some.layers
 
 
-def _place_shape(name: str, over: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+def at_place(name: str, over: tuple[str, ...], shape: tuple[int, ...], number: Array) -> Bool[Array, "..."]:
+    """True at the place of that number among those gone over; broadcasts to ``shape``, which has no layer."""
+    sizes = dict(zip([axis for axis in leaf_axes()[name] if axis != "layer"], shape, strict=True))
+    index = jnp.unravel_index(number, tuple(size for axis, size in sizes.items() if axis in over))
+    here = jnp.ones((1,) * len(shape), bool)
+    for axis, place in zip([axis for axis in sizes if axis in over], index, strict=True):
+        along = [size if a == axis else 1 for a, size in sizes.items()]
+        here = here & (jnp.arange(sizes[axis]) == place).reshape(along)
+    return here
+
+
+def place_shape(name: str, over: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many places there are on each axis gone over, of a leaf of this shape."""
     return tuple(size for axis, size in zip(leaf_axes()[name], shape, strict=True) if axis in over)
+
+
+def fixed_positions(at: Sequence[int] | None, length: int) -> tuple[int, ...] | None:
+    """The positions as a program's argument. Raises ValueError for one that the walk does not have."""
+    if at is not None and not all(-length <= i < length for i in at):
+        raise ValueError(f"at={list(at)} leaves the {length} positions of the walk")
+    return None if at is None else tuple(int(i) for i in at)
 
 
 def _layer_leaf(clean: Walk, name: str) -> Array:

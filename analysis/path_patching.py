@@ -16,7 +16,15 @@ from jaxtyping import Array, Bool, Float
 
 from minitf.analysis.edges import Half, Receivers, Stream, check, end_along
 from minitf.analysis.lens import read
-from minitf.analysis.patching import Metric, Progress, bytes_per_run, runs_together
+from minitf.analysis.patching import (
+    Metric,
+    Progress,
+    at_place,
+    bytes_per_run,
+    fixed_positions,
+    place_shape,
+    runs_together,
+)
 from minitf.config import ModelConfig
 from minitf.parameters import Parameters
 from minitf.walk import LayerWalk, Walk, get, leaf_axes
@@ -87,9 +95,7 @@ def patch(
     shape = _sender_shape(name, over, base, source)
     stream, values = base.layers.resid_pre, get(base, name)
     length = stream.shape[2]
-    if at is not None and not all(-length <= i < length for i in at):
-        raise ValueError(f"at={list(at)} leaves the {length} positions of the walk")
-    fixed = None if at is None else tuple(int(i) for i in at)
+    fixed = fixed_positions(at, length)
     count = math.prod(shape)
     size = bytes_per_run(config, stream.shape[1], length, fixed, stream.dtype.itemsize)
     run = functools.partial(
@@ -141,10 +147,11 @@ def _patched(
     numbers = jnp.minimum(jnp.arange(math.ceil(count / together) * together), count - 1)
 
     def one(number: Array) -> Array:
+        sent = jnp.where(at_place(name, over, difference.shape, number), difference, 0.0)
         end = end_along(
             parameters,
             base,
-            _as_step(parameters, name, _only(difference, name, over, jnp.unravel_index(number, shape)), layer),
+            _as_step(parameters, name, sent, layer),
             layer,
             receivers,
             config,
@@ -156,16 +163,6 @@ def _patched(
 
     found = jax.lax.map(one, numbers, batch_size=together)
     return found[:count].reshape(*shape, *found.shape[1:])
-
-
-def _only(difference: Array, name: str, over: tuple[str, ...], place: tuple[Array, ...]) -> Array:
-    """The difference at one place of the axes gone over, zero at the others."""
-    axes = [axis for axis in leaf_axes()[name] if axis != "layer"]
-    here = jnp.asarray(True)
-    for axis, index in zip([axis for axis in axes if axis in over], place, strict=True):
-        sizes = [size if a == axis else 1 for a, size in zip(axes, difference.shape, strict=True)]
-        here = here & (jnp.arange(math.prod(sizes)) == index).reshape(sizes)
-    return jnp.where(here, difference, 0.0)
 
 
 def _as_step(parameters: Parameters, name: str, difference: Array, layer: Array) -> Stream:
@@ -191,4 +188,4 @@ def _sender_shape(name: str, over: tuple[str, ...], base: Walk, source: Walk) ->
     for axis in over:
         if axis not in allowed:
             raise ValueError(f"{name!r} cannot be sent place by place over {axis!r}; choose from {allowed}")
-    return tuple(size for axis, size in zip(leaf_axes()[name], sizes, strict=True) if axis in over)
+    return place_shape(name, over, sizes)

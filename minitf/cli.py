@@ -105,7 +105,7 @@ class ScanSnap:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure speed and memory, beside PyTorch and TransformerLens where they are installed (the peers extra).
+    """Measure speed and memory, beside PyTorch and TransformerLens where they are installed (extras peers, lens).
 
     Prints a table and writes bench.json.
     """

@@ -23,7 +23,7 @@ from minitf.walk import Edit, Walk
 
 Tree = Any
 
-DEEP = 48  # layers that are compiled one by one, at most
+DEEP = 48  # layers that are taken apart once, not in every step, and compiled one by one, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ def generate(
         stop: tokens that end a sequence.
         edit: applied at every step and to the prompt, so its position axes must have length 1: steering, say.
         record: of the walk over each generated token, what to keep.
-        unroll: layers per iteration of the scan over them.
+        unroll: layers per iteration of the scan over them, in models too deep to take them one by one.
 
     Raises:
         ValueError: a prompt is empty or has tokens that are not in the vocabulary; prompt and steps do not fit
@@ -203,7 +203,7 @@ def stream(
     """The tokens of :func:`generate` as they come, one ``[batch]`` array a step; -1 after a sequence's stop."""
     tokens, lengths = _padded(prompts, config, steps)
     key = jax.random.key(0) if key is None else key
-    parameters = _single_layers(parameters, config)
+    parameters = split_layers(parameters, most=DEEP)
     slots = tokens.shape[1] + steps
     how: dict[str, Any] = {"config": config, "sampling": sampling}
     state = _begin(parameters, jnp.asarray(tokens), jnp.asarray(lengths), key, edit, slots=slots, **how)
@@ -239,12 +239,6 @@ def _padded(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, np.array([len(p) for p in prompts], np.int32)
-
-
-def _single_layers(parameters: Parameters, config: ModelConfig) -> Parameters:
-    """Layers taken apart once, not in every step; a very deep model's program would take long to compile."""
-    deep = config.layers > DEEP or isinstance(parameters.layers, tuple)
-    return parameters if deep else split_layers(parameters)
 
 
 @partial(jax.jit, static_argnames=("config", "slots", "sampling"))
@@ -306,7 +300,7 @@ def _run(
     unroll: int | bool,
 ) -> Generation:
     """All steps of all prompts."""
-    parameters = _single_layers(parameters, config)
+    parameters = split_layers(parameters, most=DEEP)
     slots = tokens.shape[1] + steps
     begun = _begin(parameters, tokens, lengths, key, edit, config=config, slots=slots, sampling=sampling)
     how: dict[str, Any] = {

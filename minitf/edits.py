@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from minitf.walk import Edit, Walk, change, get, leaf_axes, put
 
@@ -67,9 +67,14 @@ def resample(shapes: Walk, name: str, data: Walk, key: Key[Array, ""], **index: 
     sequences = value.shape[axes.index("batch")]
     if sequences < 2:
         raise ValueError(f"there is {sequences} sequence; another one is drawn from at least 2")
-    circle = jax.random.permutation(key, sequences)
-    order = jnp.zeros_like(circle).at[circle].set(jnp.roll(circle, 1))
+    order = around_a_circle(key, sequences)
     return patch(shapes, name, put(data, name, jnp.take(value, order, axis=axes.index("batch"))), **index)
+
+
+def around_a_circle(key: Key[Array, ""], count: int) -> Int[Array, " count"]:
+    """A random order of ``count`` things, in which none keeps its place: each is given the next on one circle."""
+    circle = jax.random.permutation(key, count)
+    return jnp.zeros_like(circle).at[circle].set(jnp.roll(circle, 1))
 
 
 def freeze_association(shapes: Walk, source: Walk, **index: Any) -> Edit:

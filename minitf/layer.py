@@ -165,7 +165,8 @@ def _associate(
     size = length if edited or places.goes_on or not config.causal else max(BLOCK, -(-length // MOST_BLOCKS))
     scores, patterns, mixed = [], [], []
     for first in range(0, length, size):
-        here, seen = slice(first, min(first + size, length)), keys if size == length else min(first + size, length)
+        stop = min(first + size, length)
+        here, seen = slice(first, stop), keys if size == length else stop
         some = aggregate.score(q[:, here], k[:, :seen], scale)
         if config.position == "alibi":
             some = some + aggregate.alibi_bias(config.heads, places.query[:, here], seen).astype(some.dtype)

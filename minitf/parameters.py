@@ -231,13 +231,19 @@ def initialize(config: ModelConfig, key: Key[Array, ""], dtype: Any = jnp.float3
     )
 
 
-def split_layers(parameters: Parameters) -> Parameters:
+def split_layers(parameters: Parameters, most: int | None = None) -> Parameters:
     """The same weights with ``layers`` a tuple of single layers, for :func:`minitf.walk` and decoding.
 
     A scan copies each layer's weights out of the stack in every pass. Where that counts (few rows, many weights:
     decoding, one short text through a large model) single layers are faster; the program grows with their number.
+
+    Nothing changes where they are single already, or more than ``most``, where that is given.
     """
+    if isinstance(parameters.layers, tuple):
+        return parameters
     layers = len(jax.tree.leaves(parameters.layers)[0])
+    if most is not None and layers > most:
+        return parameters
     single = tuple(jax.tree.map(lambda x: x[number], parameters.layers) for number in range(layers))  # noqa: B023
     return dataclasses.replace(parameters, layers=single)
 

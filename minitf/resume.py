@@ -14,6 +14,9 @@ from minitf.model import finish, fit_edit, run_layers
 from minitf.parameters import Parameters
 from minitf.walk import Edit, LayerWalk, Walk, apply
 
+# Leaves of a layer that its keys and values come from, or are: what all positions read.
+BEFORE_KEYS = ("resid_pre", "attention_norm_scale", "k", "v")
+
 
 def walk_from(
     parameters: Parameters,
@@ -136,7 +139,7 @@ def last_layer_at(
     """
     places = _positions(stream, at)
     edit = edit or LayerWalk()
-    for name in ("resid_pre", "attention_norm_scale", "k", "v"):
+    for name in BEFORE_KEYS:
         if getattr(edit, name) is not None:
             raise ValueError(f"an edit of {name!r} changes what all positions read; run the whole layer")
     weights = jax.tree.map(lambda x: x[config.layers - 1], parameters.layers)

@@ -1,7 +1,6 @@
 """The rows of ``minitf bench walk``."""
 
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from minitf.analysis import bench
@@ -81,7 +79,7 @@ def _written(folder: Path, size: Size, seed: int) -> Path:
     parameters = initialize(config, jax.random.key(seed))
     save(folder, Pretrained("gpt2", config, parameters))
     tokens = jax.random.randint(jax.random.key(seed + 1), (2, size.batch, size.length), 0, config.vocabulary)
-    (folder / "tokens.json").write_text(json.dumps(jnp.asarray(tokens).tolist()))
+    (folder / "tokens.json").write_text(json.dumps(tokens.tolist()))
     return folder
 
 
@@ -169,7 +167,7 @@ def _memory_rows(memory: dict[str, int], size: Size) -> list[Row]:
         bench.value_row(f"the whole walk's arrays, {size.name}", [memory["arrays"] / 2**20], "MiB"),
         bench.value_row(
             f"memory beyond those, {size.name}",
-            [statistics.fmean([beyond]) / 2**20],
+            [beyond / 2**20],
             "MiB",
             "outputs and temporaries of the compiled program, less those of a plain forward pass, less the arrays",
         ),

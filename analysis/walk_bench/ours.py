@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     from minitf.analysis.patching import patch  # noqa: PLC0415
     from minitf.decode import generate  # noqa: PLC0415
     from minitf.pretrained import load  # noqa: PLC0415
-    from minitf.walk import Walk, leaves  # noqa: PLC0415
+    from minitf.record import record  # noqa: PLC0415
+    from minitf.walk import leaves  # noqa: PLC0415
 
     model = load(folder)
     parameters, config = model.parameters, model.config
@@ -36,11 +38,12 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     forward = jax.jit(lambda p, t: walk(p, t, config).logits)
     everything = jax.jit(lambda p, t: walk(p, t, config))
     shapes = jax.eval_shape(everything, parameters, corrupt)
-    heads = jax.jit(lambda p, t: _only(walk(p, t, config), ("layers.z",)))
-    starts = jax.jit(lambda p, t: _only(walk(p, t, config), ("layers.resid_pre",)))
+    heads = jax.jit(lambda p, t: record(walk(p, t, config), "layers.z"))
+    starts = jax.jit(lambda p, t: record(walk(p, t, config), "layers.resid_pre"))
     names = [name for name, _ in leaves(shapes) if name.startswith("layers.")]
     slope = jax.jit(lambda p, t, other: attribution_patching(p, t, other, _last, config, names))
-    other = everything(parameters, clean)
+    # Where no gradient is asked for, this need not be compiled.
+    other = cache(lambda: everything(parameters, clean))
 
     def memory() -> dict[str, int]:
         analyses = [f.lower(parameters, corrupt).compile().memory_analysis() for f in (everything, forward)]
@@ -62,7 +65,7 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
         done = generate(parameters, np.asarray(corrupt).tolist(), config, steps=size["new_tokens"])
         return np.asarray(done.tokens).tolist()
 
-    def block(value: Walk | Any) -> None:
+    def block(value: Any) -> None:
         jax.block_until_ready(value)
 
     return {
@@ -70,15 +73,9 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
         "everything": lambda: block(everything(parameters, corrupt)),
         "memory": memory,
         "sweep": sweep,
-        "gradient": lambda: block(slope(parameters, corrupt, other)),
+        "gradient": lambda: block(slope(parameters, corrupt, other())),
         "generate": written,
     }
-
-
-def _only(passed: Any, names: tuple[str, ...]) -> Any:
-    from minitf.record import record  # noqa: PLC0415
-
-    return record(passed, names)
 
 
 def _last(logits: Any) -> Any:

@@ -10,20 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from properties.models import GPT2, quick_jit, random_parameters, random_tokens, shapes
+from quick_compiling import quick_compiling  # noqa: F401
 
 from minitf import Change, ModelConfig, identity_edit, walk
 from minitf.analysis.causal_scrubbing import Node, Scrubbed, scrub
 from minitf.walk import get, leaf_axes, put
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Where no bit and no cost is at stake, compiling takes longest."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # A model made by hand. A token has a sign and a colour. The one head looks at the first position alone and writes

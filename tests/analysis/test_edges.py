@@ -25,6 +25,7 @@ from properties.models import (
     relative_error,
     shapes,
 )
+from quick_compiling import quick_compiling  # noqa: F401
 
 from minitf import Walk, change, walk
 from minitf.analysis.edges import Receivers, end_along, join, to_end, to_feed_forwards, to_heads
@@ -32,14 +33,6 @@ from minitf.parameters import named
 
 DEEP = replace(GPT2, layers=3)
 UNIT = 2.0**-24
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Where no bit and no cost is at stake, compiling takes longest."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def everything(like):

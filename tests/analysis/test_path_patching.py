@@ -3,7 +3,6 @@
 import functools
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from properties.models import (
     random_tokens,
     shapes,
 )
+from quick_compiling import quick_compiling  # noqa: F401
 
 from minitf import Walk, change, compose, walk
 from minitf.analysis import path_patching
@@ -26,14 +26,6 @@ from minitf.edits import patch as patched
 from minitf.walk import LayerWalk
 
 DEEP = replace(GPT2, layers=3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Where no bit and no cost is at stake, compiling takes longest."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def lead(logits):
