@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LIGHTLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
 
 .PHONY: help setup run test lint clean
 
@@ -28,8 +29,10 @@ run: setup
 	$(BIN)/minitf scan-snap --out runs/scan-snap --overwrite
 
 test: $(VENV)/installed-dev
-	# Two workers: compiling takes most of the time, and each holds its own compiled programs.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	# Two workers, each with its own compiled programs. Compiling takes most of the time, so what a program
+	# computes is tested with little optimization, and what XLA makes of it as users have it.
+	$(LIGHTLY) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not optimized"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m optimized
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

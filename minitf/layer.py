@@ -1,6 +1,7 @@
 """One layer of the walk: an aggregate over positions and a filter, each adding its step."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -67,6 +68,8 @@ def places_after(cache: Cache, length: int, config: ModelConfig, association: bo
     return Places(query, forbidden[:, None], True, association)
 
 
+# Compiled once where it is called outside of any jit; inside, it is as if written there.
+@partial(jax.jit, static_argnames=("config",), inline=True)
 def one_layer(
     stream: Stream,
     weights: Layer,

@@ -1,6 +1,7 @@
 """The forward pass, which returns the walk."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -66,6 +67,24 @@ def walk(
     if cache is not None and (valid is not None or not config.causal):
         raise ValueError("a cache is for causal models and says how long its sequences are: leave valid out")
     edit = fit_edit(edit or Edit(), config, association)
+    return _walk(parameters, tokens, edit, valid, cache, config=config, association=association, unroll=unroll)
+
+
+# Called outside of any jit, it is compiled once, and not its scan anew in every call; inside, it is as if written
+# there.
+@partial(jax.jit, static_argnames=("config", "association", "unroll"), inline=True)
+def _walk(
+    parameters: Parameters,
+    tokens: Int[Array, "batch position"],
+    edit: Edit,
+    valid: Bool[Array, "batch position"] | None,
+    cache: Cache | None,
+    *,
+    config: ModelConfig,
+    association: bool,
+    unroll: int | bool,
+) -> Walk:
+    length = tokens.shape[1]
     if cache is None:
         places = places_from_start(length, config, valid, association)
     else:
@@ -89,6 +108,7 @@ def _check_tokens(tokens: Int[Array, "batch position"], config: ModelConfig) -> 
         raise ValueError(f"there is no token {wrong[0]}; the vocabulary is 0 to {config.vocabulary - 1}")
 
 
+@partial(jax.jit, static_argnames=("config", "unroll"), inline=True)
 def run_layers(
     weights: Layer | tuple[Layer, ...],
     start: Stream,
@@ -121,6 +141,7 @@ def _run_split(
     return stream, jax.tree.map(lambda *leaves: jnp.stack(leaves), *walks)
 
 
+@partial(jax.jit, static_argnames=("config",), inline=True)
 def finish(
     parameters: Parameters, start: Stream, layers: LayerWalk, end: Stream, config: ModelConfig, edit: Edit
 ) -> Walk:

@@ -4,6 +4,9 @@ import hypothesis
 import jax
 import pytest
 
+# An error's message is compared to its end, to which JAX would add what it left out of the stack trace.
+jax.config.update("jax_traceback_filtering", "off")
+
 # How long an example takes says how busy the machine is, and that compiling takes time, and nothing else.
 hypothesis.settings.register_profile("minitf", deadline=None)
 hypothesis.settings.load_profile("minitf")

@@ -17,6 +17,8 @@ from minitf.parameters import initialize
 from minitf.train.optimizers import Rates
 from minitf.train.sequence_classes import SequenceClasses, sample_counts, sample_tokens
 
+pytestmark = pytest.mark.optimized
+
 KEYS = ["name", "peer", "ratio", "ours", "theirs", "unit", "rounds", "note"]
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from properties.models import GPT2, quick_jit, random_parameters, random_tokens, shapes
-from quick_compiling import quick_compiling  # noqa: F401
 
 from minitf import Change, ModelConfig, identity_edit, walk
 from minitf.analysis.causal_scrubbing import Node, Scrubbed, scrub

@@ -25,7 +25,6 @@ from properties.models import (
     relative_error,
     shapes,
 )
-from quick_compiling import quick_compiling  # noqa: F401
 
 from minitf import Walk, change, walk
 from minitf.analysis.edges import Receivers, end_along, join, to_end, to_feed_forwards, to_heads

@@ -15,7 +15,6 @@ from properties.models import (
     random_tokens,
     shapes,
 )
-from quick_compiling import quick_compiling  # noqa: F401
 
 from minitf import Walk, change, compose, walk
 from minitf.analysis import path_patching

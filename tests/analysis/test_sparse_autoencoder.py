@@ -20,7 +20,6 @@ from properties.models import (
     random_tokens,
     relative_error,
 )
-from quick_compiling import quick_compiling  # noqa: F401
 from scipy.optimize import minimize
 
 from minitf import walk

@@ -15,7 +15,6 @@ from properties.models import (
     random_tokens,
     shapes,
 )
-from quick_compiling import quick_compiling  # noqa: F401
 
 from minitf import walk
 from minitf.analysis.sparse_autoencoder import evaluation

@@ -26,7 +26,6 @@ from properties.models import (
     random_tokens,
     relative_error,
 )
-from quick_compiling import quick_compiling  # noqa: F401
 from safetensors.numpy import save_file
 
 from minitf import LayerWalk, ModelConfig, Walk, pretrained, walk

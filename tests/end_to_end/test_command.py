@@ -19,6 +19,8 @@ from minitf.analysis import bench
 from minitf.analysis.claims import claim
 from minitf.analysis.scan_snap import job
 
+pytestmark = pytest.mark.optimized
+
 QUICK = ["scan-snap", "--quick", "--text-steps", "40"]
 STORY = [*QUICK, "--vocabulary", "500"]
 MINITF = [sys.executable, "-m", "minitf"]

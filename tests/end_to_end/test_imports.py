@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[2]
 CORE = sorted(
     [p for p in (ROOT / "minitf").glob("*.py") if p.name not in ("cli.py", "__main__.py")]

@@ -31,6 +31,8 @@ from properties.models import (
 from minitf import Change, change, compose, identity_edit, walk
 from minitf.walk import Edit, get, leaves, put
 
+pytestmark = pytest.mark.optimized
+
 UNIT = 2.0**-24
 
 

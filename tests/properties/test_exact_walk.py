@@ -24,6 +24,8 @@ from minitf import describe
 from minitf import walk as run_walk
 from minitf.walk import leaves, station_steps
 
+pytestmark = pytest.mark.optimized
+
 EXACT = 1e-5  # the contract for float32
 
 

@@ -11,6 +11,8 @@ from properties.models import random_parameters, random_tokens
 
 from minitf import Edit, ModelConfig, walk
 
+pytestmark = pytest.mark.optimized
+
 PLAIN = Path(__file__).parents[1] / "minitf" / "plain.py"
 CASES = [
     *itertools.product([("layer", "pre"), ("rms", "pre"), ("layer", "post"), ("rms", "post")], [1, True], [True]),
