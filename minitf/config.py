@@ -1,5 +1,6 @@
 """What a model is: one frozen dataclass, checked when it is made."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -54,6 +55,9 @@ class ModelConfig:
     # "query_key": scores from W_Q and W_K, steps through W_V and W_O. "table": one free matrix Z per head gives
     # the score x_query^T Z x_key, and the values are the token vectors themselves (Tian et al. 2023).
     attention: Literal["query_key", "table"] = "query_key"
+    # What mixes positions: one of minitf.mixers for all layers, or a tuple with one for each; None is softmax
+    # attention, of the kind above. Rotary positions and ALiBi are part of softmax attention alone.
+    mixer: Any = None
     causal: bool = True
     attend_self: bool = True
     query_key_norm: bool = False  # a root-mean-square norm on each head's queries and keys (Qwen3)
@@ -99,6 +103,7 @@ class ModelConfig:
             )
         self._check_positions_and_norms()
         self._check_extras()
+        self._check_mixers()
         if self.parallel and (self.post_norm or not self.residual):
             raise ValueError("parallel layers need residual=True and norm_placement='pre'")
 
@@ -140,6 +145,45 @@ class ModelConfig:
                 "unembedding_transform uses the model's norm and its activation, which must be relu, gelu or "
                 f"gelu_tanh; here norm is {self.norm!r} and feed_forward is {self.feed_forward!r}"
             )
+
+    def _check_mixers(self) -> None:
+        if self.mixer is None:
+            return
+        mixers = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+        if isinstance(self.mixer, tuple) and len(mixers) != self.layers:
+            raise ValueError(f"mixer names {len(mixers)} mixers; this model has {self.layers} layers")
+        for mixer in mixers:
+            if not hasattr(mixer, "association") or isinstance(mixer, type):
+                raise ValueError(
+                    f"mixer is {mixer!r}; it must be a mixer such as minitf.mixers.Retention(), or a tuple of them"
+                )
+        if self.attention == "table" or not self.attend_self:
+            raise ValueError("attention='table' and attend_self=False are of softmax attention: leave mixer out")
+        if self.position in ("rotary", "alibi") and not any("scores" in mixer.leaves for mixer in mixers):
+            raise ValueError(
+                f"position is {self.position!r}, which is a part of softmax attention, and no layer has that; choose "
+                "none, learned or sinusoidal"
+            )
+        for number in range(self.layers):
+            one = self.layer(number)
+            one.mixer.check(one)
+            if self.causal and not one.mixer.about(one).causal:
+                raise ValueError(
+                    f"{type(one.mixer).__name__} lets every position see all others: set causal=False"
+                )
+
+    def layer(self, number: int) -> "ModelConfig":
+        """This configuration with that layer's mixer as its only one."""
+        if not isinstance(self.mixer, tuple):
+            return self
+        mixer = self.mixer[number]
+        plain = self.position in ("rotary", "alibi") and "scores" not in mixer.leaves
+        return dataclasses.replace(self, mixer=mixer, position="none" if plain else self.position)
+
+    def from_layer(self, number: int) -> "ModelConfig":
+        """This configuration without the layers before that one."""
+        mixer = self.mixer[number:] if isinstance(self.mixer, tuple) else self.mixer
+        return dataclasses.replace(self, layers=self.layers - number, mixer=mixer)
 
     def _check_choices(self) -> None:
         choices = {
@@ -188,10 +232,42 @@ class ModelConfig:
         return self.norm != "none" and self.norm_placement == "pre"
 
 
-def from_plain(fields: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that ``dataclasses.asdict``, and perhaps JSON after it, wrote down."""
-    scaling = fields.get("rotary_scaling")
-    return ModelConfig(**{**fields, "rotary_scaling": None if scaling is None else RotaryScaling(**scaling)})
+def to_plain(config: ModelConfig) -> dict[str, Any]:
+    """The configuration as JSON can hold it; :func:`from_plain` reads it."""
+
+    def named(mixer: Any) -> dict[str, Any]:
+        return {"kind": type(mixer).__name__, **dataclasses.asdict(mixer)}
+
+    fields = dataclasses.asdict(dataclasses.replace(config, mixer=None))
+    if isinstance(config.mixer, tuple):
+        return {**fields, "mixer": [named(mixer) for mixer in config.mixer]}
+    return {**fields, "mixer": None if config.mixer is None else named(config.mixer)}
+
+
+def from_plain(fields: Mapping[str, Any], mixers: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The configuration that :func:`to_plain`, and perhaps JSON after it, wrote down.
+
+    ``mixers`` are classes by name, for those that are not in :mod:`minitf.mixers`. Raises ValueError for a mixer
+    that is not known.
+    """
+    from minitf import mixers as known  # noqa: PLC0415 (they are made of configurations)
+
+    def made(named: Mapping[str, Any]) -> Any:
+        kind = (mixers or {}).get(named["kind"]) or getattr(known, named["kind"], None)
+        if kind is None:
+            raise ValueError(f"there is no mixer {named['kind']!r}; give its class by name in mixers")
+        return kind(**{name: value for name, value in named.items() if name != "kind"})
+
+    scaling, mixer = fields.get("rotary_scaling"), fields.get("mixer")
+    if mixer is not None:
+        mixer = made(mixer) if isinstance(mixer, Mapping) else tuple(made(one) for one in mixer)
+    return ModelConfig(
+        **{
+            **fields,
+            "rotary_scaling": None if scaling is None else RotaryScaling(**scaling),
+            "mixer": mixer,
+        }
+    )
 
 
 def token_tables(vocabulary: int, initializer: Literal["fan_in", "zeros"] = "zeros") -> ModelConfig:

@@ -1,7 +1,8 @@
 """The decoding walk: one token after another, each step a forward pass over the new token alone.
 
-What earlier positions leave to later ones is their keys and values. A walk that is given those of the past
-returns them with its own, so the cache is no more than a part of the walk, and a step is a pure function.
+What earlier positions leave to later ones is the state of each layer's mixer: keys and values of softmax attention,
+a few sums of a recurrent one. A walk that is given those of the past returns them with its own, and a step is a
+pure function.
 """
 
 import dataclasses
@@ -16,9 +17,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from minitf.config import ModelConfig
-from minitf.layer import Cache
-from minitf.model import walk
+from minitf.layer import mixer_of
+from minitf.model import walk_on
 from minitf.parameters import Parameters, split_layers
+from minitf.places import Cache
 from minitf.walk import Edit, Walk
 
 Tree = Any
@@ -83,25 +85,13 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.fl
         )
     if slots > config.length:
         raise ValueError(f"{slots} positions are more than the model's length of {config.length}")
-    shape = (config.layers, batch, slots, config.groups, config.head_size)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    states = [mixer_of(config.layer(i)).start(config, batch, slots, dtype) for i in range(config.layers)]
+    together = tuple(states) if isinstance(config.mixer, tuple) else jax.tree.map(lambda *x: jnp.stack(x), *states)
+    return Cache(together, jnp.zeros(batch, jnp.int32), slots)
 
 
-def advance(
-    parameters: Parameters,
-    tokens: Int[Array, "batch position"],
-    cache: Cache,
-    config: ModelConfig,
-    *,
-    edit: Edit | None = None,
-    unroll: int | bool = 1,
-) -> tuple[Walk, Cache]:
-    """The walk of the tokens that follow those in the cache, and the cache with them.
-
-    An edit's position axis is that of these tokens. Positions beyond the last slot are lost: make room before.
-    """
-    walked = walk(parameters, tokens, config, edit=edit, cache=cache, unroll=unroll)
-    return walked, Cache(walked.layers.k, walked.layers.v, cache.filled + tokens.shape[1])
+# The walk of the next tokens and the cache with them: one step of decoding, or a prompt.
+advance = walk_on
 
 
 def likely(logits: Float[Array, "batch vocabulary"], sampling: Sampling) -> Float[Array, "batch vocabulary"]:
@@ -256,10 +246,10 @@ def _begin(
     """The prompts done and the first token chosen."""
     dtype = jax.tree.leaves(parameters)[0].dtype
     cache = empty_cache(config, len(tokens), slots, dtype)
-    walked, cache = advance(parameters, tokens, cache, config, edit=edit)
+    counts = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    walked, cache = advance(parameters, tokens, cache, config, edit=edit, counts=counts)
     last = jnp.take_along_axis(walked.logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    # Slots of the padding are written again when the sequence gets there, and are not read before.
-    cache = dataclasses.replace(cache, filled=lengths)
+    # Of keys and values, slots of the padding are written again when the sequence gets there, and not read before.
     token = sample(last, jax.random.fold_in(key, 0), sampling)
     return _State(cache, token, jnp.zeros(len(tokens), bool), jnp.int32(1))
 

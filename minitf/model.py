@@ -11,19 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minitf import aggregate, filter
 from minitf.config import ModelConfig
-from minitf.layer import (
-    Cache,
-    Past,
-    Places,
-    Stream,
-    apply_norm,
-    as_rows,
-    one_layer,
-    places_after,
-    places_from_start,
-)
+from minitf.layer import Stream, apply_norm, as_rows, mixer_of, one_layer
 from minitf.parameters import Layer, Parameters
-from minitf.walk import Edit, LayerWalk, Walk, apply, leaves, put
+from minitf.places import Cache, Places, places_after, places_from_start
+from minitf.walk import Edit, LayerWalk, Walk, apply, at_layer, by_layer, leaves, put
 
 
 def walk(
@@ -33,7 +24,6 @@ def walk(
     *,
     edit: Edit | None = None,
     valid: Bool[Array, "batch position"] | None = None,
-    cache: Cache | None = None,
     association: bool = True,
     unroll: int | bool = 1,
 ) -> Walk:
@@ -48,8 +38,6 @@ def walk(
             it: check data before.
         edit: changes to any leaves, in the order in which the leaves are computed.
         valid: False marks padding, which no query may see.
-        cache: keys and values of the positions before; the tokens are then the ones that follow those (see
-            :mod:`minitf.decode`), and ``layers.k``, ``layers.v`` of the walk hold the cache with theirs in it.
         association: False leaves scores and patterns out of the walk, so that a kernel that never stores them can
             run where there is one: cuDNN's, on a GPU in half precision. Elsewhere the numbers are the same; what
             is not read is not stored in any case.
@@ -64,38 +52,61 @@ def walk(
     if length > config.length:
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
     _check_tokens(tokens, config)
-    if cache is not None and (valid is not None or not config.causal):
-        raise ValueError("a cache is for causal models and says how long its sequences are: leave valid out")
     edit = fit_edit(edit or Edit(), config, association)
-    return _walk(parameters, tokens, edit, valid, cache, config=config, association=association, unroll=unroll)
+    places = places_from_start(length, config, valid, association)
+    return _walk(parameters, tokens, edit, places, config=config, unroll=unroll)[0]
+
+
+def walk_on(
+    parameters: Parameters,
+    tokens: Int[Array, "batch position"],
+    cache: Cache,
+    config: ModelConfig,
+    *,
+    edit: Edit | None = None,
+    counts: Bool[Array, "batch position"] | None = None,
+    unroll: int | bool = 1,
+) -> tuple[Walk, Cache]:
+    """The walk of the tokens that follow those in the cache, and the cache with them.
+
+    Args:
+        parameters, tokens, config, unroll: as :func:`walk`.
+        cache: as :func:`minitf.decode.empty_cache` makes it. Positions beyond its last slot are lost: make room.
+        edit: its position axis is that of these tokens. Of softmax attention, ``layers.k`` and ``layers.v`` are
+            those of all slots; a recurrent mixer's association is never made here, and cannot be edited.
+        counts: False for tokens that only fill up shorter sequences, after their end; all count by default.
+
+    Raises:
+        ValueError: the model is not causal, or an edit does not fit.
+    """
+    if not config.causal:
+        raise ValueError("a cache is for causal models: in this one earlier positions see later ones")
+    _check_tokens(tokens, config)
+    edit = fit_edit(edit or Edit(), config)
+    places = places_after(cache, tokens.shape[1], config, counts=counts)
+    walked, states = _walk(parameters, tokens, edit, places, cache.states, config=config, unroll=unroll)
+    added = tokens.shape[1] if counts is None else jnp.sum(counts, axis=1, dtype=jnp.int32)
+    return walked, dataclasses.replace(cache, states=states, filled=cache.filled + added)
 
 
 # Called outside of any jit, it is compiled once, and not its scan anew in every call; inside, it is as if written
 # there.
-@partial(jax.jit, static_argnames=("config", "association", "unroll"), inline=True)
+@partial(jax.jit, static_argnames=("config", "unroll"), inline=True)
 def _walk(
     parameters: Parameters,
     tokens: Int[Array, "batch position"],
     edit: Edit,
-    valid: Bool[Array, "batch position"] | None,
-    cache: Cache | None,
+    places: Places,
+    states: Any = None,
     *,
     config: ModelConfig,
-    association: bool,
     unroll: int | bool,
-) -> Walk:
-    length = tokens.shape[1]
-    if cache is None:
-        places = places_from_start(length, config, valid, association)
-    else:
-        places = places_after(cache, length, config, association)
-
+) -> tuple[Walk, Any]:
     token_embedding, position_embedding, start = _start(parameters, tokens, config, edit, places)
-
-    past = None if cache is None else (cache.k, cache.v)
-    end, layers = run_layers(parameters.layers, start, config, edit.layers, places, past, unroll)
+    end, layers, states = run_layers(parameters.layers, start, config, edit.layers, places, states, unroll)
     walked = finish(parameters, start, layers, end, config, edit)
-    return dataclasses.replace(walked, token_embedding=token_embedding, position_embedding=position_embedding)
+    walked = dataclasses.replace(walked, token_embedding=token_embedding, position_embedding=position_embedding)
+    return walked, states
 
 
 def _check_tokens(tokens: Int[Array, "batch position"], config: ModelConfig) -> None:
@@ -115,30 +126,38 @@ def run_layers(
     config: ModelConfig,
     edit: LayerWalk,
     places: Places,
-    past: Past = None,
+    states: Any = None,
     unroll: int | bool = 1,
-) -> tuple[Stream, LayerWalk]:
-    """As many layers as the weights have, one after another: where they end, and their walk."""
+) -> tuple[Stream, LayerWalk, Any]:
+    """As many layers as the weights have, one after another: where they end, their walk, and their states."""
 
     if isinstance(weights, tuple):
-        return _run_split(weights, start, config, edit, places, past)
+        return _run_split(weights, start, config, edit, places, states)
 
-    def layer(stream: Stream, inputs: tuple[Layer, LayerWalk, Past]) -> tuple[Stream, LayerWalk]:
-        passed = one_layer(stream, inputs[0], config, inputs[1], places, inputs[2])
-        return passed.resid_post, passed
+    def layer(stream: Stream, inputs: tuple[Layer, LayerWalk, Any]) -> tuple[Stream, tuple[LayerWalk, Any]]:
+        passed, state = one_layer(stream, inputs[0], config, inputs[1], places, inputs[2])
+        return passed.resid_post, (passed, state)
 
-    return jax.lax.scan(layer, start, (weights, edit, past), length=config.layers, unroll=unroll)
+    end, (walked, states) = jax.lax.scan(
+        layer, start, (weights, edit, states), length=config.layers, unroll=unroll
+    )
+    return end, walked, states
 
 
 def _run_split(
-    weights: tuple[Layer, ...], stream: Stream, config: ModelConfig, edit: LayerWalk, places: Places, past: Past
-) -> tuple[Stream, LayerWalk]:
-    walks = []
+    weights: tuple[Layer, ...], stream: Stream, config: ModelConfig, edit: LayerWalk, places: Places, states: Any
+) -> tuple[Stream, LayerWalk, Any]:
+    hybrid = isinstance(config.mixer, tuple)
+    walks, after = [], []
     for number, layer in enumerate(weights):
-        mine, before = jax.tree.map(lambda x: x[number], (edit, past))  # noqa: B023 (used at once)
-        walks.append(one_layer(stream, layer, config, mine, places, before))
-        stream = walks[-1].resid_post
-    return stream, jax.tree.map(lambda *leaves: jnp.stack(leaves), *walks)
+        before = states
+        if states is not None:
+            before = states[number] if hybrid else jax.tree.map(lambda x: x[number], states)  # noqa: B023
+        passed, state = one_layer(stream, layer, config.layer(number), at_layer(edit, number), places, before)
+        walks.append(passed)
+        after.append(state)
+        stream = passed.resid_post
+    return stream, by_layer(walks), tuple(after) if hybrid else jax.tree.map(lambda *x: jnp.stack(x), *after)
 
 
 @partial(jax.jit, static_argnames=("config",), inline=True)
@@ -215,6 +234,10 @@ def fit_edit(edit: Edit, config: ModelConfig, association: bool = True) -> Edit:
             raise ValueError(f"this model's walk has no {name!r}, so an edit of it would do nothing")
         if not name.startswith("layers."):
             continue
+        if isinstance(change, tuple):
+            if len(change) != config.layers:
+                raise ValueError(f"the edit of {name!r} is of {len(change)} layers; the model has {config.layers}")
+            continue
         edit = put(edit, name, jax.tree.map(lambda part, name=name: _by_layer(part, name, config), change))
     return edit
 
@@ -230,7 +253,7 @@ def _by_layer(part: Any, name: str, config: ModelConfig) -> Any:
 
 
 def _absent_leaves(config: ModelConfig) -> set[str]:
-    """Leaves that a model of this configuration does not compute."""
+    """Leaves that no layer of a model of this configuration computes."""
     c = config
     has: dict[str, bool] = {
         "position_embedding": c.position in ("learned", "sinusoidal"),
@@ -242,4 +265,7 @@ def _absent_leaves(config: ModelConfig) -> set[str]:
     for name in ("pre", "gated", "post", "feed_forward_step"):
         has[f"layers.{name}"] = feed and has.get(f"layers.{name}", True)
     has["layers.feed_forward_norm_scale"] = feed and c.norm != "none"
+    mixed = frozenset().union(*(mixer_of(c.layer(number)).leaves for number in range(c.layers)))
+    for name in ("q", "k", "scores", "pattern"):
+        has[f"layers.{name}"] = name in mixed
     return {name for name, there in has.items() if not there}

@@ -6,6 +6,7 @@ checkpoints and sharding read it, so that a weight is described in one place onl
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -66,10 +67,14 @@ class FeedForwardParameters:
 
 @struct.dataclass
 class Layer:
-    """One layer; in :class:`Parameters` every leaf has a leading ``layer`` axis."""
+    """One layer; in :class:`Parameters` every leaf has a leading ``layer`` axis.
+
+    ``attention`` holds what the layer mixes positions with: of another mixer than softmax attention, its weights by
+    name.
+    """
 
     attention_norm: Norm = Norm()
-    attention: AttentionParameters = AttentionParameters()
+    attention: Any = AttentionParameters()
     feed_forward_norm: Norm = Norm()
     feed_forward: FeedForwardParameters = FeedForwardParameters()
 
@@ -102,16 +107,22 @@ class Parameters:
     unembedding_bias: Weight = None
 
 
-Distribution = Literal["zeros", "ones", "normal", "uniform"]
+Distribution = Literal["zeros", "ones", "constant", "normal", "uniform", "even", "log"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """One weight: its axes by name and size, and how it starts (``scale`` is a deviation or a bound)."""
+    """One weight: its axes by name and size, and how it starts.
+
+    ``normal`` has the deviation ``scale``, ``uniform`` that bound, both around ``center``; ``constant`` is
+    ``center``; ``even`` goes from ``center - scale`` to ``center + scale`` along the last axis, ``log`` is log 1,
+    log 2, ... there.
+    """
 
     axes: tuple[tuple[str, int], ...]
     distribution: Distribution
     scale: float = 0.0
+    center: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,18 +131,108 @@ class Declaration:
 
     def draw(self, key: Key[Array, ""], dtype: Any) -> Array:
         """A fresh value of this weight."""
+        low, high = self.center - self.scale, self.center + self.scale
         if self.distribution == "normal":
-            return self.scale * jax.random.normal(key, self.shape, dtype)
+            noise = self.scale * jax.random.normal(key, self.shape, dtype)
+            return noise + self.center if self.center else noise
         if self.distribution == "uniform":
-            return jax.random.uniform(key, self.shape, dtype, -self.scale, self.scale)
+            return jax.random.uniform(key, self.shape, dtype, low, high)
+        if self.distribution == "even":
+            return jnp.broadcast_to(jnp.linspace(low, high, self.shape[-1], dtype=dtype), self.shape)
+        if self.distribution == "log":
+            return jnp.broadcast_to(jnp.log(jnp.arange(1, self.shape[-1] + 1, dtype=dtype)), self.shape)
+        if self.distribution == "constant":
+            return jnp.full(self.shape, self.center, dtype)
         return jnp.full(self.shape, float(self.distribution == "ones"), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Make:
+    """Declares weights of a model: axes by name (a configuration knows their sizes), and how they start."""
+
+    config: ModelConfig
+    sizes: Mapping[str, int]
+
+    def axes(self, names: str, **sizes: int) -> tuple[tuple[str, int], ...]:
+        """Names and sizes of axes; ``sizes`` gives those that the configuration does not know."""
+        known = {**self.sizes, **sizes}
+        return tuple((name, known[name]) for name in names.split())
+
+    def matrix(self, names: str, inputs: str, output: bool = False, **sizes: int) -> Declaration:
+        """A linear map; ``inputs`` are the axes that it sums over, ``output`` says that it adds to the stream."""
+        axes, config = self.axes(names, **sizes), self.config
+        if config.initializer == "zeros":
+            return Declaration(axes, "zeros")
+        if config.initializer == "fan_in":
+            fan_in = math.prod(size for name, size in self.axes(names, **sizes) if name in inputs.split())
+            return Declaration(axes, "uniform", 1.0 / math.sqrt(fan_in))
+        return Declaration(axes, "normal", 0.02 / math.sqrt(2 * config.layers) if output else 0.02)
+
+    def weight(
+        self, names: str, distribution: Distribution, scale: float = 0.0, center: float = 0.0, **sizes: int
+    ) -> Declaration:
+        """Any other weight."""
+        return Declaration(self.axes(names, **sizes), distribution, scale, center)
+
+    def bias(self, names: str, present: bool) -> Declaration | None:
+        """Zero at the start."""
+        return Declaration(self.axes(names), "zeros") if present else None
+
+    def gain(self, names: str, present: bool) -> Declaration | None:
+        """One at the start."""
+        return Declaration(self.axes(names), "ones") if present else None
+
+    def norm(self, names: str, present: bool) -> Norm:
+        """A norm of the configuration's kind."""
+        if not present or self.config.norm in ("none", "l2"):
+            return Norm()
+        return Norm(gain=self.gain(names, True), offset=self.bias(names, self.config.norm == "layer"))
+
+    def attention(self) -> AttentionParameters:
+        """Softmax attention's."""
+        c = self.config
+        if c.attention == "table":
+            return AttentionParameters(table=self.matrix("head query_width key_width", "key_width"))
+        inner_biases = c.biases or c.query_key_value_biases
+        return AttentionParameters(
+            query=self.matrix("width head head_width", "width"),
+            key=self.matrix("width key_value_head head_width", "width"),
+            value=self.matrix("width key_value_head head_width", "width"),
+            output=self.matrix("head head_width width", "head head_width", output=True),
+            query_bias=self.bias("head head_width", inner_biases),
+            key_bias=self.bias("key_value_head head_width", inner_biases),
+            value_bias=self.bias("key_value_head head_width", inner_biases),
+            output_bias=self.bias("width", c.biases),
+            query_gain=self.gain("head_width", c.query_key_norm),
+            key_gain=self.gain("head_width", c.query_key_norm),
+        )
+
+    def layer(self) -> Layer:
+        """One layer."""
+        c = self.config
+        feed_forward = FeedForwardParameters()
+        if c.feed_forward != "none":
+            gated = c.feed_forward == "swiglu"
+            feed_forward = FeedForwardParameters(
+                into=self.matrix("width hidden", "width"),
+                gate=self.matrix("width hidden", "width") if gated else None,
+                out=self.matrix("hidden width", "hidden", output=True),
+                into_bias=self.bias("hidden", c.biases),
+                gate_bias=self.bias("hidden", c.biases and gated),
+                out_bias=self.bias("width", c.biases),
+            )
+        return Layer(
+            attention_norm=self.norm("width", True),
+            attention=self.attention() if c.mixer is None else c.mixer.declare(c, self),
+            feed_forward_norm=self.norm("width", c.feed_forward != "none"),
+            feed_forward=feed_forward,
+        )
 
 
 def declare(config: ModelConfig) -> Parameters:
     """The declaration of every weight of a model, in the shape of its :class:`Parameters`."""
     c = config
-    size = {
-        "layer": c.layers,
+    sizes = {
         "vocabulary": c.vocabulary,
         "position": c.length,
         "token_type": c.token_types,
@@ -144,79 +245,36 @@ def declare(config: ModelConfig) -> Parameters:
         "head_width": c.head_size,
         "hidden": c.hidden_size,
     }
-
-    def axes(names: str) -> tuple[tuple[str, int], ...]:
-        return tuple((name, size[name]) for name in names.split())
-
-    def matrix(names: str, inputs: str, output: bool = False) -> Declaration:
-        if c.initializer == "zeros":
-            return Declaration(axes(names), "zeros")
-        if c.initializer == "fan_in":
-            fan_in = math.prod(size[name] for name in inputs.split())
-            return Declaration(axes(names), "uniform", 1.0 / math.sqrt(fan_in))
-        return Declaration(axes(names), "normal", 0.02 / math.sqrt(2 * c.layers) if output else 0.02)
-
-    def bias(names: str, present: bool = c.biases) -> Declaration | None:
-        return Declaration(axes(names), "zeros") if present else None
-
-    def norm(names: str, present: bool) -> Norm:
-        if not present or c.norm in ("none", "l2"):
-            return Norm()
-        offset = Declaration(axes(names), "zeros") if c.norm == "layer" else None
-        return Norm(gain=Declaration(axes(names), "ones"), offset=offset)
-
-    def gain(names: str, present: bool) -> Declaration | None:
-        return Declaration(axes(names), "ones") if present else None
-
-    inner_biases = c.biases or c.query_key_value_biases
-    if c.attention == "table":
-        attention = AttentionParameters(table=matrix("layer head query_width key_width", "key_width"))
-    else:
-        attention = AttentionParameters(
-            query=matrix("layer width head head_width", "width"),
-            key=matrix("layer width key_value_head head_width", "width"),
-            value=matrix("layer width key_value_head head_width", "width"),
-            output=matrix("layer head head_width width", "head head_width", output=True),
-            query_bias=bias("layer head head_width", inner_biases),
-            key_bias=bias("layer key_value_head head_width", inner_biases),
-            value_bias=bias("layer key_value_head head_width", inner_biases),
-            output_bias=bias("layer width"),
-            query_gain=gain("layer head_width", c.query_key_norm),
-            key_gain=gain("layer head_width", c.query_key_norm),
-        )
-    feed_forward = FeedForwardParameters()
-    if c.feed_forward != "none":
-        gated = c.feed_forward == "swiglu"
-        feed_forward = FeedForwardParameters(
-            into=matrix("layer width hidden", "width"),
-            gate=matrix("layer width hidden", "width") if gated else None,
-            out=matrix("layer hidden width", "hidden", output=True),
-            into_bias=bias("layer hidden"),
-            gate_bias=bias("layer hidden", c.biases and gated),
-            out_bias=bias("layer width"),
+    make = Make(c, sizes)
+    transform = Transform()
+    if c.unembedding_transform:
+        transform = Transform(
+            weight=make.matrix("width output_width", "width"),
+            bias=make.bias("output_width", c.biases),
+            norm=make.norm("output_width", True),
         )
     return Parameters(
-        embedding=matrix("vocabulary width", "width") if c.embedding == "learned" else None,
-        position=matrix("position width", "width") if c.position == "learned" else None,
-        token_type=matrix("token_type width", "width") if c.token_types else None,
-        embedding_norm=norm("width", c.embedding_norm),
-        layers=Layer(
-            attention_norm=norm("layer width", True),
-            attention=attention,
-            feed_forward_norm=norm("layer width", c.feed_forward != "none"),
-            feed_forward=feed_forward,
-        ),
-        final_norm=norm("width", c.pre_norm),
-        unembedding_transform=Transform(
-            weight=matrix("width output_width", "width"),
-            bias=bias("output_width"),
-            norm=norm("output_width", True),
-        )
-        if c.unembedding_transform
-        else Transform(),
-        unembedding=None if c.tied else matrix("width vocabulary", "width"),
-        unembedding_bias=bias("vocabulary", c.unembedding_bias),
+        embedding=make.matrix("vocabulary width", "width") if c.embedding == "learned" else None,
+        position=make.matrix("position width", "width") if c.position == "learned" else None,
+        token_type=make.matrix("token_type width", "width") if c.token_types else None,
+        embedding_norm=make.norm("width", c.embedding_norm),
+        layers=_declare_layers(config, sizes),
+        final_norm=make.norm("width", c.pre_norm),
+        unembedding_transform=transform,
+        unembedding=None if c.tied else make.matrix("width vocabulary", "width"),
+        unembedding_bias=make.bias("vocabulary", c.unembedding_bias),
     )
+
+
+def _declare_layers(config: ModelConfig, sizes: Mapping[str, int]) -> Layer | tuple[Layer, ...]:
+    """Equal layers stacked on a leading axis; layers that mix differently one by one."""
+    if isinstance(config.mixer, tuple):
+        return tuple(Make(config.layer(number), sizes).layer() for number in range(config.layers))
+
+    def stacked(one: Declaration) -> Declaration:
+        return dataclasses.replace(one, axes=(("layer", config.layers), *one.axes))
+
+    return jax.tree.map(stacked, Make(config, sizes).layer(), is_leaf=_is_declaration)
 
 
 def _is_declaration(x: Any) -> bool:
@@ -255,7 +313,9 @@ def count(config: ModelConfig) -> int:
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A weight's name from its place in the tree: ``layers.attention.query``."""
-    return ".".join(str(getattr(entry, "name", entry)) for entry in path)
+    return ".".join(
+        str(getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", entry)))) for entry in path
+    )
 
 
 def named(parameters: Parameters) -> dict[str, Weight]:

@@ -40,14 +40,34 @@ def record(
         if value is None:
             raise ValueError(f"this model's walk has no {name!r}, so it cannot be recorded")
         axes = leaf_axes()[name]
-        before = value.ndim - len(axes)
-        # The last first: an index drops its axis, and what comes before it stays in its place.
-        for axis in reversed(range(len(axes))):
-            chosen = {"layer": layer, "position": position, "query": position}.get(axes[axis])
-            if chosen is not None:
-                value = _taken(value, before + axis, chosen, name, axes[axis])
+        if isinstance(value, tuple):
+            value = _of_differing_layers(value, name, axes[1:], layer, position)
+        else:
+            value = _chosen(value, name, axes, {"layer": layer, "position": position, "query": position})
         kept = put(kept, name, value)
     return kept
+
+
+def _chosen(value: jax.Array, name: str, axes: tuple[str, ...], places: dict[str, Any]) -> jax.Array:
+    """The chosen places on all axes."""
+    before = value.ndim - len(axes)
+    # The last first: an index drops its axis, and what comes before it stays in its place.
+    for axis in reversed(range(len(axes))):
+        chosen = places.get(axes[axis])
+        if chosen is not None:
+            value = _taken(value, before + axis, chosen, name, axes[axis])
+    return value
+
+
+def _of_differing_layers(values: tuple, name: str, axes: tuple[str, ...], layer: Any, position: Any) -> Any:
+    """The chosen layers' own values; of a single layer, the value itself."""
+    numbers = _taken(jnp.arange(len(values)), 0, slice(None) if layer is None else layer, name, "layer")
+    places = {"position": position, "query": position}
+    found = [
+        None if values[number] is None else _chosen(values[number], name, axes, places)
+        for number in jnp.atleast_1d(numbers).tolist()
+    ]
+    return tuple(found) if numbers.ndim else found[0]
 
 
 def _taken(value: jax.Array, axis: int, chosen: Any, name: str, label: str) -> jax.Array:

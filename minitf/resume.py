@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minitf.config import ModelConfig
-from minitf.layer import Places, Stream, one_layer, places_from_start
+from minitf.layer import Stream, mixer_of, one_layer
+from minitf.mixers.softmax import Softmax
 from minitf.model import finish, fit_edit, run_layers
-from minitf.parameters import Parameters
+from minitf.parameters import Layer, Parameters
+from minitf.places import Places, places_from_start
 from minitf.walk import Edit, LayerWalk, Walk, apply
 
 # Leaves of a layer that its keys and values come from, or are: what all positions read.
@@ -51,15 +53,16 @@ def walk_from(
     if edit.token_embedding is not None or edit.position_embedding is not None:
         raise ValueError("a resumed walk has no embeddings to edit; edit its start")
     if layer < config.layers:
-        rest = dataclasses.replace(config, layers=config.layers - layer)
+        rest = config.from_layer(layer)
         edit = fit_edit(edit, rest)
     elif jax.tree.leaves(edit.layers):
         raise ValueError("no layer is left to run, so none can be edited")
     start = end = apply(edit.start, stream)
     if layer < config.layers:
-        weights = jax.tree.map(lambda x: x[layer:], parameters.layers)
+        split = isinstance(parameters.layers, tuple)
+        weights = parameters.layers[layer:] if split else jax.tree.map(lambda x: x[layer:], parameters.layers)
         places = places_from_start(stream.shape[1], config, valid)
-        end, layers = run_layers(weights, start, rest, edit.layers, places, unroll=unroll)
+        end, layers, _ = run_layers(weights, start, rest, edit.layers, places, unroll=unroll)
     return finish(parameters, start, layers, end, config, edit)
 
 
@@ -79,9 +82,20 @@ def layer_walk(
     if isinstance(layer, int) and not 0 <= layer < config.layers:
         raise ValueError(f"there is no layer {layer}; this model has layers 0 to {config.layers - 1}")
     _check_stream(stream, config)
-    weights = jax.tree.map(lambda x: x[layer], parameters.layers)
     places = places_from_start(stream.shape[1], config, valid)
-    return one_layer(stream, weights, config, edit or LayerWalk(), places)
+    weights = _weights(parameters, layer)
+    return one_layer(stream, weights, _config(config, layer), edit or LayerWalk(), places)[0]
+
+
+def _weights(parameters: Parameters, layer: int | Int[Array, ""]) -> Layer:
+    """One layer's; of single layers only a known number can be chosen."""
+    if isinstance(parameters.layers, tuple):
+        return parameters.layers[int(layer)]
+    return jax.tree.map(lambda x: x[layer], parameters.layers)
+
+
+def _config(config: ModelConfig, layer: int | Int[Array, ""]) -> ModelConfig:
+    return config.layer(int(layer)) if isinstance(config.mixer, tuple) else config
 
 
 def end_from(
@@ -108,13 +122,22 @@ def end_from(
     """
     _check_stream(stream, config)
 
-    def one(number: Int[Array, ""], stream: Stream) -> Stream:
+    def one(number: int | Int[Array, ""], stream: Stream) -> Stream:
         return layer_walk(parameters, stream, config, number, valid=valid).resid_post
 
+    def run(to: int, stream: Stream) -> Stream:
+        if isinstance(parameters.layers, tuple):
+            for number in range(int(layer), to):
+                stream = one(number, stream)
+            return stream
+        return jax.lax.fori_loop(layer, to, one, stream)
+
     if at is None:
-        return jax.lax.fori_loop(layer, config.layers, one, stream)
+        return run(config.layers, stream)
     last = config.layers - 1
-    stream = jax.lax.fori_loop(layer, last, one, stream)
+    if not isinstance(mixer_of(config.layer(last)), Softmax):
+        return run(config.layers, stream)[:, _positions(stream, at)]
+    stream = run(last, stream)
     places = _positions(stream, at)
     take = lambda stream: stream[:, places]
     finish_at = lambda stream: last_layer_at(parameters, stream, config, at, valid=valid).resid_post
@@ -142,11 +165,14 @@ def last_layer_at(
     for name in BEFORE_KEYS:
         if getattr(edit, name) is not None:
             raise ValueError(f"an edit of {name!r} changes what all positions read; run the whole layer")
-    weights = jax.tree.map(lambda x: x[config.layers - 1], parameters.layers)
+    last = config.layer(config.layers - 1)
+    if not isinstance(mixer_of(last), Softmax):
+        raise ValueError("only softmax attention takes some queries alone; run the whole layer")
+    weights = _weights(parameters, config.layers - 1)
     whole = places_from_start(stream.shape[1], config, valid)
-    read = one_layer(stream, weights, config, LayerWalk(), whole)
+    read, _ = one_layer(stream, weights, last, LayerWalk(), whole)
     some = Places(jnp.asarray(places)[None], whole.forbidden[:, :, places], goes_on=True)
-    return one_layer(stream[:, places], weights, config, edit, some, (read.k, read.v))
+    return one_layer(stream[:, places], weights, last, edit, some, (read.k, read.v))[0]
 
 
 def _positions(stream: Stream, at: Sequence[int]) -> Int[np.ndarray, " place"]:

@@ -8,7 +8,7 @@ walk whose leaves are :class:`Change` (``x -> keep * x + put``) or None.
 import dataclasses
 import difflib
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,10 @@ def leaf(axes: str) -> Leaf:
 @struct.dataclass
 class LayerWalk:
     """One layer's part of the walk; in :class:`Walk` every leaf has a leading ``layer`` axis.
+
+    Where layers mix by different means and a leaf's shape differs, it is a tuple with one entry for each layer, None
+    where a layer has none. ``q``, ``k``, ``scores``, ``pattern`` are there where the mixer has such (of a state
+    space model q and k are its C and B); ``head`` counts channels where the mixer weighs each by itself.
 
     The names are the field's. ``q`` and ``k`` are as the scores use them, positions applied; ``scores`` are
     -inf where a query may not look; ``*_step`` is what a sub-layer adds to the residual stream. Where a norm
@@ -108,6 +112,29 @@ def apply(change: Change | None, x: Array) -> Array:
     return jnp.asarray(change.keep, x.dtype) * x + jnp.asarray(change.put, x.dtype)
 
 
+def at_layer(tree: Any, number: int) -> Any:
+    """One layer's part of a layers' tree, whose leaves have a layer axis, or, where layers differ, are tuples."""
+
+    def part(x: Any) -> Any:
+        return x[number] if isinstance(x, tuple) else jax.tree.map(lambda y: y[number], x)
+
+    return jax.tree.map(part, tree, is_leaf=lambda x: isinstance(x, tuple | Change))
+
+
+def by_layer(layers: Sequence[LayerWalk]) -> LayerWalk:
+    """The layers' walks as one: with a layer axis, and where layers differ in a leaf's shape, a tuple of theirs."""
+
+    def joined(name: str) -> Leaf:
+        values = [getattr(layer, name) for layer in layers]
+        if all(value is None for value in values):
+            return None
+        if any(value is None or jnp.shape(value) != jnp.shape(values[0]) for value in values):
+            return tuple(values)
+        return jnp.stack(values)
+
+    return LayerWalk(**{field.name: joined(field.name) for field in dataclasses.fields(LayerWalk)})
+
+
 def leaf_axes() -> dict[str, tuple[str, ...]]:
     """Every leaf's name and axes: ``{"start": ("batch", "position", "width"), "layers.q": ("layer", ...)}``."""
     axes: dict[str, tuple[str, ...]] = {}
@@ -169,6 +196,8 @@ def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index
     for axis in index:
         if axis not in axes:
             raise ValueError(f"{name!r} has no axis {axis!r}; its axes are {', '.join(axes)}")
+    if isinstance(like, tuple):
+        return put_change(name, _change_by_layer(like, name, keep, put, index))
     spreads = any(np.ndim(x) > 0 for x in (keep, put))
     shape = tuple(
         size if spreads or axis in index or axis == "layer" else 1
@@ -190,6 +219,22 @@ def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index
     return put_change(name, Change(keep=placed(1.0, keep), put=placed(-0.0, put)))
 
 
+def _change_by_layer(
+    like: tuple[Leaf, ...], name: str, keep: Any, put: Any, index: dict[str, Any]
+) -> tuple[Change | None, ...]:
+    """A change of a leaf whose layers differ: one change, or None, for each layer."""
+    rest = {axis: chosen for axis, chosen in index.items() if axis != "layer"}
+    numbers = _places(name, "layer", len(like), len(like), index.get("layer", slice(None)))
+    found: list[Change | None] = [None] * len(like)
+    for number in np.atleast_1d(np.asarray(numbers)).tolist():
+        if like[number] is None:
+            raise ValueError(f"layer {number} of this model's walk has no {name!r}, so it cannot be edited")
+        alone = jax.ShapeDtypeStruct((1, *like[number].shape), like[number].dtype)
+        one = change(put_change(name, alone), name, keep=keep, put=put, layer=0, **rest)
+        found[number] = jax.tree.map(lambda x: x[0], get(one, name))
+    return tuple(found)
+
+
 def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array:
     """The chosen places on one axis of ``full`` places, of which the edit holds ``size``."""
     if isinstance(chosen, jax.core.Tracer):
@@ -201,7 +246,7 @@ def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array:
     return jnp.asarray(places if size == full else np.zeros(size, int))
 
 
-def put_change(name: str, value: Change) -> Edit:
+def put_change(name: str, value: Leaf) -> Edit:
     """An edit with one change."""
     return put(Edit(), name, value)
 
@@ -249,13 +294,23 @@ def _rows(walk: Walk) -> list[tuple[str, str]]:
         if isinstance(value, Change):
             kept = "nothing" if value.keep is None else jnp.shape(value.keep)
             return f"keep {kept}, put {jnp.shape(value.put)}"
-        shape, axes = jnp.shape(value), leaf_axes()[name]
-        # Seeds or a sweep come before the leaf's own axes.
-        axes = ("",) * (len(shape) - len(axes)) + axes if len(shape) >= len(axes) else ("",) * len(shape)
-        sizes = ", ".join(f"{axis} {size}".strip() for axis, size in zip(axes, shape, strict=True))
-        return f"{sizes}: {getattr(value, 'dtype', type(value).__name__)}"
+        if isinstance(value, tuple):
+            axes = leaf_axes()[name][1:]
+            each = ["none" if x is None else _sizes(axes, x) for x in value]
+            return f"layer {len(value)}, each its own: {'; '.join(each)}"
+        return _sizes(leaf_axes()[name], value)
 
     return [(name, content(name, value)) for name, value in leaves(walk)]
+
+
+def _sizes(axes: tuple[str, ...], value: Leaf) -> str:
+    if isinstance(value, Change):
+        return f"put {jnp.shape(value.put)}"
+    shape = jnp.shape(value)
+    # Seeds or a sweep come before the leaf's own axes.
+    axes = ("",) * (len(shape) - len(axes)) + axes if len(shape) >= len(axes) else ("",) * len(shape)
+    sizes = ", ".join(f"{axis} {size}".strip() for axis, size in zip(axes, shape, strict=True))
+    return f"{sizes}: {getattr(value, 'dtype', type(value).__name__)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +327,11 @@ class LeafDescription:
 def describe(forward: Callable[..., Walk], *arguments: Any, **keywords: Any) -> list[LeafDescription]:
     """Every leaf's name, axes, shape and bytes, from shapes alone: no array is made."""
     shapes = jax.eval_shape(forward, *arguments, **keywords)
-    return [
-        LeafDescription(name, leaf_axes()[name], x.shape, x.dtype.name, x.size * x.dtype.itemsize)
-        for name, x in leaves(shapes)
-    ]
+    found = []
+    for name, value in leaves(shapes):
+        axes = leaf_axes()[name]
+        each = [(name, axes, value)]
+        if isinstance(value, tuple):
+            each = [(f"{name}[{i}]", axes[1:], x) for i, x in enumerate(value) if x is not None]
+        found += [LeafDescription(n, a, x.shape, x.dtype.name, x.size * x.dtype.itemsize) for n, a, x in each]
+    return found

@@ -1,0 +1,173 @@
+"""Attention-free transformers (Zhai et al. 2021): each channel weighs keys by itself, and a table of places helps."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minitf.config import ModelConfig
+from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, past, project, remember
+from minitf.mixers.weighted_mean import weighted_means
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionFree(Mixer):
+    """``A[t, s] = sigmoid(q_t) softmax over s of (k_s + w[t, s])``, channel by channel.
+
+    Attributes:
+        kind: ``full``: w is a table of places; ``simple``: zero; ``local``: a table, zero from ``window`` places
+            on; ``conv``: a function of t - s below ``window`` for each head's channels, zero beyond.
+        window: of ``local`` and ``conv``.
+    """
+
+    kind: Literal["full", "simple", "local", "conv"] = "full"
+    window: int = 32
+
+    leaves = frozenset({"pattern", "q", "k"})
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError for an unknown kind, and for channels that heads do not divide."""
+        if self.kind not in ("full", "simple", "local", "conv"):
+            raise ValueError(f"kind is {self.kind!r}; choose full, simple, local or conv")
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}; it must be at least 1")
+        if self.kind == "conv" and config.width % config.heads:
+            raise ValueError(f"{config.heads} heads do not divide {config.width} channels")
+
+    def about(self, config: ModelConfig) -> About:
+        """Keys and places, under the query's gate."""
+        simple = self.kind == "simple"
+        return About(
+            causal=True,
+            heads=config.width,
+            granularity="channel",
+            provenance=frozenset({"query", "key"}),
+            normalized="at most",
+            state=3 * config.width if simple else 2 * config.length * config.width,
+            exponent=1.0 if simple else 2.0,
+        )
+
+    def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
+        """Queries, keys, values, the map back, the table."""
+        sizes = {"channel": config.width, "one": 1, "query": config.length, "key": config.length}
+        own = {}
+        if self.kind in ("full", "local"):
+            own = {"places": make.weight("query key", "normal", 0.02, **sizes)}
+        if self.kind == "conv":
+            own = {"places": make.weight("head lag", "normal", 0.02, lag=self.window)}
+        return {
+            **channel_filters(make, config, "query", "key", "value"),
+            **own,
+        }
+
+    def filter(
+        self,
+        weights: Weights,
+        x: Stream,
+        config: ModelConfig,
+        positions: Int[Array, "#batch position"],
+        state: Any = None,
+    ) -> Filtered:
+        """Queries, keys and values, one number for each channel."""
+        q, k, v = (project(x, weights[name]) for name in ("query", "key", "value"))
+        return Filtered(v=v, q=jax.nn.sigmoid(q), k=k)
+
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+        """Softmax for each channel, under the gate."""
+        length = f.v.shape[1]
+        k = jnp.moveaxis(f.k[..., 0], 2, 1)[:, :, None, :]
+        rows = self._rows(weights, config, jnp.arange(length), length)
+        scores = jnp.where(past(length), k + rows, -jnp.inf)
+        return jax.nn.softmax(scores, axis=-1) * jnp.moveaxis(f.q, 1, 2)
+
+    def aggregate(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch position head head_width"]:
+        """A ratio of two products; simple, of two running sums."""
+        length = f.v.shape[1]
+        k, v = f.k[..., 0], f.v[..., 0]
+        if self.kind == "simple":
+            return f.q * weighted_means(k, v, jnp.zeros((config.width,), k.dtype))[0][..., None]
+        rows = self._rows(weights, config, jnp.arange(length), length)
+        return f.q * _ratio(k, v, rows)[..., None]
+
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Any:
+        """Room for keys and values; simple, the running sums and the peak."""
+        if self.kind == "simple":
+            zero = jnp.zeros((batch, config.width), dtype)
+            return zero, zero, jnp.full_like(zero, -jnp.inf)
+        room = jnp.zeros((batch, slots, config.width), dtype)
+        return room, room
+
+    def step(
+        self, weights: Weights, f: Filtered, state: Any, position: Int[Array, " batch"], config: ModelConfig
+    ) -> tuple[Float[Array, "batch 1 head head_width"], Any]:
+        """One row over the keys so far; simple, one more term of the sums."""
+        if self.kind == "simple":
+            top, bottom, peak = state
+            k, v = f.k[:, 0, :, 0], f.v[:, 0, :, 0]
+            higher = jnp.maximum(peak, k)
+            before, now = jnp.exp(peak - higher), jnp.exp(k - higher)
+            top, bottom = before * top + now * v, before * bottom + now
+            return f.q * (top / bottom)[:, None, :, None], (top, bottom, higher)
+        k, v = (remember(kept, new[..., 0], position) for kept, new in zip(state, (f.k, f.v), strict=True))
+        slots = k.shape[1]
+        rows = jax.vmap(lambda at: self._rows(weights, config, at[None], slots)[:, 0])(position)
+        scores = jnp.moveaxis(k, 1, 2) + rows
+        scores = jnp.where(jnp.arange(slots) <= position[:, None, None], scores, -jnp.inf)
+        mean = jnp.einsum("bcs,bsc->bc", jax.nn.softmax(scores, axis=-1), v)
+        return f.q * mean[:, None, :, None], (k, v)
+
+    def _rows(
+        self, weights: Weights, config: ModelConfig, at: Int[Array, " query"], keys: int
+    ) -> Float[Array, "channels query key"]:
+        """w, one for all channels or for each."""
+        lag = at[:, None] - jnp.arange(keys)
+        if self.kind == "simple":
+            return jnp.zeros((1, at.shape[0], keys), jnp.float32)
+        near = (lag >= 0) & (lag < self.window)
+        if self.kind == "conv":
+            by_head = weights["places"][:, jnp.clip(lag, 0, self.window - 1)]
+            return jnp.repeat(jnp.where(near, by_head, 0.0), config.width // config.heads, axis=0)
+        table = weights["places"][at, :keys]
+        return (jnp.where(near, table, 0.0) if self.kind == "local" else table)[None]
+
+
+def channel_filters(make: Any, config: ModelConfig, *names: str) -> dict[str, Any]:
+    """Filters whose heads are single channels, and the map from those back to the stream."""
+    sizes = {"channel": config.width, "one": 1}
+    return {
+        **{name: make.matrix("width channel one", "width", **sizes) for name in names},
+        "output": make.matrix("channel one width", "channel", output=True, **sizes),
+    }
+
+
+def _ratio(
+    k: Float[Array, "batch position channel"],
+    v: Float[Array, "batch position channel"],
+    rows: Float[Array, "channels query key"],
+) -> Float[Array, "batch position channel"]:
+    """``sum_s exp(k_s + w_ts) v_s`` over the same without v, in blocks of queries.
+
+    In each block keys are measured from the highest one up to its end, so that a product of two exponentials, and
+    no exponential of every triple, is enough.
+    """
+    length, block, found = k.shape[1], 64, []
+    per_channel = rows.shape[0] > 1
+    for first in range(0, length, block):
+        stop = min(first + block, length)
+        highest = jax.lax.stop_gradient(jnp.max(k[:, :stop], axis=1, keepdims=True))
+        weight = jnp.exp(k[:, :stop] - highest)
+        bias = jnp.where(past(length)[first:stop, :stop], rows[:, first:stop, :stop], -jnp.inf)
+        bias = jnp.exp(bias - jax.lax.stop_gradient(jnp.max(bias, axis=-1, keepdims=True)))
+        if per_channel:
+            top = jnp.einsum("cts,bsc->btc", bias, weight * v[:, :stop])
+            bottom = jnp.einsum("cts,bsc->btc", bias, weight)
+        else:
+            top = jnp.einsum("ts,bsc->btc", bias[0], weight * v[:, :stop])
+            bottom = jnp.einsum("ts,bsc->btc", bias[0], weight)
+        found.append(top / bottom)
+    return jnp.concatenate(found, axis=1)

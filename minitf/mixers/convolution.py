@@ -1,0 +1,77 @@
+"""A causal convolution: each channel's last few values under fixed weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minitf.config import ModelConfig
+from minitf.mixers.aft import channel_filters
+from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, project, short_convolution
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Mixer):
+    """``A[t, s] = kernel[t - s]``, by channel; zero from ``taps`` positions on."""
+
+    taps: int = 8
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError for no tap."""
+        if self.taps < 1:
+            raise ValueError(f"taps is {self.taps}; it must be at least 1")
+
+    def about(self, config: ModelConfig) -> About:
+        """Distances alone; signed."""
+        return About(
+            causal=True,
+            heads=config.width,
+            granularity="channel",
+            by_lag=True,
+            state=(self.taps - 1) * config.width,
+        )
+
+    def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
+        """Values, the kernel (its last tap is the present position), the map back."""
+        kernel = make.weight("tap channel", "uniform", self.taps**-0.5, tap=self.taps, channel=config.width)
+        return {**channel_filters(make, config, "value"), "kernel": kernel}
+
+    def filter(
+        self,
+        weights: Weights,
+        x: Stream,
+        config: ModelConfig,
+        positions: Int[Array, "#batch position"],
+        state: Any = None,
+    ) -> Filtered:
+        """Values."""
+        return Filtered(v=project(x, weights["value"]))
+
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "1 head query key"]:
+        """The kernel at every distance."""
+        length = f.v.shape[1]
+        lag = np.arange(length)[:, None] - np.arange(length)[None, :]
+        within = (lag >= 0) & (lag < self.taps)
+        kernel = weights["kernel"][::-1].T[:, np.where(within, lag, 0)]
+        return jnp.where(jnp.asarray(within), kernel, 0.0)[None]
+
+    def aggregate(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch position head head_width"]:
+        """A sum over the taps."""
+        v = jnp.pad(f.v[..., 0], ((0, 0), (self.taps - 1, 0), (0, 0)))
+        return short_convolution(v, weights["kernel"])[..., None]
+
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+        """The last values."""
+        return jnp.zeros((batch, self.taps - 1, config.width), dtype)
+
+    def step(
+        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
+    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+        """The taps over the last values."""
+        values = jnp.concatenate([state, f.v[..., 0]], axis=1)
+        return short_convolution(values, weights["kernel"])[..., None], values[:, 1:]

@@ -1,0 +1,240 @@
+"""RWKV: channels that fade (version 4, Peng et al. 2023) and matrices that fade as the text says (6, 2024)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minitf.config import ModelConfig
+from minitf.mixers.aft import channel_filters
+from minitf.mixers.average import values_and_output
+from minitf.mixers.contract import (
+    About,
+    Filtered,
+    Mixer,
+    Weights,
+    from_chunks,
+    in_chunks,
+    past,
+    project,
+    sums_between,
+)
+from minitf.mixers.products import head_norm
+from minitf.mixers.weighted_mean import weighted_means
+
+CHUNK = 16  # of RWKV-6, whose chunks hold an exponent for each pair and channel
+
+
+@dataclasses.dataclass(frozen=True)
+class Rwkv4(Mixer):
+    """``A[t, s] = sigmoid(r_t) softmax over s of (k_s - (t - 1 - s) w; of the present one k_t + u)``, by channel.
+
+    Filters see the input before as well (token shift), under fixed shares.
+    """
+
+    reach = 1
+    leaves = frozenset({"pattern", "q", "k"})
+
+    def about(self, config: ModelConfig) -> About:
+        """Keys and distances, under the query's gate."""
+        return About(
+            causal=True,
+            heads=config.width,
+            granularity="channel",
+            provenance=frozenset({"query", "key"}),
+            normalized="at most",
+            state=4 * config.width,
+        )
+
+    def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
+        """Three filters and their shares of the present input, the fading and the bonus, the map back."""
+        return {
+            **channel_filters(make, config, "query", "key", "value"),
+            **{f"{name}_share": make.weight("width", "even", 0.5, center=0.5) for name in ("query", "key", "value")},
+            "fade": make.weight("channel", "even", 2.0, center=-2.0, channel=config.width),
+            "bonus": make.weight("channel", "constant", center=-1.2, channel=config.width),
+        }
+
+    def filter(
+        self,
+        weights: Weights,
+        x: Float[Array, "batch seen width"],
+        config: ModelConfig,
+        positions: Int[Array, "#batch position"],
+        state: Any = None,
+    ) -> Filtered:
+        """Receptance, key and value of the shifted input."""
+        q, k, v = (project(shifted(x, weights[f"{n}_share"]), weights[n]) for n in ("query", "key", "value"))
+        return Filtered(v=v, q=jax.nn.sigmoid(q), k=k)
+
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+        """Softmax for each channel, under the gate."""
+        length = f.v.shape[1]
+        at = jnp.arange(length)
+        lag = (at[:, None] - 1 - at[None, :]).astype(f.k.dtype)
+        fade, bonus = self._constants(weights)
+        places = jnp.where(jnp.eye(length, dtype=bool), bonus[:, None, None], -lag * fade[:, None, None])
+        scores = jnp.moveaxis(f.k[..., 0], 2, 1)[:, :, None, :] + places
+        return jax.nn.softmax(jnp.where(past(length), scores, -jnp.inf), axis=-1) * jnp.moveaxis(f.q, 1, 2)
+
+    def aggregate(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch position head head_width"]:
+        """Running sums by a parallel scan."""
+        means, _ = weighted_means(f.k[..., 0], f.v[..., 0], *self._constants(weights))
+        return f.q * means[..., None]
+
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> tuple[Array, Array, Array]:
+        """Two sums and their highest exponent."""
+        zero = jnp.zeros((batch, config.width), dtype)
+        return zero, zero, jnp.full_like(zero, -jnp.inf)
+
+    def step(
+        self,
+        weights: Weights,
+        f: Filtered,
+        state: tuple[Array, Array, Array],
+        position: Int[Array, " batch"],
+        config: ModelConfig,
+    ) -> tuple[Float[Array, "batch 1 head head_width"], tuple[Array, Array, Array]]:
+        """The present key with its bonus is read, and then added without."""
+        (top, bottom, peak), (fade, bonus) = state, self._constants(weights)
+        k, v = f.k[:, 0, :, 0], f.v[:, 0, :, 0]
+        highest = jnp.maximum(peak, k + bonus)
+        before, now = jnp.exp(peak - highest), jnp.exp(k + bonus - highest)
+        mean = (before * top + now * v) / (before * bottom + now)
+        higher = jnp.maximum(peak - fade, k)
+        before, now = jnp.exp(peak - fade - higher), jnp.exp(k - higher)
+        return f.q * mean[:, None, :, None], (before * top + now * v, before * bottom + now, higher)
+
+    @staticmethod
+    def _constants(weights: Weights) -> tuple[Array, Array]:
+        return jnp.exp(weights["fade"]), weights["bonus"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rwkv6(Mixer):
+    """``A[t, s] = r_t . (k_s * product of w over s < j < t)``, of the present one ``r_t . (u * k_t)``, by head.
+
+    Every component of the state fades at a rate made from the input: ``S = diag(w) S + k v^T``. Heads are normed
+    and gated.
+
+    Attributes:
+        rank: of the network that makes the rates.
+    """
+
+    rank: int = 16
+
+    reach = 1
+    leaves = frozenset({"pattern", "q", "k"})
+
+    def about(self, config: ModelConfig) -> About:
+        """Pairs and what lies between; signed."""
+        return About(
+            causal=True,
+            heads=config.heads,
+            granularity="head",
+            provenance=frozenset({"pair", "path"}),
+            state=config.heads * config.head_size**2 + config.width,
+        )
+
+    def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
+        """Filters and their shares, the rates' network, the bonus, the map back."""
+        names = ("query", "key", "value", "gate", "fade")
+        return {
+            **values_and_output(make),
+            **{name: make.matrix("width head head_width", "width") for name in ("query", "key", "gate")},
+            **{f"{name}_share": make.weight("width", "even", 0.5, center=0.5) for name in names},
+            "fade_into": make.matrix("width rank", "width", rank=self.rank),
+            "fade_out": make.matrix("rank head head_width", "rank", rank=self.rank),
+            "fade_bias": make.weight("head head_width", "even", 2.5, center=-3.5),
+            "bonus": make.weight("head head_width", "even", 0.5, center=0.5),
+        }
+
+    def filter(
+        self,
+        weights: Weights,
+        x: Float[Array, "batch seen width"],
+        config: ModelConfig,
+        positions: Int[Array, "#batch position"],
+        state: Any = None,
+    ) -> Filtered:
+        """Receptance, key, value, gate, and the log of each component's fading."""
+        q, k, v, gate = (
+            project(shifted(x, weights[f"{n}_share"]), weights[n]) for n in ("query", "key", "value", "gate")
+        )
+        hidden = jnp.tanh(project(shifted(x, weights["fade_share"]), weights["fade_into"][..., None])[..., 0])
+        fade = -jnp.exp(weights["fade_bias"] + project(hidden, weights["fade_out"]))
+        return Filtered(v=v, q=q, k=k, extras={"fade": fade, "gate": gate})
+
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+        """A sum over components, one at a time."""
+
+        def one(c: Array) -> Array:
+            fade = jnp.moveaxis(f.extras["fade"][..., c], 2, 1)
+            between = jnp.moveaxis(sums_between(fade) - fade[..., None], 1, 3)[..., None]
+            return _inside(f.q[..., c, None], f.k[..., c, None], between, weights["bonus"][:, c, None])
+
+        return jnp.sum(jax.lax.map(one, jnp.arange(config.head_size)), axis=0)
+
+    def aggregate(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch position head head_width"]:
+        """Chunk by chunk; between chunks by the state."""
+
+        def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
+            q, k, v, fade = now
+            total = jnp.cumsum(fade, axis=1)
+            between = (total - fade)[:, :, None] - total[:, None, :]
+            z = jnp.einsum("bhts,bshv->bthv", _inside(q, k, between, weights["bonus"]), v)
+            z = z + jnp.einsum("bthc,bhcv->bthv", q * jnp.exp(total - fade), state)
+            rest = jnp.exp(total[:, -1:] - total)
+            state = jnp.exp(total[:, -1])[..., None] * state + jnp.einsum("bshc,bshv->bhcv", k * rest, v)
+            return state, z
+
+        empty = self.empty_state(config, f.v.shape[0], 0, f.v.dtype)
+        parts = tuple(in_chunks(x, CHUNK) for x in (f.q, f.k, f.v, f.extras["fade"]))
+        return from_chunks(jax.lax.scan(chunk, empty, parts)[1], f.v.shape[1])
+
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+        """``S``, nothing yet."""
+        return jnp.zeros((batch, config.heads, config.head_size, config.head_size), dtype)
+
+    def step(
+        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
+    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+        """The present key with its bonus is read, and then added without."""
+        q, new = f.q[:, 0], f.k[:, 0, :, :, None] * f.v[:, 0, :, None, :]
+        z = jnp.einsum("bhc,bhcv->bhv", q, state + weights["bonus"][..., None] * new)
+        return z[:, None], jnp.exp(f.extras["fade"][:, 0])[..., None] * state + new
+
+    def gate(
+        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch position head head_width"]:
+        """Each head normed, then gated by swish."""
+        return head_norm(z, config) * jax.nn.silu(f.extras["gate"])
+
+
+def shifted(
+    x: Float[Array, "batch seen width"], share: Float[Array, " width"]
+) -> Float[Array, "batch position width"]:
+    """Each input mixed with the one before, ``share`` of the present one."""
+    return share * x[:, 1:] + (1 - share) * x[:, :-1]
+
+
+def _inside(
+    q: Float[Array, "batch position head component"],
+    k: Float[Array, "batch position head component"],
+    between: Float[Array, "batch query key head component"],
+    bonus: Float[Array, "head component"],
+) -> Float[Array, "batch head query key"]:
+    """The association among these positions alone; ``between`` is what fades after s and before t."""
+    length = q.shape[1]
+    earlier = (past(length) & ~jnp.eye(length, dtype=bool))[None, :, :, None, None]
+    weight = jnp.exp(jnp.where(earlier, between, -jnp.inf))
+    found = jnp.einsum("bthc,bshc,btshc->bhts", q, k, weight)
+    present = jnp.einsum("bthc,hc->bht", q * k, bonus)
+    return found + present[..., None] * jnp.eye(length, dtype=q.dtype)

@@ -1,0 +1,261 @@
+"""Softmax attention (Vaswani et al. 2017): the association of every pair, from a query and a key."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minitf import aggregate, filter
+from minitf.config import ModelConfig
+from minitf.mixers.contract import About, Filtered, Mixed, Mixer, Stream, Weights, remember
+from minitf.places import Places
+from minitf.walk import LayerWalk, apply
+
+# Queries in one block of a causal association, at least; and blocks at most, since each is compiled.
+BLOCK, MOST_BLOCKS = 64, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax(Mixer):
+    """``A[t, s] = softmax over s of q_t . k_s / sqrt(head_width)``, with the model's heads, groups and positions.
+
+    Attributes:
+        window: how many keys a query sees, itself the last (Beltagy et al. 2020); 0 for all.
+        trained: which of the filters learn: False freezes those of queries and keys as they were drawn.
+
+    The kind ``config.attention == "table"`` has one free matrix in place of queries' and keys' filters.
+    """
+
+    window: int = 0
+    trained: bool = True
+
+    leaves = frozenset({"q", "k", "scores", "pattern"})
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError for a window that is none."""
+        if self.window < 0:
+            raise ValueError(f"window is {self.window}; it must be at least 1, or 0 to see everything")
+        if self.window and not config.causal:
+            raise ValueError("a window ends at the query: a model that sees both ways cannot have one")
+
+    def about(self, config: ModelConfig) -> About:
+        """Pairs and positions; rows sum to one."""
+        seen = min(self.window or config.length, config.length)
+        return About(
+            causal=config.causal,
+            heads=config.heads,
+            granularity="head",
+            provenance=frozenset({"pair"}),
+            normalized="exactly",
+            state=2 * seen * config.groups * config.head_size,
+            exponent=1.0 if self.window else 2.0,
+        )
+
+    def declare(self, config: ModelConfig, make: Any) -> Any:
+        """As :class:`minitf.parameters.AttentionParameters` names them."""
+        return make.attention()
+
+    def filter(
+        self,
+        weights: Weights,
+        x: Stream,
+        config: ModelConfig,
+        positions: Int[Array, "#batch position"],
+        state: Any = None,
+    ) -> Filtered:
+        """Queries, keys and values, each ``[batch, position, head, head_width]``."""
+        batch, length, width = x.shape
+        rows = x.reshape(-1, width)
+
+        def heads(weight: Array, bias: Array | None) -> Float[Array, "rows head head_width"]:
+            flat = filter.linear(
+                rows, weight.reshape(weight.shape[0], -1), None if bias is None else bias.reshape(-1)
+            )
+            return flat.reshape(rows.shape[0], *weight.shape[1:])
+
+        if config.attention == "table":
+            q = heads(jnp.moveaxis(weights.table, 0, 1), None)
+            k = v = rows[:, None, :]
+        else:
+            query, key = weights.query, weights.key
+            if not self.trained:
+                query, key = jax.lax.stop_gradient((query, key))
+            q = heads(query, weights.query_bias)
+            k = heads(key, weights.key_bias)
+            v = heads(weights.value, weights.value_bias)
+        if config.query_key_norm:
+            q, k = (_head_norm(y, gain, config) for y, gain in ((q, weights.query_gain), (k, weights.key_gain)))
+        if config.position == "rotary":
+            at = jnp.broadcast_to(positions, (batch, length)).reshape(-1)
+            q, k = (
+                filter.rotate(
+                    y,
+                    at,
+                    config.rotated_width,
+                    config.rotary_base,
+                    config.rotary_interleaved,
+                    config.rotary_scaling,
+                )
+                for y in (q, k)
+            )
+        q, k, v = (y.reshape(batch, length, *y.shape[1:]) for y in (q, k, v))
+        return Filtered(v=v, q=q, k=k)
+
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+        """The pattern, whole."""
+        places = _whole(f.q.shape[1], config, self.window)
+        mixed = _associate(f, config, LayerWalk(), places, f.q.shape[1])
+        return mixed.pattern
+
+    def aggregate(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch query head head_width"]:
+        """In blocks of queries, or, with a window, in chunks of keys."""
+        if self.window and f.q.shape[1] > 2 * self.window and config.position != "alibi":
+            return _in_window(f, _scale(config), self.window, config.attend_self)
+        places = _whole(f.q.shape[1], config, self.window)
+        return _associate(f, config, LayerWalk(), places, _block(f.q.shape[1], config)).z
+
+    def start(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> tuple[Array, Array]:
+        """Room for keys and values."""
+        shape = (batch, slots, config.groups, config.head_size)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> tuple[Array, Array]:
+        """The same."""
+        return self.start(config, batch, slots, dtype)
+
+    def step(
+        self,
+        weights: Weights,
+        f: Filtered,
+        state: tuple[Array, Array],
+        position: Int[Array, " batch"],
+        config: ModelConfig,
+    ) -> tuple[Float[Array, "batch 1 head head_width"], tuple[Array, Array]]:
+        """The query against the keys so far."""
+        k, v = (remember(kept, new, position) for kept, new in zip(state, (f.k, f.v), strict=True))
+        query, key = position[:, None], jnp.arange(k.shape[1])
+        ahead = key > query[..., None] if config.attend_self else key >= query[..., None]
+        places = _narrowed(Places(query, ahead[:, None], goes_on=True), k.shape[1], self.window)
+        return _associate(Filtered(v=v, q=f.q, k=k), config, LayerWalk(), places, 1).z, (k, v)
+
+    def mix(
+        self, weights: Weights, x: Stream, config: ModelConfig, edit: LayerWalk, places: Places, past: Any
+    ) -> Mixed:
+        """Filters, association and aggregate with their edits; keys and values of the past from ``past``."""
+        f = self.filter(weights, x, config, places.query)
+        q, k, v = apply(edit.q, f.q), apply(edit.k, f.k), apply(edit.v, f.v)
+        if past is not None:
+            sequence = jnp.arange(x.shape[0])[:, None]
+            k, v = (kept.at[sequence, places.query].set(new) for kept, new in zip(past, (k, v), strict=True))
+        f = Filtered(v=v, q=q, k=k)
+        places = _narrowed(places, k.shape[1], self.window)
+        mixed = self._mixed(f, config, edit, places)
+        z = apply(edit.z, mixed.z)
+        return dataclasses.replace(mixed, q=q, k=k, v=v, z=z, out=z, state=None if past is None else (k, v))
+
+    def _mixed(self, f: Filtered, config: ModelConfig, edit: LayerWalk, places: Places) -> Mixed:
+        length = f.q.shape[1]
+        edited = edit.scores is not None or edit.pattern is not None
+        if not places.association and not self.window and _has_kernel(f.q, config, places):
+            return Mixed(z=aggregate.attend(f.q, f.k, f.v, _scale(config), config.causal))
+        whole = edited or places.goes_on or not config.causal
+        mixed = _associate(f, config, edit, places, length if whole else _block(length, config))
+        if self.window and not whole and not places.padded and length > 2 * self.window:
+            if config.position != "alibi":
+                mixed = dataclasses.replace(mixed, z=_in_window(f, _scale(config), self.window, config.attend_self))
+        return mixed if places.association else Mixed(z=mixed.z)
+
+
+def _scale(config: ModelConfig) -> float:
+    return 1.0 if config.attention == "table" else config.head_size**-0.5
+
+
+def _block(length: int, config: ModelConfig) -> int:
+    return max(BLOCK, -(-length // MOST_BLOCKS)) if config.causal else length
+
+
+def _whole(length: int, config: ModelConfig, window: int) -> Places:
+    forbidden = ~aggregate.allowed_pairs(length, config.causal, config.attend_self)[None, None]
+    return _narrowed(Places(jnp.arange(length)[None], forbidden), length, window)
+
+
+def _narrowed(places: Places, keys: int, window: int) -> Places:
+    """With a window, what lies before it is forbidden too."""
+    if not window:
+        return places
+    before = places.query[..., :, None] - jnp.arange(keys) >= window
+    return dataclasses.replace(places, forbidden=places.forbidden | before[:, None])
+
+
+def _associate(f: Filtered, config: ModelConfig, edit: LayerWalk, places: Places, size: int) -> Mixed:
+    """Scores, pattern, and the values mixed under it.
+
+    Where queries see the past alone, they are taken in blocks of ``size``, each with the keys up to its end: what
+    is forbidden anyway is then not computed, and nobody pays for putting the blocks together who does not read
+    them.
+    """
+    length, keys = f.q.shape[1], f.k.shape[1]
+    scores, patterns, mixed = [], [], []
+    for first in range(0, length, size):
+        stop = min(first + size, length)
+        here, seen = slice(first, stop), keys if size >= length else stop
+        some = aggregate.score(f.q[:, here], f.k[:, :seen], _scale(config))
+        if config.position == "alibi":
+            some = some + aggregate.alibi_bias(config.heads, places.query[:, here], seen).astype(some.dtype)
+        some = jnp.where(places.forbidden[:, :, here, :seen], -jnp.inf, apply(edit.scores, some))
+        pattern = apply(edit.pattern, aggregate.associate(some))
+        mixed.append(aggregate.combine(pattern, f.v[:, :seen]))
+        rest = ((0, 0), (0, 0), (0, 0), (0, keys - seen))
+        scores.append(jnp.pad(some, rest, constant_values=-jnp.inf))
+        patterns.append(jnp.pad(pattern, rest))
+    return Mixed(
+        scores=jnp.concatenate(scores, axis=2),
+        pattern=jnp.concatenate(patterns, axis=2),
+        z=jnp.concatenate(mixed, axis=1),
+    )
+
+
+def _in_window(
+    f: Filtered, scale: float, window: int, attend_self: bool
+) -> Float[Array, "batch query head head_width"]:
+    """The aggregate in chunks as long as the window, each with its own keys and those of the chunk before."""
+    batch, length = f.q.shape[:2]
+    chunks = -(-length // window)
+
+    def taken_apart(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, chunks * window - length), (0, 0), (0, 0)))
+        return x.reshape(batch * chunks, window, *x.shape[2:])
+
+    def with_the_one_before(x: Array) -> Array:
+        here = taken_apart(x).reshape(batch, chunks, window, *x.shape[2:])
+        before = jnp.pad(here, ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))[:, :-1]
+        return jnp.concatenate([before, here], axis=2).reshape(batch * chunks, 2 * window, *x.shape[2:])
+
+    scores = aggregate.score(taken_apart(f.q), with_the_one_before(f.k), scale)
+    query, key = jnp.arange(window)[:, None], jnp.arange(-window, window)[None, :]
+    allowed = (key <= query if attend_self else key < query) & (query - key < window)
+    first = (jnp.arange(batch * chunks) % chunks == 0)[:, None, None]
+    allowed = allowed[None] & ~(first & (key < 0)[None])
+    pattern = aggregate.associate(jnp.where(allowed[:, None], scores, -jnp.inf))
+    z = aggregate.combine(pattern, with_the_one_before(f.v))
+    return z.reshape(batch, chunks * window, *z.shape[2:])[:, :length]
+
+
+def _has_kernel(q: Float[Array, "batch query head head_width"], config: ModelConfig, places: Places) -> bool:
+    """Whether cuDNN's fused attention computes this association: on a GPU, in half precision, nothing unusual."""
+    usual = config.attention == "query_key" and config.position != "alibi" and config.attend_self
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return usual and fits and not places.goes_on and not places.padded and jax.default_backend() == "gpu"
+
+
+def _head_norm(
+    x: Float[Array, "rows head head_width"], gain: Float[Array, " head_width"], config: ModelConfig
+) -> Float[Array, "rows head head_width"]:
+    """Root-mean-square norm of each head by itself; all heads share the gain."""
+    centered = filter.center(x.reshape(-1, x.shape[-1]), "rms")
+    scale = filter.norm_scale(centered, "rms", config.norm_epsilon)
+    return filter.normalize(centered, scale, gain).astype(x.dtype).reshape(x.shape)

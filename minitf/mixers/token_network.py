@@ -1,0 +1,143 @@
+"""Mixers whose weights reach over places: gMLP's gate and MLP-Mixer's network."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minitf import filter
+from minitf.config import ModelConfig
+from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, project, remember, visible
+
+
+@dataclasses.dataclass(frozen=True)
+class SpatialGate(Mixer):
+    """gMLP's unit (Liu et al. 2021): ``z[t, c] = gate[t, c] (b[t] + sum_s W[t, s] v[s, c])``.
+
+    One matrix over places serves every channel, and the query's gate stands before it: ``A[t, s] = gate[t] W[t, s]``.
+    The matrix starts near zero and b at one, so that it begins as a feed-forward layer.
+    """
+
+    def about(self, config: ModelConfig) -> About:
+        """The query's gate and the places."""
+        return About(
+            causal=config.causal,
+            heads=config.width,
+            granularity="channel",
+            provenance=frozenset({"query"}),
+            state=config.length * config.width,
+            exponent=2.0,
+        )
+
+    def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
+        """Two filters, the gain of the values' norm, the matrix over places and its bias, the map back."""
+        places = {"query": config.length, "key": config.length, "channel": config.width, "one": 1}
+        return {
+            "gate": make.matrix("width channel one", "width", **places),
+            "value": make.matrix("width channel one", "width", **places),
+            "gain": make.weight("channel", "ones", **places),
+            "places": make.weight("query key", "normal", 0.1 / config.length, **places),
+            "places_bias": make.weight("query", "ones", **places),
+            "output": make.matrix("channel one width", "channel", output=True, **places),
+        }
+
+    def filter(
+        self,
+        weights: Weights,
+        x: Stream,
+        config: ModelConfig,
+        positions: Int[Array, "#batch position"],
+        state: Any = None,
+    ) -> Filtered:
+        """The gate, and the normed values."""
+        gate, v = (jax.nn.gelu(project(x, weights[name])) for name in ("gate", "value"))
+        centered = filter.center(v.reshape(-1, config.width), "layer")
+        scale = filter.norm_scale(centered, "layer", config.norm_epsilon)
+        v = filter.normalize(centered, scale, weights["gain"]).astype(x.dtype).reshape(v.shape)
+        bias = jnp.broadcast_to(weights["places_bias"][positions][..., None, None], gate.shape)
+        return Filtered(v=v, q=gate, extras={"bias": bias})
+
+    leaves = frozenset({"pattern", "q"})
+
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+        """The matrix with each query's gate before it."""
+        length = f.v.shape[1]
+        places = jnp.where(visible(length, config), weights["places"][:length, :length], 0.0)
+        return jnp.moveaxis(f.q, 1, 2) * places
+
+    def aggregate(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch position head head_width"]:
+        """One product for all channels."""
+        length = f.v.shape[1]
+        places = jnp.where(visible(length, config), weights["places"][:length, :length], 0.0)
+        return f.q * jnp.einsum("ts,bshc->bthc", places, f.v)
+
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+        """Room for the values."""
+        return jnp.zeros((batch, slots, config.width, 1), dtype)
+
+    def step(
+        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
+    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+        """One row over the values so far."""
+        v = remember(state, f.v, position)
+        slots = v.shape[1]
+        row = jnp.where(jnp.arange(slots) <= position[:, None], weights["places"][position, :slots], 0.0)
+        return f.q * jnp.einsum("bs,bshc->bhc", row, v)[:, None], v
+
+    def gate(
+        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch position head head_width"]:
+        """The bias, under the gate as well."""
+        return z + f.q * f.extras["bias"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenNetwork(Mixer):
+    """MLP-Mixer's token mixing (Tolstikhin et al. 2021): a network over places, the same for every channel.
+
+    It is not linear in the values, so there is no association; every position sees all others.
+    """
+
+    hidden: int = 0  # as many as there are places, by default
+
+    leaves = frozenset()
+
+    def about(self, config: ModelConfig) -> About:
+        """No association."""
+        return About(causal=False, heads=1, granularity="none", exponent=2.0)
+
+    def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
+        """The network's two maps."""
+        sizes = {"key": config.length, "query": config.length, "hidden_places": self.hidden or config.length}
+        return {
+            "into": make.matrix("key hidden_places", "key", **sizes),
+            "out": make.matrix("hidden_places query", "hidden_places", output=True, **sizes),
+        }
+
+    def filter(
+        self,
+        weights: Weights,
+        x: Stream,
+        config: ModelConfig,
+        positions: Int[Array, "#batch position"],
+        state: Any = None,
+    ) -> Filtered:
+        """The points themselves."""
+        return Filtered(v=x[:, :, None, :])
+
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> None:
+        """There is none."""
+        return
+
+    def aggregate(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch position head head_width"]:
+        """The network over places."""
+        length = f.v.shape[1]
+        hidden = jax.nn.gelu(jnp.einsum("bshc,sk->bkhc", f.v, weights["into"][:length]))
+        return jnp.einsum("bkhc,kt->bthc", hidden, weights["out"][:, :length])

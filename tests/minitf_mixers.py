@@ -1,0 +1,92 @@
+"""Every mixer, in each of its kinds, in a small model: what the tests of the contract go over."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from properties.models import random_parameters
+
+from minitf import ModelConfig, mixers
+
+WIDTH, HEADS, LENGTH = 8, 2, 150
+
+EVERY = {
+    "softmax": mixers.Softmax(),
+    "window": mixers.Softmax(window=3),
+    "uniform": mixers.Uniform(),
+    "exponential": mixers.ExponentialAverage(),
+    "frozen": mixers.Frozen(),
+    "synthesizer": mixers.Synthesizer("trained"),
+    "synthesizer fixed": mixers.Synthesizer("fixed"),
+    "synthesizer factored": mixers.Synthesizer("factored", rank=3),
+    "synthesizer dense": mixers.Synthesizer("dense"),
+    "proximity": mixers.Proximity(),
+    "fourier": mixers.Fourier(),
+    "gmlp": mixers.SpatialGate(),
+    "mlp-mixer": mixers.TokenNetwork(),
+    "linear": mixers.LinearAttention(),
+    "retention": mixers.Retention(),
+    "delta": mixers.DeltaNet(),
+    "aft full": mixers.AttentionFree("full"),
+    "aft simple": mixers.AttentionFree("simple"),
+    "aft local": mixers.AttentionFree("local", window=3),
+    "aft conv": mixers.AttentionFree("conv", window=3),
+    "rwkv4": mixers.Rwkv4(),
+    "rwkv6": mixers.Rwkv6(rank=3),
+    "s4d": mixers.DiagonalStateSpace(states=4),
+    "mamba": mixers.Mamba(states=4),
+    "mamba2": mixers.Mamba2(states=4),
+    "mingru": mixers.MinimalGru(),
+    "gru": mixers.Gru(),
+    "lstm": mixers.Lstm(),
+    "convolution": mixers.Convolution(taps=3),
+}
+ONE_WAY = [name for name, mixer in EVERY.items() if not isinstance(mixer, mixers.Fourier | mixers.TokenNetwork)]
+ASSOCIATED = [name for name in EVERY if name != "mlp-mixer"]
+
+
+def model(name, **fields):
+    """A configuration whose layers are of that mixer."""
+    return ModelConfig(
+        **{
+            "vocabulary": 11,
+            "layers": 2,
+            "width": WIDTH,
+            "heads": HEADS,
+            "length": LENGTH,
+            "mixer": EVERY[name],
+            "causal": name in ONE_WAY,
+        }
+        | fields
+    )
+
+
+def weights(config, dtype=jnp.float32, seed=0):
+    """The mixer's weights of the first layer."""
+    return jax.tree.map(lambda x: x[0], random_parameters(config, seed, dtype).layers.attention)
+
+
+def inputs(length, batch=2, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, length, WIDTH)), dtype)
+
+
+def filtered(mixer, own, x, config):
+    before = jnp.pad(x, ((0, 0), (mixer.reach, 0), (0, 0)))
+    return mixer.filter(own, before, config, jnp.arange(x.shape[1])[None])
+
+
+def stepped(mixer, own, x, config):
+    """The aggregate of every position by the recurrence alone, filters and all."""
+    batch, length, _ = x.shape
+    state = mixer.empty_state(config, batch, length, x.dtype)
+    tail = jnp.zeros((batch, mixer.reach, WIDTH), x.dtype)
+
+    def one(carry, at):
+        tail, state = carry
+        now, position = at
+        window = jnp.concatenate([tail, now[:, None]], axis=1)
+        f = mixer.filter(own, window, config, jnp.full((batch, 1), position), state)
+        z, state = mixer.step(own, f, state, jnp.full((batch,), position), config)
+        return (window[:, 1:], state), z[:, 0]
+
+    _, z = jax.lax.scan(one, (tail, state), (jnp.moveaxis(x, 1, 0), jnp.arange(length)))
+    return jnp.moveaxis(z, 0, 1)
