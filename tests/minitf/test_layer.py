@@ -1,5 +1,6 @@
 """A layer computes its association in blocks of queries, and nobody can tell."""
 
+import contextlib
 from dataclasses import replace
 
 import jax
@@ -18,21 +19,32 @@ from properties.models import (
     relative_error,
 )
 
-from minitf import layer, walk
+from minitf import aggregate, walk
 from minitf.edits import set_to
+from minitf.mixers import softmax
 from minitf.parameters import split_layers
 from minitf.walk import get, leaves
 
 UNIT = 2.0**-24
 
 
+@contextlib.contextmanager
+def in_blocks_of_two():
+    # Blocks are not among the arguments of what is compiled: no program of before may serve.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(softmax, "BLOCK", 2)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
 @pytest.fixture
-def blocks_of_two(monkeypatch):
-    monkeypatch.setattr(layer, "BLOCK", 2)
+def blocks_of_two():
+    with in_blocks_of_two():
+        yield
 
 
 def run(config):
-    # Never the compiled program of another test: blocks are not among the arguments.
     return quick_jit(lambda p, t: walk(p, t, config))
 
 
@@ -49,17 +61,17 @@ def alike(found, expected):
 def test_blocks_put_together_are_the_whole_association(config):
     parameters, tokens = random_parameters(config), random_tokens(config)
     whole = run(config)(parameters, tokens)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(layer, "BLOCK", 2)
+    with in_blocks_of_two():
         alike(run(config)(parameters, tokens), whole)
 
 
-def test_gradients_pass_through_blocks(monkeypatch):
+def test_gradients_pass_through_blocks():
     parameters, tokens = random_parameters(LLAMA), random_tokens(LLAMA)
     slope = lambda: quick_jit(jax.grad(lambda p: jnp.sum(walk(p, tokens, LLAMA).logits ** 2)))(parameters)
     whole = slope()
-    monkeypatch.setattr(layer, "BLOCK", 2)
-    for found, expected in zip(jax.tree.leaves(slope()), jax.tree.leaves(whole), strict=True):
+    with in_blocks_of_two():
+        blocked = slope()
+    for found, expected in zip(jax.tree.leaves(blocked), jax.tree.leaves(whole), strict=True):
         assert relative_error(found, expected) < 2000 * UNIT
 
 
@@ -119,14 +131,15 @@ def test_the_fused_kernel_is_asked_for_what_the_association_computes(monkeypatch
     parameters = random_parameters(config, dtype=jnp.bfloat16)
     tokens = random_tokens(config)
     expected = walk(parameters, tokens, config).logits
+    jax.clear_caches()  # of programs that were compiled where there is no kernel
     asked = []
 
     def kernel(*inputs):
         asked.append(inputs)
         return attend(*inputs, implementation="xla")
 
-    attend = layer.aggregate.attend
-    monkeypatch.setattr(layer.aggregate, "attend", kernel)
+    attend = aggregate.attend
+    monkeypatch.setattr(aggregate, "attend", kernel)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     found = walk(parameters, tokens, config, association=False).logits
     assert asked
