@@ -130,7 +130,11 @@ def by_layer(layers: Sequence[LayerWalk]) -> LayerWalk:
             return None
         if any(value is None or jnp.shape(value) != jnp.shape(values[0]) for value in values):
             return tuple(values)
-        return jnp.stack(values)
+        # One layer after another into the whole, so that no more than one is held twice.
+        whole = jnp.zeros((len(values), *jnp.shape(values[0])), jnp.asarray(values[0]).dtype)
+        for number, value in enumerate(values):
+            whole = whole.at[number].set(value)
+        return whole
 
     return LayerWalk(**{field.name: joined(field.name) for field in dataclasses.fields(LayerWalk)})
 
