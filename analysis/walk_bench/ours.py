@@ -27,13 +27,17 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     from minitf import walk  # noqa: PLC0415
     from minitf.analysis.attribution_patching import attribution_patching  # noqa: PLC0415
     from minitf.analysis.patching import patch  # noqa: PLC0415
-    from minitf.decode import generate  # noqa: PLC0415
+    from minitf.decode import DEEP, generate  # noqa: PLC0415
+    from minitf.parameters import split_layers  # noqa: PLC0415
     from minitf.pretrained import load  # noqa: PLC0415
     from minitf.record import record  # noqa: PLC0415
     from minitf.walk import leaves  # noqa: PLC0415
 
     model = load(folder)
-    parameters, config = model.parameters, model.config
+    # The sweep runs one program for every layer, out of the stack; what runs the layers in order takes them apart
+    # once, as the peers hold them.
+    stacked, config = model.parameters, model.config
+    parameters = split_layers(stacked, most=DEEP)
     corrupt, clean = (jnp.asarray(x) for x in json.loads((Path(folder) / "tokens.json").read_text()))
     forward = jax.jit(lambda p, t: walk(p, t, config).logits)
     everything = jax.jit(lambda p, t: walk(p, t, config))
@@ -58,11 +62,11 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
 
     def sweep() -> Any:
         # The walks that a sweep reads are part of its cost, as they are of the peers'.
-        found = patch(parameters, starts(parameters, corrupt), heads(parameters, clean), _last, config, at=(-1,))
+        found = patch(stacked, starts(parameters, corrupt), heads(parameters, clean), _last, config, at=(-1,))
         return np.asarray(found).reshape(-1).tolist()
 
     def written() -> Any:
-        done = generate(parameters, np.asarray(corrupt).tolist(), config, steps=size["new_tokens"])
+        done = generate(stacked, np.asarray(corrupt).tolist(), config, steps=size["new_tokens"])
         return np.asarray(done.tokens).tolist()
 
     def block(value: Any) -> None:
