@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from minitf.analysis.lens import read
 from minitf.config import ModelConfig
+from minitf.layer import mixer_of
 from minitf.parameters import Parameters
 from minitf.resume import BEFORE_KEYS, end_from, last_layer_at, layer_walk
 from minitf.walk import Change, LayerWalk, Walk, get, leaf_axes, leaves, put
@@ -68,13 +69,29 @@ def patch(
     count = math.prod(place_shape(name, over, values.shape))
     size = bytes_per_run(config, stream.shape[1], length, fixed, stream.dtype.itemsize)
     together = runs_together(count, size, memory)
+    # Of stacked layers one program serves for all; of single ones each has its own.
+    single = isinstance(parameters.layers, tuple)
     run = functools.partial(
-        _patched_layer, metric=metric, config=config, name=name, over=over, at=fixed, together=together
+        _patched_known_layer if single else _patched_layer,
+        metric=metric,
+        config=config,
+        name=name,
+        over=over,
+        at=fixed,
+        together=together,
     )
     # In the last layer, positions that nobody reads need no steps, unless they are read as keys and values.
     ends = fixed is not None and name.removeprefix("layers.") not in BEFORE_KEYS
+    ends = ends and "scores" in mixer_of(config.layer(config.layers - 1)).leaves
     found = [
-        run(parameters, stream, values, valid, jnp.int32(i), ends=ends and i == config.layers - 1)
+        run(
+            parameters,
+            stream,
+            values,
+            valid,
+            layer=i if single else jnp.int32(i),
+            ends=ends and i == config.layers - 1,
+        )
         for i in progress(range(config.layers))
     ]
     return jnp.stack(found)
@@ -116,14 +133,13 @@ def normalized(
     return (patched - corrupt) / distance
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "config", "name", "over", "at", "together", "ends"))
-def _patched_layer(
+def _patched(
     parameters: Parameters,
     streams: Array,
     values: Array,
     valid: Array | None,
-    layer: Array,
     *,
+    layer: int | Array,
     metric: Metric,
     config: ModelConfig,
     name: str,
@@ -163,6 +179,11 @@ def _patched_layer(
 
     found = jax.lax.map(some, numbers)
     return found.reshape(-1, *found.shape[2:])[:count].reshape(*shape, *found.shape[2:])
+
+
+_STATIC = ("metric", "config", "name", "over", "at", "together", "ends")
+_patched_layer = jax.jit(_patched, static_argnames=_STATIC)
+_patched_known_layer = jax.jit(_patched, static_argnames=(*_STATIC, "layer"))
 
 
 def _replaced(name: str, over: tuple[str, ...], value: Array, unedited: LayerWalk, number: Array) -> LayerWalk:
@@ -216,6 +237,8 @@ def _layer_leaf(clean: Walk, name: str) -> Array:
         raise ValueError(f"{name!r} is not in the layers; patch one of a layer's leaves, such as 'layers.z'")
     if value is None:
         raise ValueError(f"the clean walk holds no {name!r} to patch with")
+    if isinstance(value, tuple):
+        raise ValueError(f"the layers differ in {name!r}, so one sweep cannot go over all; patch another leaf")
     return value
 
 

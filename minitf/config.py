@@ -161,8 +161,8 @@ class ModelConfig:
             raise ValueError("attention='table' and attend_self=False are of softmax attention: leave mixer out")
         if self.position in ("rotary", "alibi") and not any("scores" in mixer.leaves for mixer in mixers):
             raise ValueError(
-                f"position is {self.position!r}, which is a part of softmax attention, and no layer has that; choose "
-                "none, learned or sinusoidal"
+                f"position is {self.position!r}, which is a part of softmax attention, and no layer has that; "
+                "choose none, learned or sinusoidal"
             )
         for number in range(self.layers):
             one = self.layer(number)
@@ -182,8 +182,12 @@ class ModelConfig:
 
     def from_layer(self, number: int) -> "ModelConfig":
         """This configuration without the layers before that one."""
-        mixer = self.mixer[number:] if isinstance(self.mixer, tuple) else self.mixer
-        return dataclasses.replace(self, layers=self.layers - number, mixer=mixer)
+        if not isinstance(self.mixer, tuple):
+            return dataclasses.replace(self, layers=self.layers - number)
+        mixer = self.mixer[number:]
+        plain = self.position in ("rotary", "alibi") and not any("scores" in one.leaves for one in mixer)
+        position: PositionKind = "none" if plain else self.position
+        return dataclasses.replace(self, layers=self.layers - number, mixer=mixer, position=position)
 
     def _check_choices(self) -> None:
         choices = {

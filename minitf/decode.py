@@ -1,8 +1,8 @@
 """The decoding walk: one token after another, each step a forward pass over the new token alone.
 
-What earlier positions leave to later ones is the state of each layer's mixer: keys and values of softmax attention,
-a few sums of a recurrent one. A walk that is given those of the past returns them with its own, and a step is a
-pure function.
+What earlier positions leave to later ones is the state of each layer's mixer: keys and values of softmax
+attention, a few sums of a recurrent one. A walk that is given those of the past returns them with its own, and a
+step is a pure function.
 """
 
 import dataclasses

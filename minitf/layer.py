@@ -34,7 +34,7 @@ def one_layer(
     places: Places,
     past: Any = None,
 ) -> tuple[LayerWalk, Any]:
-    """One layer: an aggregate over positions and a filter, each adding its step; and its state for what follows."""
+    """One layer: an aggregate over positions and a filter, each adding its step; and what it hands on."""
     resid_pre = apply(edit.resid_pre, stream)
     attended, state = _mixed(resid_pre, weights, config, edit, places, past)
     attention_norm_scale = attended.attention_norm_scale

@@ -69,8 +69,8 @@ class FeedForwardParameters:
 class Layer:
     """One layer; in :class:`Parameters` every leaf has a leading ``layer`` axis.
 
-    ``attention`` holds what the layer mixes positions with: of another mixer than softmax attention, its weights by
-    name.
+    ``attention`` holds what the layer mixes positions with: of another mixer than softmax attention, its weights
+    by name.
     """
 
     attention_norm: Norm = Norm()

@@ -1,6 +1,5 @@
 """The forward pass from a layer on: what an edit at that layer can change, without the layers before it."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax

@@ -30,9 +30,9 @@ def leaf(axes: str) -> Leaf:
 class LayerWalk:
     """One layer's part of the walk; in :class:`Walk` every leaf has a leading ``layer`` axis.
 
-    Where layers mix by different means and a leaf's shape differs, it is a tuple with one entry for each layer, None
-    where a layer has none. ``q``, ``k``, ``scores``, ``pattern`` are there where the mixer has such (of a state
-    space model q and k are its C and B); ``head`` counts channels where the mixer weighs each by itself.
+    Where layers mix by different means and a leaf's shape differs, it is a tuple with an entry for each layer,
+    None where a layer has none. ``q``, ``k``, ``scores``, ``pattern`` are there where the mixer has such (of a
+    state space model q and k are its C and B); ``head`` counts channels where the mixer weighs each by itself.
 
     The names are the field's. ``q`` and ``k`` are as the scores use them, positions applied; ``scores`` are
     -inf where a query may not look; ``*_step`` is what a sub-layer adds to the residual stream. Where a norm
@@ -122,7 +122,7 @@ def at_layer(tree: Any, number: int) -> Any:
 
 
 def by_layer(layers: Sequence[LayerWalk]) -> LayerWalk:
-    """The layers' walks as one: with a layer axis, and where layers differ in a leaf's shape, a tuple of theirs."""
+    """The layers' walks as one: with a layer axis, or, where they differ in a leaf's shape, a tuple of theirs."""
 
     def joined(name: str) -> Leaf:
         values = [getattr(layer, name) for layer in layers]

@@ -92,7 +92,7 @@ def _rows(
     rounds: int,
     say: Say,
 ) -> list[Row]:
-    asked = {"folder": str(folder), "size": {"new_tokens": NEW_TOKENS}}
+    asked = {"folder": str(folder), "size": {"new_tokens": NEW_TOKENS, "rows": size.batch * size.length}}
     sides: dict[str, tuple[Worker, str]] = {task: (ours, task) for task in tasks if task != "memory"}
     for worker in workers:
         versions = worker.greeting
@@ -150,7 +150,7 @@ def _in_forwards(measured: dict[str, list[float]], size: Size) -> list[Row]:
         "sweep": f"sweep over {size.layers * size.heads} heads",
         "gradient": "one gradient for every leaf",
     }
-    return [
+    rows = [
         bench.value_row(
             f"{what}, {size.name}",
             [a / b for a, b in zip(measured[task], measured["forward"], strict=True)],
@@ -159,6 +159,11 @@ def _in_forwards(measured: dict[str, list[float]], size: Size) -> list[Row]:
         )
         for task, what in names.items()
     ]
+    counted = "multiplications of the sweep, from each edit's layer on, over those of a forward pass"
+    rows.append(
+        bench.value_row(f"the sweep's arithmetic, {size.name}", [size.sweep], "of our forward passes", counted)
+    )
+    return rows
 
 
 def _memory_rows(memory: dict[str, int], size: Size) -> list[Row]:

@@ -34,10 +34,11 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     from minitf.walk import leaves  # noqa: PLC0415
 
     model = load(folder)
-    # The sweep runs one program for every layer, out of the stack; what runs the layers in order takes them apart
-    # once, as the peers hold them.
+    # The sweep runs one program for every layer, out of the stack. What runs the layers in order takes them apart
+    # once, as the peers hold them, where there are fewer rows than weights to a row.
     stacked, config = model.parameters, model.config
-    parameters = split_layers(stacked, most=DEEP)
+    few = size["rows"] < config.width
+    parameters = split_layers(stacked, most=DEEP if few else 0)
     corrupt, clean = (jnp.asarray(x) for x in json.loads((Path(folder) / "tokens.json").read_text()))
     forward = jax.jit(lambda p, t: walk(p, t, config).logits)
     everything = jax.jit(lambda p, t: walk(p, t, config))

@@ -22,6 +22,25 @@ class Size:
         return f"{self.layers}/{self.width}"
 
     @property
+    def sweep(self) -> float:
+        """Multiplications of a sweep over all heads, in forward passes: less than this no arithmetic can do.
+
+        Two walks to begin with; then each edited run has the rest of its own layer, the layers after it, and of
+        the last one keys and values everywhere and the rest at the one position that is read.
+        """
+        rows, square, read = self.batch * self.length, self.width**2, self.batch
+        mixing = self.length * self.width  # scores and values, over half of all pairs
+        whole = 12 * square + mixing
+        logits = self.width * self.vocabulary
+        forward = rows * (self.layers * whole + logits)
+        begin = rows * (2 * (self.layers - 1) * whole + 3 * square + mixing)
+        end = rows * 2 * square + read * (10 * square + mixing + logits)
+        runs = sum(
+            rows * (9 * square + (self.layers - 2 - layer) * whole) + end for layer in range(self.layers - 1)
+        ) + read * (9 * square + logits)
+        return (begin + self.heads * runs) / forward
+
+    @property
     def config(self) -> ModelConfig:
         """The model, in a form that GPT-2's family can express."""
         return ModelConfig(

@@ -1,4 +1,4 @@
-"""Sequence mixers, one contract: filters, an association, an aggregate under it (:mod:`minitf.mixers.contract`)."""
+"""Sequence mixers under one contract: filters, an association, an aggregate (:mod:`minitf.mixers.contract`)."""
 
 from minitf.mixers.aft import AttentionFree
 from minitf.mixers.average import ExponentialAverage, Uniform

@@ -1,8 +1,8 @@
-"""Attention-free transformers (Zhai et al. 2021): each channel weighs keys by itself, and a table of places helps."""
+"""Attention-free transformers (Zhai et al. 2021): each channel weighs keys by itself, helped by their places."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class AttentionFree(Mixer):
         window: of ``local`` and ``conv``.
     """
 
-    kind: Literal["full", "simple", "local", "conv"] = "full"
+    kind: str = "full"
     window: int = 32
 
     leaves = frozenset({"pattern", "q", "k"})
@@ -75,7 +75,9 @@ class AttentionFree(Mixer):
         q, k, v = (project(x, weights[name]) for name in ("query", "key", "value"))
         return Filtered(v=v, q=jax.nn.sigmoid(q), k=k)
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """Softmax for each channel, under the gate."""
         length = f.v.shape[1]
         k = jnp.moveaxis(f.k[..., 0], 2, 1)[:, :, None, :]

@@ -7,8 +7,8 @@
     out = gate(z, f)                   position by position again; then the map W_O back to the stream
 
 Groups are called heads, as in attention. In a mixer that weighs every channel by itself a head is one channel and
-is one wide. A mixer is a frozen dataclass whose fields are its settings; its weights are a pytree made from what it
-declares. :mod:`minitf.layer` runs it.
+is one wide. A mixer is a frozen dataclass whose fields are its settings; its weights are a pytree made from what
+it declares. :mod:`minitf.layer` runs it.
 """
 
 import dataclasses
@@ -38,9 +38,10 @@ class About:
     Attributes:
         causal: no query sees a later key.
         heads: how many associations there are.
-        granularity: whether one association serves a whole head or a single channel; ``none`` where there is none.
-        provenance: what A[t, s] may depend on besides t and s: the query x_t, the key x_s, both as a pair, what lies
-            between them (path). Empty: the data has no part in it; then ``by_lag`` says whether only t - s counts.
+        granularity: whether one association serves a whole head or a single channel; ``none`` without one.
+        provenance: what A[t, s] may depend on besides t and s: the query x_t, the key x_s, both as a pair, what
+            lies between them (path). Empty: the data has no part in it; then ``by_lag`` says whether only t - s
+            counts.
         normalized: every row sums to one (``exactly``), to at most one, or to anything.
         state: numbers that one sequence hands on from position to position while decoding, in one layer.
         exponent: of the cost of a full pass in the sequence length, long sequences.
@@ -60,8 +61,8 @@ class About:
 class Filtered:
     """What the filters made of the stream.
 
-    ``v`` ``[batch, position, head, head_width]`` is what will be mixed; ``q`` and ``k`` what pairs are compared by,
-    where there are such; ``extras`` what else the association, the aggregate or the gate need, by name.
+    ``v`` ``[batch, position, head, head_width]`` is what will be mixed; ``q`` and ``k`` what pairs are compared
+    by, where there are such; ``extras`` what else the association, the aggregate or the gate need, by name.
     """
 
     v: Any
@@ -169,13 +170,14 @@ class Mixer:
         if edit.pattern is None:
             z = self.aggregate(weights, f, config)
         else:
+            assert pattern is not None
             pattern = apply(edit.pattern, pattern)
             z = under(pattern, f.v)
         z = apply(edit.z, z)
         return Mixed(q=f.q, k=f.k, v=f.v, pattern=pattern, z=z, out=self.gate(weights, z, f, config))
 
     def start(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
-        """The whole state before the first position: the aggregate's, and the inputs that filters reach back to."""
+        """The state before the first position: the aggregate's, and the inputs that filters reach back to."""
         tail = jnp.zeros((batch, self.reach, config.width), dtype)
         return {"tail": tail, "own": self.empty_state(config, batch, slots, dtype)}
 
@@ -302,7 +304,7 @@ def chunked_products(
     decay = jnp.broadcast_to(log_decay, (q.shape[0], *log_decay.shape[1:]))
     allowed = past(size)[None, :, :, None]
 
-    def chunk(state: Array, now: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+    def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v, decay = now
         total = jnp.cumsum(decay, axis=1)
         between = jnp.where(allowed, total[:, :, None] - total[:, None, :], -jnp.inf)

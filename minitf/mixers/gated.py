@@ -1,7 +1,7 @@
 """Gated recurrences: minGRU, whose gates see the input alone, and GRU and LSTM, whose gates see what they hold.
 
-In all three ``A[t, s] = (product of keep over s < j <= t) * write_s``. The cells' gates and candidates depend on the
-state before, so their filter is not position-local: it runs the cell, and the association is what it found.
+In all three ``A[t, s] = (product of keep over s < j <= t) * write_s``. The cells' gates and candidates depend on
+the state before, so their filter is not position-local: it runs the cell, and the association is what it found.
 """
 
 import dataclasses
@@ -40,7 +40,9 @@ class _Gated(Mixer):
             state=config.width,
         )
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """Products of what was kept."""
         return product_association(f.extras["log_keep"], f.extras["write"])
 
@@ -135,7 +137,7 @@ def _held(weights: Weights, part: str, h: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Gru(_Cell):
-    """``h = keep h + (1 - keep) tanh(W x + r (U h))`` (Cho et al. 2014, with PyTorch's reset after the product)."""
+    """``h = keep h + (1 - keep) tanh(W x + r (U h))`` (Cho et al. 2014; reset as PyTorch has it)."""
 
     parts = ("reset", "keep", "value")
 
@@ -165,9 +167,7 @@ class Lstm(_Cell):
     def cell(self, weights: Weights, state: Any, inputs: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...]]:
         """One position."""
         h, c = state
-        write, keep, value, out = (
-            x + _held(weights, part, h) for x, part in zip(inputs, self.parts, strict=True)
-        )
+        write, keep, value, out = (x + _held(weights, part, h) for x, part in zip(inputs, self.parts, strict=True))
         write, v, out = jax.nn.sigmoid(write), jnp.tanh(value), jax.nn.sigmoid(out)
         c = jax.nn.sigmoid(keep) * c + write * v
         return (out * jnp.tanh(c), c), (v, jax.nn.log_sigmoid(keep), write, out)

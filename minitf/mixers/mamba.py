@@ -120,7 +120,9 @@ class Mamba(_Convolved):
             extras={"step": jax.nn.softplus(step + weights["step_bias"]), "gate": gate},
         )
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """A sum over the states, one at a time."""
         length = f.v.shape[1]
         step = jnp.moveaxis(f.extras["step"], 2, 1)
@@ -259,7 +261,9 @@ class Mamba2(_Convolved):
             extras={"step": jax.nn.softplus(step + weights["step_bias"]), "gate": project(now, weights["gate"])},
         )
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """Products, less the longer the way."""
         return decayed_products(*self._terms(weights, f, config))
 

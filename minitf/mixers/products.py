@@ -20,8 +20,8 @@ from minitf.mixers.contract import (
     Weights,
     chunked_products,
     decayed_products,
-    in_chunks,
     from_chunks,
+    in_chunks,
     past,
     project,
 )
@@ -72,7 +72,9 @@ class LinearAttention(_Products):
         q, k = (jax.nn.elu(project(x, weights[name])) + 1 for name in ("query", "key"))
         return Filtered(v=project(x, weights["value"]), q=q, k=k)
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """Products over their sum."""
         products = jnp.where(past(f.q.shape[1]), jnp.einsum("bthc,bshc->bhts", f.q, f.k), 0.0)
         return products / jnp.sum(products, axis=-1, keepdims=True)
@@ -146,7 +148,9 @@ class Retention(_Products):
         q, k = turned("query"), turned("key") * config.head_size**-0.5
         return Filtered(v=project(x, weights["value"]), q=q, k=k, extras={"gate": project(x, weights["gate"])})
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """Products, less the further apart."""
         return decayed_products(f.q, f.k, _retained(config, f.q.shape[1], f.q.dtype))
 
@@ -175,8 +179,8 @@ class Retention(_Products):
 class DeltaNet(_Products):
     """``S += beta k (v - S^T k)^T``: what a key held is replaced (Schlag et al. 2021; Yang et al. 2024).
 
-    ``A[t, s] = beta_s q_t^T prod over s < j <= t of (I - beta_j k_j k_j^T) k_s``, keys of length one. Over a stretch
-    of positions it is ``tril(Q K^T) (I + tril(diag(beta) K K^T, -1))^-1 diag(beta)``.
+    ``A[t, s] = beta_s q_t^T prod over s < j <= t of (I - beta_j k_j k_j^T) k_s``, keys of length one. Over a
+    stretch of positions it is ``tril(Q K^T) (I + tril(diag(beta) K K^T, -1))^-1 diag(beta)``.
     """
 
     def about(self, config: ModelConfig) -> About:
@@ -206,7 +210,9 @@ class DeltaNet(_Products):
         rate = jax.nn.sigmoid(project(x, weights["rate"][..., None]))[..., 0]
         return Filtered(v=project(x, weights["value"]), q=q, k=k, extras={"rate": rate})
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """By the inverse of a triangle."""
         rate = jnp.moveaxis(f.extras["rate"], 2, 1)
         products = jnp.where(past(f.q.shape[1]), jnp.einsum("bthc,bshc->bhts", f.q, f.k), 0.0)
@@ -262,7 +268,11 @@ def _written(
 def head_norm(x: Float[Array, "batch position head head_width"], config: ModelConfig) -> Array:
     """Each head divided by its deviation, less its mean; no weights."""
     rows = filter.center(x.reshape(-1, x.shape[-1]), "layer")
-    return filter.normalize(rows, filter.norm_scale(rows, "layer", config.norm_epsilon)).astype(x.dtype).reshape(x.shape)
+    return (
+        filter.normalize(rows, filter.norm_scale(rows, "layer", config.norm_epsilon))
+        .astype(x.dtype)
+        .reshape(x.shape)
+    )
 
 
 def unit(x: Float[Array, "*axes head_width"]) -> Float[Array, "*axes head_width"]:

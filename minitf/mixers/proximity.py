@@ -16,8 +16,8 @@ from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, reme
 class Proximity(Mixer):
     """``H <- softmax(H H^T) H``, one head, no weight at all: association from proximity alone.
 
-    With ``residual=False``, ``norm="none"`` and ``feed_forward="none"`` a model of such layers is the parameter-free
-    decoder; its only weights are the embeddings.
+    With ``residual=False``, ``norm="none"`` and ``feed_forward="none"`` a model of such layers is the
+    parameter-free decoder; its only weights are the embeddings.
     """
 
     leaves = frozenset({"pattern", "q", "k"})

@@ -53,7 +53,10 @@ class Rwkv4(Mixer):
         """Three filters and their shares of the present input, the fading and the bonus, the map back."""
         return {
             **channel_filters(make, config, "query", "key", "value"),
-            **{f"{name}_share": make.weight("width", "even", 0.5, center=0.5) for name in ("query", "key", "value")},
+            **{
+                f"{name}_share": make.weight("width", "even", 0.5, center=0.5)
+                for name in ("query", "key", "value")
+            },
             "fade": make.weight("channel", "even", 2.0, center=-2.0, channel=config.width),
             "bonus": make.weight("channel", "constant", center=-1.2, channel=config.width),
         }
@@ -70,7 +73,9 @@ class Rwkv4(Mixer):
         q, k, v = (project(shifted(x, weights[f"{n}_share"]), weights[n]) for n in ("query", "key", "value"))
         return Filtered(v=v, q=jax.nn.sigmoid(q), k=k)
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """Softmax for each channel, under the gate."""
         length = f.v.shape[1]
         at = jnp.arange(length)
@@ -170,7 +175,9 @@ class Rwkv6(Mixer):
         fade = -jnp.exp(weights["fade_bias"] + project(hidden, weights["fade_out"]))
         return Filtered(v=v, q=q, k=k, extras={"fade": fade, "gate": gate})
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """A sum over components, one at a time."""
 
         def one(c: Array) -> Array:

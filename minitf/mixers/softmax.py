@@ -103,7 +103,9 @@ class Softmax(Mixer):
         q, k, v = (y.reshape(batch, length, *y.shape[1:]) for y in (q, k, v))
         return Filtered(v=v, q=q, k=k)
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """The pattern, whole."""
         places = _whole(f.q.shape[1], config, self.window)
         mixed = _associate(f, config, LayerWalk(), places, f.q.shape[1])
@@ -164,9 +166,10 @@ class Softmax(Mixer):
             return Mixed(z=aggregate.attend(f.q, f.k, f.v, _scale(config), config.causal))
         whole = edited or places.goes_on or not config.causal
         mixed = _associate(f, config, edit, places, length if whole else _block(length, config))
-        if self.window and not whole and not places.padded and length > 2 * self.window:
-            if config.position != "alibi":
-                mixed = dataclasses.replace(mixed, z=_in_window(f, _scale(config), self.window, config.attend_self))
+        chunks = self.window and not whole and not places.padded and config.position != "alibi"
+        if chunks and length > 2 * self.window:
+            z = _in_window(f, _scale(config), self.window, config.attend_self)
+            mixed = dataclasses.replace(mixed, z=z)
         return mixed if places.association else Mixed(z=mixed.z)
 
 

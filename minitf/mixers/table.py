@@ -1,8 +1,8 @@
-"""Associations that are weights themselves: the same whatever the text (or, in one case, made by the query alone)."""
+"""Associations that are weights: the same whatever the text (or, in one case, made by the query alone)."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ class Synthesizer(_Rows):
         rank: of the factored tables.
     """
 
-    kind: Literal["trained", "fixed", "factored", "dense"] = "trained"
+    kind: str = "trained"
     rank: int = 8
 
     def check(self, config: ModelConfig) -> None:

@@ -17,8 +17,9 @@ from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, proj
 class SpatialGate(Mixer):
     """gMLP's unit (Liu et al. 2021): ``z[t, c] = gate[t, c] (b[t] + sum_s W[t, s] v[s, c])``.
 
-    One matrix over places serves every channel, and the query's gate stands before it: ``A[t, s] = gate[t] W[t, s]``.
-    The matrix starts near zero and b at one, so that it begins as a feed-forward layer.
+    One matrix over places serves every channel, and the query's gate stands before it:
+    ``A[t, s] = gate[t] W[t, s]``. The matrix starts near zero and b at one, so that it begins as a feed-forward
+    layer.
     """
 
     def about(self, config: ModelConfig) -> About:
@@ -62,7 +63,9 @@ class SpatialGate(Mixer):
 
     leaves = frozenset({"pattern", "q"})
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch head query key"]:
+    def association(
+        self, weights: Weights, f: Filtered, config: ModelConfig
+    ) -> Float[Array, "batch head query key"]:
         """The matrix with each query's gate before it."""
         length = f.v.shape[1]
         places = jnp.where(visible(length, config), weights["places"][:length, :length], 0.0)

@@ -123,7 +123,9 @@ def test_gradients_are_those_of_finite_differences(name):
             fixed = own[frozen]
             slope = jax.grad(lambda own: out(own, x))(own)[frozen]
             assert not np.any(slope)
-            check_grads(jax.jit(lambda own, x: out(own | {frozen: fixed}, x)), (own, x), 1, ["rev"], atol=1e-5, rtol=1e-5)
+            check_grads(
+                jax.jit(lambda own, x: out(own | {frozen: fixed}, x)), (own, x), 1, ["rev"], atol=1e-5, rtol=1e-5
+            )
         else:
             check_grads(jax.jit(out), (own, x), 1, ["rev"], atol=1e-5, rtol=1e-5)
 

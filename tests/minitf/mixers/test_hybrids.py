@@ -1,0 +1,190 @@
+"""Models whose layers mix by different means: one walk, one edit, one cache."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from minitf_mixers import EVERY
+from properties.models import random_parameters, random_tokens, relative_error, shapes
+
+from minitf import ModelConfig, change, compose, describe, identity_edit, initialize, mixers, walk
+from minitf.analysis.patching import patch
+from minitf.config import from_plain, to_plain
+from minitf.decode import empty_cache, generate
+from minitf.edits import ablate, set_to
+from minitf.model import walk_on
+from minitf.record import record
+from minitf.resume import end_from, layer_walk, walk_from
+from minitf.walk import get, leaves
+
+HYBRID = ModelConfig(
+    vocabulary=11,
+    layers=4,
+    width=8,
+    heads=2,
+    length=12,
+    position="rotary",
+    mixer=(mixers.Mamba(states=4), mixers.Softmax(), mixers.Retention(), mixers.Gru()),
+)
+PARAMETERS, TOKENS = random_parameters(HYBRID), random_tokens(HYBRID, length=9)
+
+
+def test_leaves_have_a_layer_axis_where_layers_are_alike_and_are_tuples_where_they_differ():
+    walked = walk(PARAMETERS, TOKENS, HYBRID)
+    assert walked.layers.resid_pre.shape == (4, 2, 9, 8)
+    assert [x.shape for x in walked.layers.pattern] == [(2, 16, 9, 9), (2, 2, 9, 9), (2, 2, 9, 9), (2, 8, 9, 9)]
+    assert [x is None for x in walked.layers.scores] == [True, False, True, True]
+    described = {leaf.name: leaf.shape for leaf in describe(lambda: walk(PARAMETERS, TOKENS, HYBRID))}
+    assert described["layers.pattern[3]"] == (2, 8, 9, 9) and "layers.scores[0]" not in described
+    assert "each its own" in repr(walked)
+
+
+def test_its_walk_adds_up_and_layer_by_layer_is_the_same():
+    walked = walk(PARAMETERS, TOKENS, HYBRID)
+    steps = jnp.sum(walked.layers.attention_step + walked.layers.feed_forward_step, axis=0)
+    assert relative_error(walked.start + steps, walked.end) < 1e-5
+    for number, heads in enumerate(walked.layers.head_steps):
+        assert relative_error(jnp.sum(heads, axis=2), walked.layers.attention_step[number]) < 1e-5
+        alone = layer_walk(PARAMETERS, walked.layers.resid_pre[number], HYBRID, number)
+        assert relative_error(alone.resid_post, walked.layers.resid_post[number]) < 1e-6
+        rest = walk_from(PARAMETERS, walked.layers.resid_pre[number], HYBRID, number)
+        assert relative_error(rest.logits, walked.logits) < 1e-5
+        end = end_from(PARAMETERS, walked.layers.resid_pre[number], HYBRID, number, at=(-1,))
+        assert relative_error(end, walked.end[:, -1:]) < 1e-5
+
+
+def test_the_identity_edit_changes_nothing_and_layers_are_edited_by_number():
+    plain = walk(PARAMETERS, TOKENS, HYBRID)
+    same = walk(PARAMETERS, TOKENS, HYBRID, edit=identity_edit(shapes(HYBRID, PARAMETERS, TOKENS)))
+    assert relative_error(same.logits, plain.logits) < 1e-5
+    knocked = walk(PARAMETERS, TOKENS, HYBRID, edit=ablate(plain, "layers.z", layer=2, head=1))
+    assert not np.any(knocked.layers.z[2][:, :, 1]) and np.any(knocked.layers.z[2][:, :, 0])
+    np.testing.assert_array_equal(knocked.layers.z[1], plain.layers.z[1])
+    both = compose(ablate(plain, "layers.z", layer=2, head=1), ablate(plain, "layers.z", layer=0, head=5))
+    twice = walk(PARAMETERS, TOKENS, HYBRID, edit=both)
+    assert not np.any(twice.layers.z[2][:, :, 1]) and not np.any(twice.layers.z[0][:, :, 5])
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_any_association_can_be_set_and_the_values_are_mixed_under_it(layer):
+    plain = walk(PARAMETERS, TOKENS, HYBRID)
+    uniform = np.tril(np.ones((9, 9))) / np.arange(1, 10)[:, None]
+    edited = walk(PARAMETERS, TOKENS, HYBRID, edit=set_to(plain, "layers.pattern", uniform, layer=layer))
+    expected = np.einsum("ts,bshc->bthc", uniform, np.asarray(plain.layers.v[layer]))
+    np.testing.assert_allclose(edited.layers.z[layer], expected, atol=1e-4)
+
+
+def test_record_keeps_what_is_asked_of_layers_that_differ():
+    walked = walk(PARAMETERS, TOKENS, HYBRID)
+    one = record(walked, "layers.pattern", layer=2, position=-1)
+    np.testing.assert_array_equal(one.layers.pattern, walked.layers.pattern[2][:, :, -1])
+    some = record(walked, "layers.pattern", layer=[1, 3])
+    assert [x.shape for x in some.layers.pattern] == [(2, 2, 9, 9), (2, 8, 9, 9)]
+    with pytest.raises(ValueError, match="outside 'layers.pattern', which has 4"):
+        record(walked, "layers.pattern", layer=4)
+
+
+def test_it_decodes_as_it_runs_and_prompts_of_any_lengths():
+    whole = walk(PARAMETERS, TOKENS, HYBRID)
+    cache, found = empty_cache(HYBRID, 2, 9), []
+    for part in (TOKENS[:, :5], TOKENS[:, 5:6], TOKENS[:, 6:]):
+        walked, cache = walk_on(PARAMETERS, part, cache, HYBRID)
+        found.append(walked.logits)
+    assert relative_error(np.concatenate(found, axis=1), whole.logits) < 1e-4
+    together = generate(PARAMETERS, [[3, 1, 4], [1]], HYBRID, steps=3).tokens
+    for prompt, continued in zip([[3, 1, 4], [1]], together, strict=True):
+        np.testing.assert_array_equal(continued, generate(PARAMETERS, [prompt], HYBRID, steps=3).tokens[0])
+
+
+def test_a_sweep_over_single_layers_is_one_edited_walk_for_each_place():
+    other = random_tokens(HYBRID, seed=1, length=9)
+    corrupt, clean = walk(PARAMETERS, TOKENS, HYBRID), walk(PARAMETERS, other, HYBRID)
+    metric = lambda logits: jnp.mean(logits[:, -1, 3])
+    found = patch(PARAMETERS, corrupt, clean, metric, HYBRID, ("layers.attention_step", ("position",)), at=(-1,))
+    for layer, position in ((0, 2), (1, 8), (3, 8)):
+        value = clean.layers.attention_step[layer, :, position]
+        edit = set_to(corrupt, "layers.attention_step", value, layer=layer, position=position)
+        expected = metric(walk(PARAMETERS, TOKENS, HYBRID, edit=edit).logits)
+        np.testing.assert_allclose(found[layer, position], expected, atol=1e-4)
+    with pytest.raises(ValueError, match="^the layers differ in 'layers.z'"):
+        patch(PARAMETERS, corrupt, clean, metric, HYBRID)
+
+
+def test_it_learns():
+    config = dataclasses.replace(HYBRID, position="learned")
+    parameters = initialize(config, jax.random.key(0))
+    loss = lambda p: -jnp.mean(jax.nn.log_softmax(walk(p, TOKENS, config).logits)[:, :, 3])
+    before, slope = jax.value_and_grad(loss)(parameters)
+    size = sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(slope))
+    after = loss(jax.tree.map(lambda x, g: x - 0.01 * g, parameters, slope))
+    np.testing.assert_allclose(before - after, 0.01 * size, rtol=0.2)
+
+
+@pytest.mark.parametrize("config", [HYBRID, dataclasses.replace(HYBRID, mixer=mixers.Softmax(window=2))])
+def test_a_configuration_comes_back_from_json(config):
+    assert from_plain(json.loads(json.dumps(to_plain(config)))) == config
+
+
+def test_an_unknown_mixer_in_a_file_is_named():
+    with pytest.raises(ValueError, match="^there is no mixer 'Telepathy'; give its class by name in mixers$"):
+        from_plain(to_plain(HYBRID) | {"mixer": {"kind": "Telepathy"}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixer": (mixers.Gru(),)}, "mixer names 1 mixers; this model has 2 layers"),
+        ({"mixer": mixers.Gru}, "it must be a mixer such as minitf.mixers.Retention()"),
+        ({"mixer": "mamba"}, "mixer is 'mamba'; it must be a mixer"),
+        ({"mixer": mixers.Fourier()}, "Fourier lets every position see all others: set causal=False"),
+        ({"mixer": mixers.Gru(), "position": "rotary"}, "position is 'rotary', which is a part of softmax"),
+        ({"mixer": mixers.Gru(), "attend_self": False}, "leave mixer out"),
+        ({"mixer": mixers.Softmax(window=-1)}, "window is -1; it must be at least 1, or 0 to see everything"),
+        ({"mixer": mixers.Synthesizer("sparse")}, "kind is 'sparse'; choose trained, fixed, factored or dense"),
+        ({"mixer": mixers.Mamba2(expand=1), "heads": 8, "width": 12, "head_width": 2}, "8 heads do not divide"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_in_a_sentence(fields, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        ModelConfig(**{"vocabulary": 5, "layers": 2, "width": 8, "heads": 2} | fields)
+
+
+@pytest.mark.parametrize("name", ["uniform", "mamba"])
+def test_padding_that_would_be_mixed_in_is_refused(name):
+    config = ModelConfig(vocabulary=11, width=8, heads=2, mixer=EVERY[name])
+    valid = jnp.ones((2, 5), bool)
+    with pytest.raises(ValueError, match="put padding at the end of causal sequences"):
+        walk(random_parameters(config), random_tokens(config), config, valid=valid)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_leaf_of_every_mixer_can_be_edited(name):
+    config = ModelConfig(
+        vocabulary=11,
+        width=8,
+        heads=2,
+        length=5,
+        mixer=EVERY[name],
+        causal=name not in ("fourier", "mlp-mixer"),
+    )
+    parameters, tokens = random_parameters(config), random_tokens(config)
+    like = shapes(config)
+    present = {leaf for leaf, _ in leaves(like)}
+    for leaf in ("q", "k", "v", "scores", "pattern", "z", "head_steps", "attention_step"):
+        path = f"layers.{leaf}"
+        if path not in present:
+            with pytest.raises(ValueError, match=f"has no '{path}'"):
+                change(like, path, keep=0.0)
+            continue
+        edit = change(like, path, keep=0.0, put=0.25)
+        edited = jax.jit(lambda e: walk(parameters, tokens, config, edit=e))(edit)
+        found = np.asarray(get(edited, path))
+        np.testing.assert_allclose(found[np.isfinite(found)], 0.25)
+        if leaf == "pattern":
+            expected = 0.25 * np.sum(np.asarray(edited.layers.v), axis=2, keepdims=True)
+            np.testing.assert_allclose(
+                edited.layers.z, np.broadcast_to(expected, edited.layers.z.shape), atol=1e-4
+            )
