@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 from minitf.analysis.lens import output_vectors
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
-from minitf.parameters import Parameters
-from minitf.walk import Leaf, Walk, get, leaf
+from minitf.parameters import Parameters, of_layers, output_bias
+from minitf.walk import Leaf, Walk, get, leaf, with_as_many_heads
 
 Targets = Int[Array, "batch position"]
 PerPlace = Float[Array, "batch position"]
@@ -74,10 +74,14 @@ def by_step(
 def by_head(
     parameters: Parameters, walk: Walk, config: ModelConfig, target: Targets, against: Targets | None = None
 ) -> PartAttribution:
-    """The attention's part by head, ``[layer, batch, position, head]``. Raises as :func:`by_step`."""
+    """The attention's part by head, ``[layer, batch, position, head]``. Raises as :func:`by_step`.
+
+    Among layers that differ, those with fewer heads have zeros after their own.
+    """
     toward, _ = direction(parameters, walk, config, target, against)
-    parts = jnp.einsum("lbphw,bpw->lbph", in_statistics_dtype(walk.layers.head_steps), toward)
-    return PartAttribution(parts, _bias_along(parameters.layers.attention.output_bias, toward, config))
+    steps = in_statistics_dtype(with_as_many_heads(walk.layers.head_steps, 2))
+    parts = jnp.einsum("lbphw,bpw->lbph", steps, toward)
+    return PartAttribution(parts, _bias_along(of_layers(parameters, output_bias), toward, config))
 
 
 def by_neuron(
@@ -92,10 +96,11 @@ def by_neuron(
             "this walk has no neurons ('layers.post'): the model has no feed-forward, or it was dropped"
         )
     toward, _ = direction(parameters, walk, config, target, against)
-    feed_forward = parameters.layers.feed_forward
-    rows = jnp.einsum("lhw,bpw->lbph", in_statistics_dtype(feed_forward.out), toward)
+    out: Array = of_layers(parameters, lambda layer: layer.feed_forward.out)  # type: ignore[assignment]
+    bias = of_layers(parameters, lambda layer: layer.feed_forward.out_bias)
+    rows = jnp.einsum("lhw,bpw->lbph", in_statistics_dtype(out), toward)
     parts = in_statistics_dtype(walk.layers.post) * rows
-    return PartAttribution(parts, _bias_along(feed_forward.out_bias, toward, config))
+    return PartAttribution(parts, _bias_along(bias, toward, config))
 
 
 def direction(

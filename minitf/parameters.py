@@ -6,7 +6,7 @@ checkpoints and sharding read it, so that a weight is described in one place onl
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -304,6 +304,26 @@ def split_layers(parameters: Parameters, most: int | None = None) -> Parameters:
         return parameters
     single = tuple(jax.tree.map(lambda x: x[number], parameters.layers) for number in range(layers))  # noqa: B023
     return dataclasses.replace(parameters, layers=single)
+
+
+def of_layers(parameters: Parameters, pick: Callable[[Layer], Weight | None]) -> Weight | None:
+    """One weight of every layer on a leading axis; zeros where a layer lacks it, None where all do.
+
+    The layers that have it must agree in its shape.
+    """
+    if not isinstance(parameters.layers, tuple):
+        return pick(parameters.layers)
+    found = [pick(layer) for layer in parameters.layers]
+    present = [weight for weight in found if weight is not None]
+    if not present:
+        return None
+    return jnp.stack([jnp.zeros_like(present[0]) if weight is None else weight for weight in found])
+
+
+def output_bias(layer: Layer) -> Weight | None:
+    """The bias of the map from heads back to the stream, in layers of any mixer."""
+    weights = layer.attention
+    return weights.get("output_bias") if isinstance(weights, dict) else weights.output_bias
 
 
 def count(config: ModelConfig) -> int:

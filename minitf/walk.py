@@ -139,6 +139,25 @@ def by_layer(layers: Sequence[LayerWalk]) -> LayerWalk:
     return LayerWalk(**{field.name: joined(field.name) for field in dataclasses.fields(LayerWalk)})
 
 
+def with_as_many_heads(value: Leaf, axis: int) -> Array:
+    """A leaf of layers that differ in their heads, with zeros after the heads of those that have fewer (or none).
+
+    ``axis`` is that of the heads in one layer's leaf; a leaf of equal layers is returned as it is.
+    """
+    if not isinstance(value, tuple):
+        return value
+    present = [x for x in value if x is not None]
+    most = max(x.shape[axis] for x in present)
+    shape = (*present[0].shape[:axis], most, *present[0].shape[axis + 1 :])
+
+    def padded(x: Array | None) -> Array:
+        if x is None:
+            return jnp.zeros(shape, present[0].dtype)
+        return jnp.pad(x, [(0, most - n if i == axis else 0) for i, n in enumerate(x.shape)])
+
+    return jnp.stack([padded(x) for x in value])
+
+
 def leaf_axes() -> dict[str, tuple[str, ...]]:
     """Every leaf's name and axes: ``{"start": ("batch", "position", "width"), "layers.q": ("layer", ...)}``."""
     axes: dict[str, tuple[str, ...]] = {}

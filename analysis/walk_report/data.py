@@ -17,7 +17,7 @@ from minitf.config import ModelConfig
 from minitf.model import walk
 from minitf.parameters import Parameters
 from minitf.pretrained import Pretrained
-from minitf.walk import Edit
+from minitf.walk import Edit, with_as_many_heads
 
 TOP, NEURONS = 6, 12
 Numbers = dict[str, Any]
@@ -51,7 +51,7 @@ def walk_data(
 
     Axes, outermost first: ``position``, then station, step, head or neuron; ``pattern`` is
     ``[layer, head, query, key]``. Attribution is of ``predicted``, one token a position, by default what this
-    walk predicts there; it is absent where the model does not allow it.
+    walk predicts there; it is absent where the model does not allow it, as the pattern is where there is none.
     """
     asked = None if predicted is None else jnp.asarray(predicted)
     numbers = jax.device_get(_numbers(parameters, jnp.asarray(tokens)[None], config, edit, asked))
@@ -74,13 +74,16 @@ def walk_data(
         "rank": numbers["rank"].T,
         "next": [labels(int(token)) for token in numbers["target"]],
         "map": [_map(numbers, t, labels) for t in range(len(tokens))],
-        "pattern": np.round(numbers["pattern"].astype(float), 3),
         "attention": {name: values.T for name, values in numbers["attention"].items()},
         "feed_forward": {name: values.T for name, values in numbers["feed_forward"].items()},
         "efficiency": numbers["efficiency"],
         "predicted_ids": numbers["predicted"],
         "predicted": [labels(int(token)) for token in numbers["predicted"]],
     }
+    if "pattern" in numbers:
+        pattern = numbers["pattern"].astype(float)
+        # Rows that sum to one need no more; others may be of any size.
+        found["pattern"] = np.round(pattern, 3 if np.allclose(pattern.sum(axis=-1), 1, atol=1e-3) else 7)
     if "heads" in numbers:
         found |= {
             "heads": np.moveaxis(numbers["heads"], 1, 0),
@@ -114,7 +117,7 @@ def both_sides(
         "tokens": [labels(int(t)) for t in tokens],
         "prompt": len(tokens) if prompt is None else prompt,
         "layers": model.config.layers,
-        "heads": model.config.heads,
+        "heads": plain["pattern"].shape[1] if "pattern" in plain else 0,
         "before": plain,
         "after": edited,
     }
@@ -151,10 +154,11 @@ def _numbers(
         "rank": rank,
         "target": target,
         "predicted": predicted,
-        "pattern": passed.layers.pattern[:, 0],
         "efficiency": geometry.efficiency[0],
         **moves,
     }
+    if passed.layers.pattern is not None:
+        found["pattern"] = with_as_many_heads(passed.layers.pattern, 1)[:, 0]
     if config.post_norm or not config.residual or config.unembedding_transform:
         return found
     steps = attribution.by_step(parameters, passed, config, predicted[None])

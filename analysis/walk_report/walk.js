@@ -34,6 +34,12 @@
     });
   }
 
+  // Weights that sum to one from white to blue; weights of any size and sign around white.
+  const shades = (z) => {
+    const all = z.flat(), most = Math.max(...all.map(Math.abs), 1e-9);
+    if (Math.min(...all) >= 0 && most <= 1) return { zmin: 0, zmax: 1, colorscale: [[0, "#fff"], [0.3, "#9dc6e3"], [1, "#08306b"]] };
+    return { zmin: -most, zmax: most, colorscale: [[0, orange], [0.5, "#fff"], [1, blue]] };
+  };
   const draw = {
     map(side, plot) {
       const { points, tokens, share } = side.map[chosen.token];
@@ -97,7 +103,7 @@
     },
     pattern(side, plot) {
       const z = side.pattern[chosen.layer][chosen.head];
-      const traces = [{ type: "heatmap", z, x: places, y: places, zmin: 0, zmax: 1, colorscale: [[0, "#fff"], [0.3, "#9dc6e3"], [1, "#08306b"]],
+      const traces = [{ type: "heatmap", z, x: places, y: places, ...shades(z),
         text: z.map((rowValues, q) => rowValues.map((_, k) => `${names[q]} looks at ${names[k]}`)), hovertemplate: "%{text}: %{z:.3f}<extra></extra>", colorbar: { thickness: 10 } }];
       const t = chosen.token;
       const labels = { tickvals: places, ticktext: names, showgrid: false, tickfont: { size: places.length > 40 ? 8 : 11 } };
@@ -109,7 +115,7 @@
     rows(side, plot) {
       const label = [], z = [];
       side.pattern.forEach((heads, l) => heads.forEach((head, h) => { label.push(`${l}.${h}`); z.push(head[chosen.token]); }));
-      const traces = [{ type: "heatmap", z, x: places, y: label, zmin: 0, zmax: 1, colorscale: [[0, "#fff"], [0.3, "#9dc6e3"], [1, "#08306b"]], showscale: false,
+      const traces = [{ type: "heatmap", z, x: places, y: label, ...shades(z), showscale: false,
         text: z.map((values) => values.map((_, k) => names[k])), hovertemplate: "head %{y} looks at %{text}: %{z:.3f}<extra></extra>" }];
       const layout = { font, margin: { l: 60, r: 10, t: 10, b: 90 }, xaxis: { ...axis, tickvals: places, ticktext: names, tickangle: -60, showgrid: false },
         yaxis: { ...axis, type: "category", autorange: "reversed", title: { text: "layer.head" }, showgrid: false } };
@@ -151,7 +157,9 @@
 
   const hasParts = Boolean(data.before.heads);
   byId("no-parts").hidden = hasParts;
-  const kinds = Object.keys(draw).filter((kind) => hasParts || !["parts", "heads", "neurons"].includes(kind));
+  const hasPattern = Boolean(data.before.pattern);
+  if (!hasPattern) document.getElementById("heads").remove();
+  const kinds = Object.keys(draw).filter((kind) => hasPattern || !["pattern", "rows"].includes(kind)).filter((kind) => hasParts || !["parts", "heads", "neurons"].includes(kind));
   const redraw = (which) => which.forEach((kind) => sides.forEach(([, side], i) => draw[kind](side, hosts[kind][i])));
 
   const buttons = data.tokens.map((label, t) => {
@@ -172,8 +180,10 @@
     box.value = value;
     box.addEventListener("change", () => { chosen[id] = Number(box.value); redraw(then); });
   };
-  select("layer", data.layers, chosen.layer, ["pattern"]);
-  select("head", data.heads, chosen.head, ["pattern"]);
+  if (hasPattern) {
+    select("layer", data.layers, chosen.layer, ["pattern"]);
+    select("head", data.heads, chosen.head, ["pattern"]);
+  }
   byId("dimensions").addEventListener("change", (event) => { chosen.dimensions = Number(event.target.value); redraw(["map"]); });
   choose(last);
 })();

@@ -1,5 +1,6 @@
 import html.parser
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from walk_example import CONFIG, EVIL, EvilTokenizer, model, saved
 
-from minitf import walk
+from minitf import initialize, mixers, walk
 from minitf.analysis.run_folder import Problem
 from minitf.analysis.walk_report import job, page
 from minitf.analysis.walk_report.data import Labels, both_sides, walk_data
@@ -15,7 +16,7 @@ from minitf.analysis.walk_report.job import WalkConfig, edit_of
 from minitf.analysis.walk_report.show import show
 from minitf.decode import generate
 from minitf.edits import ablate
-from minitf.pretrained import load
+from minitf.pretrained import Pretrained, load
 
 TOKENS = np.array([3, 1, 4, 1, 5], np.int32)
 
@@ -166,6 +167,27 @@ def test_a_notebook_shows_the_page_and_nothing_of_it_leaves_its_frame(tmp_path):
     shown.save(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == shown.html
     assert len(repr(shown)) < 80
+
+
+@pytest.mark.parametrize(
+    "mixer", [mixers.Retention(), mixers.TokenNetwork(), (mixers.Mamba(states=2), mixers.Softmax())], ids=str
+)
+def test_layers_that_mix_otherwise_are_shown_too(mixer):
+    config = replace(CONFIG, layers=2, mixer=mixer, causal=not isinstance(mixer, mixers.TokenNetwork))
+    parameters = initialize(config, jax.random.key(0))
+    found = walk_data(parameters, TOKENS, config, Labels(None))
+    walked = walk(parameters, jnp.asarray(TOKENS)[None], config)
+    if isinstance(mixer, mixers.TokenNetwork):
+        assert "pattern" not in found
+    else:
+        first = walked.layers.pattern[0][0]
+        np.testing.assert_allclose(found["pattern"][0], first, atol=6e-4)
+        if isinstance(mixer, tuple):
+            heads = walked.layers.pattern[1].shape[1]
+            assert not np.any(found["pattern"][1][heads:]) and np.any(found["pattern"][1][:heads])
+    # What the heads of a layer add to the logit is what the layer adds.
+    np.testing.assert_allclose(found["heads"].sum(axis=-1), found["attention_parts"], atol=1e-5)
+    assert "<html" in show(Pretrained("any", config, parameters), TOKENS.tolist()).html
 
 
 def test_what_cannot_be_shown_is_told():
