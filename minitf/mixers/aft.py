@@ -9,7 +9,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minitf.config import ModelConfig
-from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, past, project, remember
+from minitf.mixers.contract import (
+    About,
+    At,
+    Filtered,
+    Heads,
+    Mixer,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
+    Weights,
+    past,
+    project,
+    remember,
+)
 from minitf.mixers.weighted_mean import weighted_means
 
 
@@ -64,20 +79,13 @@ class AttentionFree(Mixer):
         }
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Queries, keys and values, one number for each channel."""
         q, k, v = (project(x, weights[name]) for name in ("query", "key", "value"))
         return Filtered(v=v, q=jax.nn.sigmoid(q), k=k)
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Softmax for each channel, under the gate."""
         length = f.v.shape[1]
         k = jnp.moveaxis(f.k[..., 0], 2, 1)[:, :, None, :]
@@ -85,9 +93,7 @@ class AttentionFree(Mixer):
         scores = jnp.where(past(length), k + rows, -jnp.inf)
         return jax.nn.softmax(scores, axis=-1) * jnp.moveaxis(f.q, 1, 2)
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A ratio of two products; simple, of two running sums."""
         length = f.v.shape[1]
         k, v = f.k[..., 0], f.v[..., 0]
@@ -96,7 +102,7 @@ class AttentionFree(Mixer):
         rows = self._rows(weights, config, jnp.arange(length), length)
         return f.q * _ratio(k, v, rows)[..., None]
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Any:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for keys and values; simple, the running sums and the peak."""
         if self.kind == "simple":
             zero = jnp.zeros((batch, config.width), dtype)
@@ -104,9 +110,7 @@ class AttentionFree(Mixer):
         room = jnp.zeros((batch, slots, config.width), dtype)
         return room, room
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Any, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Any]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """One row over the keys so far; simple, one more term of the sums."""
         if self.kind == "simple":
             top, bottom, peak = state

@@ -6,14 +6,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from minitf.config import ModelConfig
 from minitf.mixers.contract import (
     About,
+    At,
     Filtered,
+    Heads,
     Mixer,
-    Stream,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
     Weights,
     product_association,
     project,
@@ -41,38 +47,29 @@ class Uniform(Mixer):
         return values_and_output(make)
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values."""
         return Filtered(v=project(x, weights["value"]))
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "1 head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """One over the number of keys in sight."""
         seen = visible(f.v.shape[1], config).astype(f.v.dtype)
         pattern = seen / jnp.sum(seen, axis=-1, keepdims=True)
         return jnp.broadcast_to(pattern, (1, config.heads, *pattern.shape))
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A running mean."""
         if not config.causal:
             return jnp.broadcast_to(jnp.mean(f.v, axis=1, keepdims=True), f.v.shape)
         count = jnp.arange(1, f.v.shape[1] + 1, dtype=f.v.dtype)
         return jnp.cumsum(f.v, axis=1) / count[:, None, None]
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """The mean of nothing."""
         return jnp.zeros((batch, config.heads, config.head_size), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``c += (v - c) / (t + 1)``."""
         count = (position + 1).astype(f.v.dtype)[:, None, None]
         mean = state + (f.v[:, 0] - state) / count
@@ -99,34 +96,25 @@ class ExponentialAverage(Mixer):
         return {**values_and_output(make), "rate": make.weight("head", "even", 1.5, center=2.5)}
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values."""
         return Filtered(v=project(x, weights["value"]))
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "1 head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Powers of the rates."""
         decay = jnp.broadcast_to(jax.nn.log_sigmoid(weights["rate"]), (1, f.v.shape[1], config.heads))
         return product_association(decay, jnp.broadcast_to(jax.nn.sigmoid(-weights["rate"]), decay.shape))
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A parallel scan."""
         return recurrence(*self._terms(weights, f.v))
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Zero."""
         return jnp.zeros((batch, config.heads, config.head_size), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``h = a h + (1 - a) v``."""
         decay, share = self._terms(weights, f.v)
         mean = decay[0] * state + share[:, 0]

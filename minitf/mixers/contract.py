@@ -28,6 +28,12 @@ from minitf.walk import LayerWalk, apply
 Stream = Float[Array, "batch position width"]
 Weights = Any
 State = Any
+Seen = Float[Array, "batch seen width"]
+At = Int[Array, "#batch position"]
+Now = Int[Array, " batch"]
+Heads = Float[Array, "batch position head head_width"]
+Pairs = Float[Array, "#batch head query key"]
+Step = tuple[Heads, State]
 Source = Literal["position", "query", "key", "pair", "path"]
 
 
@@ -110,25 +116,16 @@ class Mixer:
         raise NotImplementedError
 
     def filter(
-        self,
-        weights: Weights,
-        x: Float[Array, "batch seen width"],
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: State = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """The filters. ``x`` begins ``reach`` positions before the first one; ``state`` is for cells alone."""
         raise NotImplementedError
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "#batch head query key"] | None:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs | None:
         """A, whole; with a batch of one where the data has no part in it."""
         raise NotImplementedError
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """``sum_s A[t, s] v[s]``; by the association itself, unless there is a faster way."""
         return under(self.association(weights, f, config), f.v)
 
@@ -136,15 +133,11 @@ class Mixer:
         """Before the first position."""
         raise NotImplementedError
 
-    def step(
-        self, weights: Weights, f: Filtered, state: State, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], State]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """The aggregate at one position, and the state after it."""
         raise NotImplementedError
 
-    def gate(
-        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """What is done to ``z`` at each position alone, before the output map."""
         return z
 

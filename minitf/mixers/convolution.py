@@ -6,11 +6,24 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from minitf.config import ModelConfig
 from minitf.mixers.aft import channel_filters
-from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, project, short_convolution
+from minitf.mixers.contract import (
+    About,
+    At,
+    Filtered,
+    Heads,
+    Mixer,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
+    Weights,
+    project,
+    short_convolution,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +53,12 @@ class Convolution(Mixer):
         return {**channel_filters(make, config, "value"), "kernel": kernel}
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values."""
         return Filtered(v=project(x, weights["value"]))
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "1 head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """The kernel at every distance."""
         length = f.v.shape[1]
         lag = np.arange(length)[:, None] - np.arange(length)[None, :]
@@ -58,20 +66,16 @@ class Convolution(Mixer):
         kernel = weights["kernel"][::-1].T[:, np.where(within, lag, 0)]
         return jnp.where(jnp.asarray(within), kernel, 0.0)[None]
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A sum over the taps."""
         v = jnp.pad(f.v[..., 0], ((0, 0), (self.taps - 1, 0), (0, 0)))
         return short_convolution(v, weights["kernel"])[..., None]
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """The last values."""
         return jnp.zeros((batch, self.taps - 1, config.width), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """The taps over the last values."""
         values = jnp.concatenate([state, f.v[..., 0]], axis=1)
         return short_convolution(values, weights["kernel"])[..., None], values[:, 1:]

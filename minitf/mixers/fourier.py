@@ -6,10 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from minitf.config import ModelConfig
-from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights
+from minitf.mixers.contract import About, At, Filtered, Heads, Mixer, Pairs, Seen, State, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,27 +27,20 @@ class Fourier(Mixer):
         return {}
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Transforms over the features."""
         over_features = jnp.fft.fft(x, axis=-1)
         return Filtered(v=jnp.stack([over_features.real, -over_features.imag], axis=2).astype(x.dtype))
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "1 2 query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Cosines and minus sines of all pairs of places."""
         length = f.v.shape[1]
         turn = np.arange(length)[:, None] * np.arange(length)[None, :] % length
         angle = 2 * np.pi * turn / length
         return jnp.asarray(np.stack([np.cos(angle), -np.sin(angle)])[None], f.v.dtype)
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A fast Fourier transform over the positions."""
         over_positions = jnp.fft.fft(f.v, axis=1)
         z = jnp.stack([over_positions[:, :, 0].real, over_positions[:, :, 1].imag], axis=2)

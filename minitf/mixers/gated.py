@@ -10,15 +10,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from minitf.config import ModelConfig
 from minitf.mixers.aft import channel_filters
 from minitf.mixers.contract import (
     About,
+    At,
     Filtered,
+    Heads,
     Mixer,
-    Stream,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
     Weights,
     product_association,
     project,
@@ -40,25 +46,19 @@ class _Gated(Mixer):
             state=config.width,
         )
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Products of what was kept."""
         return product_association(f.extras["log_keep"], f.extras["write"])
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A parallel scan."""
         return recurrence(jnp.exp(f.extras["log_keep"])[..., None], f.extras["write"][..., None] * f.v)
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Any:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Nothing held."""
         return jnp.zeros((batch, config.width), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Any, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Any]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``h = keep * h + write * v``."""
         h = jnp.exp(f.extras["log_keep"][:, 0]) * state + f.extras["write"][:, 0] * f.v[:, 0, :, 0]
         return h[:, None, :, None], h
@@ -73,12 +73,7 @@ class MinimalGru(_Gated):
         return channel_filters(make, config, "gate", "value")
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values and gates."""
         pre = project(x, weights["gate"])[..., 0]
@@ -103,12 +98,7 @@ class _Cell(_Gated):
         return found
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """The cell, position after position: candidates, and what was kept and written."""
         inputs = tuple(
@@ -172,20 +162,16 @@ class Lstm(_Cell):
         c = jax.nn.sigmoid(keep) * c + write * v
         return (out * jnp.tanh(c), c), (v, jax.nn.log_sigmoid(keep), write, out)
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> tuple[Array, Array]:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Nothing held, nothing read."""
         zero = jnp.zeros((batch, config.width), dtype)
         return zero, zero
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Any, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Any]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """The cell, and what is read of it."""
         z, c = super().step(weights, f, state[1], position, config)
         return z, (f.extras["out"][:, 0] * jnp.tanh(c), c)
 
-    def gate(
-        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """``o tanh(c)``."""
         return f.extras["out"][..., None] * jnp.tanh(z)

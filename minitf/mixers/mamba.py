@@ -6,14 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from minitf import filter
 from minitf.config import ModelConfig
 from minitf.mixers.contract import (
     About,
+    At,
     Filtered,
+    Heads,
     Mixer,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
     Weights,
     chunked_products,
     decayed_products,
@@ -101,12 +108,7 @@ class Mamba(_Convolved):
         }
 
     def filter(
-        self,
-        weights: Weights,
-        x: Float[Array, "batch seen width"],
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Channels after the convolution; steps, B and C made from them; the gate."""
         v = _convolved(project(x, weights["value"][..., None])[..., 0], weights)
@@ -120,9 +122,7 @@ class Mamba(_Convolved):
             extras={"step": jax.nn.softplus(step + weights["step_bias"]), "gate": gate},
         )
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """A sum over the states, one at a time."""
         length = f.v.shape[1]
         step = jnp.moveaxis(f.extras["step"], 2, 1)
@@ -135,9 +135,7 @@ class Mamba(_Convolved):
 
         return jax.lax.scan(add, jnp.zeros_like(between), jnp.arange(self.states))[0]
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A parallel scan inside chunks, one chunk after another, so that few states are held at once."""
         rate = jnp.exp(weights["log_decay"])
 
@@ -158,22 +156,18 @@ class Mamba(_Convolved):
         _, z = jax.lax.scan(chunk, empty, tuple(in_chunks(x, CHUNK) for x in parts))
         return from_chunks(z, f.v.shape[1])[..., None]
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Nothing held."""
         return jnp.zeros((batch, self.inner(config), self.states), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``h = exp(step a) h + step B v``."""
         step = f.extras["step"][:, 0]
         decay = jnp.exp(-step[..., None] * jnp.exp(weights["log_decay"]))
         state = decay * state + (step * f.v[:, 0, :, 0])[..., None] * f.k[:, 0]
         return jnp.einsum("bcn,bn->bc", state, f.q[:, 0, 0])[:, None, :, None], state
 
-    def gate(
-        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """What the channel holds now, added; then swish."""
         return (z + weights["skip"][:, None] * f.v) * jax.nn.silu(f.extras["gate"])
 
@@ -239,12 +233,7 @@ class Mamba2(_Convolved):
         }
 
     def filter(
-        self,
-        weights: Weights,
-        x: Float[Array, "batch seen width"],
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values, B and C after their convolutions; steps; the gate."""
         flat = {name: project(x, weights[name][..., None])[..., 0] for name in ("value", "query", "key")}
@@ -261,35 +250,27 @@ class Mamba2(_Convolved):
             extras={"step": jax.nn.softplus(step + weights["step_bias"]), "gate": project(now, weights["gate"])},
         )
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Products, less the longer the way."""
         return decayed_products(*self._terms(weights, f, config))
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Chunk by chunk (state space duality)."""
         q, k, decay = self._terms(weights, f, config)
         return chunked_products(q, k, f.v, decay)
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Nothing held."""
         return jnp.zeros((batch, config.heads, self.states, self.inner(config) // config.heads), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``S = exp(step a) S + step B v^T``."""
         q, k, decay = self._terms(weights, f, config)
         kept = jnp.exp(decay[:, 0])[..., None, None]
         state = kept * state + k[:, 0, :, :, None] * f.v[:, 0, :, None, :]
         return jnp.einsum("bhn,bhnv->bhv", q[:, 0], state)[:, None], state
 
-    def gate(
-        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """What the head holds now, added; swish; a root-mean-square norm over all heads."""
         y = (z + weights["skip"][:, None] * f.v) * jax.nn.silu(f.extras["gate"])
         rows = filter.center(y.reshape(y.shape[0] * y.shape[1], -1), "rms")

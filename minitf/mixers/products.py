@@ -7,16 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from minitf import filter
 from minitf.config import ModelConfig
 from minitf.mixers.average import values_and_output
 from minitf.mixers.contract import (
     About,
+    At,
     Filtered,
+    Heads,
     Mixer,
-    Stream,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
     Weights,
     chunked_products,
     decayed_products,
@@ -40,7 +46,7 @@ class _Products(Mixer):
             "key": make.matrix("width head head_width", "width"),
         }
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """``S = sum of k v^T``, nothing yet."""
         return jnp.zeros((batch, config.heads, config.head_size, config.head_size), dtype)
 
@@ -61,40 +67,29 @@ class LinearAttention(_Products):
         )
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values; queries and keys made positive."""
         q, k = (jax.nn.elu(project(x, weights[name])) + 1 for name in ("query", "key"))
         return Filtered(v=project(x, weights["value"]), q=q, k=k)
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Products over their sum."""
         products = jnp.where(past(f.q.shape[1]), jnp.einsum("bthc,bshc->bhts", f.q, f.k), 0.0)
         return products / jnp.sum(products, axis=-1, keepdims=True)
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Chunk by chunk; the sums of the rows are mixed as one more value."""
         ones = jnp.ones((*f.v.shape[:3], 1), f.v.dtype)
         decay = jnp.zeros((1, f.v.shape[1], config.heads), f.v.dtype)
         both = chunked_products(f.q, f.k, jnp.concatenate([f.v, ones], axis=-1), decay)
         return both[..., :-1] / both[..., -1:]
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """``S``, with one more column for the sums of the rows."""
         return jnp.zeros((batch, config.heads, config.head_size, config.head_size + 1), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``S += phi(k) [v, 1]^T``."""
         v = jnp.concatenate([f.v, jnp.ones((*f.v.shape[:3], 1), f.v.dtype)], axis=-1)[:, 0]
         state = state + f.k[:, 0, :, :, None] * v[:, :, None, :]
@@ -129,12 +124,7 @@ class Retention(_Products):
         return {**super().declare(config, make), "gate": make.matrix("width head head_width", "width")}
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values, gate; queries and keys turned."""
         at = jnp.broadcast_to(positions, x.shape[:2]).reshape(-1)
@@ -148,29 +138,21 @@ class Retention(_Products):
         q, k = turned("query"), turned("key") * config.head_size**-0.5
         return Filtered(v=project(x, weights["value"]), q=q, k=k, extras={"gate": project(x, weights["gate"])})
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Products, less the further apart."""
         return decayed_products(f.q, f.k, _retained(config, f.q.shape[1], f.q.dtype))
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Chunk by chunk."""
         return chunked_products(f.q, f.k, f.v, _retained(config, f.q.shape[1], f.q.dtype))
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``S = g S + k v^T``."""
         kept = jnp.exp(_retained(config, 1, f.q.dtype))[0, 0, :, None, None]
         state = kept * state + f.k[:, 0, :, :, None] * f.v[:, 0, :, None, :]
         return jnp.einsum("bhc,bhcv->bhv", f.q[:, 0], state)[:, None], state
 
-    def gate(
-        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """Each head normed, then gated by swish."""
         return head_norm(z, config) * jax.nn.silu(f.extras["gate"])
 
@@ -198,21 +180,14 @@ class DeltaNet(_Products):
         return {**super().declare(config, make), "rate": make.matrix("width head", "width")}
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values, rates; queries and keys of length one."""
         q, k = (unit(project(x, weights[name])) for name in ("query", "key"))
         rate = jax.nn.sigmoid(project(x, weights["rate"][..., None]))[..., 0]
         return Filtered(v=project(x, weights["value"]), q=q, k=k, extras={"rate": rate})
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """By the inverse of a triangle."""
         rate = jnp.moveaxis(f.extras["rate"], 2, 1)
         products = jnp.where(past(f.q.shape[1]), jnp.einsum("bthc,bshc->bhts", f.q, f.k), 0.0)
@@ -221,9 +196,7 @@ class DeltaNet(_Products):
         solved = jax.scipy.linalg.solve_triangular(within, jnp.swapaxes(products, -1, -2), lower=False)
         return jnp.swapaxes(solved, -1, -2) * rate[:, :, None, :]
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Chunk by chunk; between chunks by the state."""
         size = 64
         allowed = past(size)
@@ -240,9 +213,7 @@ class DeltaNet(_Products):
         parts = tuple(in_chunks(x, size) for x in (f.q, f.k, f.v, f.extras["rate"]))
         return from_chunks(jax.lax.scan(chunk, empty, parts)[1], f.v.shape[1])
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """What the key held, replaced in part."""
         k, rate = f.k[:, 0], f.extras["rate"][:, 0, :, None]
         fresh = rate * (f.v[:, 0] - jnp.einsum("bhc,bhcv->bhv", k, state))

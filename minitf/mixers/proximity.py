@@ -5,11 +5,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from minitf import aggregate
 from minitf.config import ModelConfig
-from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, remember, visible
+from minitf.mixers.contract import (
+    About,
+    At,
+    Filtered,
+    Mixer,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
+    Weights,
+    remember,
+    visible,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,35 +51,23 @@ class Proximity(Mixer):
         return {}
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """The points themselves are queries, keys and values."""
         h = x[:, :, None, :]
         return Filtered(v=h, q=h, k=h)
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "batch 1 query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Softmax of inner products."""
         scores = aggregate.score(f.q, f.k, 1.0)
         return aggregate.associate(jnp.where(visible(f.q.shape[1], config), scores, -jnp.inf))
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> tuple[Array, Array]:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for the points."""
         room = jnp.zeros((batch, slots, 1, config.width), dtype)
         return room, room
 
-    def step(
-        self,
-        weights: Weights,
-        f: Filtered,
-        state: tuple[Array, Array],
-        position: Int[Array, " batch"],
-        config: ModelConfig,
-    ) -> tuple[Float[Array, "batch 1 head head_width"], tuple[Array, Array]]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """The point against those so far."""
         k, v = (remember(kept, new, position) for kept, new in zip(state, (f.k, f.v), strict=True))
         seen = (jnp.arange(k.shape[1]) <= position[:, None])[:, None, None]

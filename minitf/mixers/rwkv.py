@@ -6,15 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
 from minitf.mixers.aft import channel_filters
 from minitf.mixers.average import values_and_output
 from minitf.mixers.contract import (
     About,
+    At,
     Filtered,
+    Heads,
     Mixer,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
     Weights,
     from_chunks,
     in_chunks,
@@ -62,20 +69,13 @@ class Rwkv4(Mixer):
         }
 
     def filter(
-        self,
-        weights: Weights,
-        x: Float[Array, "batch seen width"],
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Receptance, key and value of the shifted input."""
         q, k, v = (project(shifted(x, weights[f"{n}_share"]), weights[n]) for n in ("query", "key", "value"))
         return Filtered(v=v, q=jax.nn.sigmoid(q), k=k)
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Softmax for each channel, under the gate."""
         length = f.v.shape[1]
         at = jnp.arange(length)
@@ -85,26 +85,17 @@ class Rwkv4(Mixer):
         scores = jnp.moveaxis(f.k[..., 0], 2, 1)[:, :, None, :] + places
         return jax.nn.softmax(jnp.where(past(length), scores, -jnp.inf), axis=-1) * jnp.moveaxis(f.q, 1, 2)
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Running sums by a parallel scan."""
         means, _ = weighted_means(f.k[..., 0], f.v[..., 0], *self._constants(weights))
         return f.q * means[..., None]
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> tuple[Array, Array, Array]:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Two sums and their highest exponent."""
         zero = jnp.zeros((batch, config.width), dtype)
         return zero, zero, jnp.full_like(zero, -jnp.inf)
 
-    def step(
-        self,
-        weights: Weights,
-        f: Filtered,
-        state: tuple[Array, Array, Array],
-        position: Int[Array, " batch"],
-        config: ModelConfig,
-    ) -> tuple[Float[Array, "batch 1 head head_width"], tuple[Array, Array, Array]]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """The present key with its bonus is read, and then added without."""
         (top, bottom, peak), (fade, bonus) = state, self._constants(weights)
         k, v = f.k[:, 0, :, 0], f.v[:, 0, :, 0]
@@ -160,12 +151,7 @@ class Rwkv6(Mixer):
         }
 
     def filter(
-        self,
-        weights: Weights,
-        x: Float[Array, "batch seen width"],
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Receptance, key, value, gate, and the log of each component's fading."""
         q, k, v, gate = (
@@ -175,9 +161,7 @@ class Rwkv6(Mixer):
         fade = -jnp.exp(weights["fade_bias"] + project(hidden, weights["fade_out"]))
         return Filtered(v=v, q=q, k=k, extras={"fade": fade, "gate": gate})
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """A sum over components, one at a time."""
 
         def one(c: Array) -> Array:
@@ -187,9 +171,7 @@ class Rwkv6(Mixer):
 
         return jnp.sum(jax.lax.map(one, jnp.arange(config.head_size)), axis=0)
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Chunk by chunk; between chunks by the state."""
 
         def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -206,21 +188,17 @@ class Rwkv6(Mixer):
         parts = tuple(in_chunks(x, CHUNK) for x in (f.q, f.k, f.v, f.extras["fade"]))
         return from_chunks(jax.lax.scan(chunk, empty, parts)[1], f.v.shape[1])
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """``S``, nothing yet."""
         return jnp.zeros((batch, config.heads, config.head_size, config.head_size), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """The present key with its bonus is read, and then added without."""
         q, new = f.q[:, 0], f.k[:, 0, :, :, None] * f.v[:, 0, :, None, :]
         z = jnp.einsum("bhc,bhcv->bhv", q, state + weights["bonus"][..., None] * new)
         return z[:, None], jnp.exp(f.extras["fade"][:, 0])[..., None] * state + new
 
-    def gate(
-        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """Each head normed, then gated by swish."""
         return head_norm(z, config) * jax.nn.silu(f.extras["gate"])
 

@@ -5,11 +5,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from minitf import aggregate, filter
 from minitf.config import ModelConfig
-from minitf.mixers.contract import About, Filtered, Mixed, Mixer, Stream, Weights, remember
+from minitf.mixers.contract import (
+    About,
+    At,
+    Filtered,
+    Heads,
+    Mixed,
+    Mixer,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
+    Stream,
+    Weights,
+    remember,
+)
 from minitf.places import Places
 from minitf.walk import LayerWalk, apply
 
@@ -58,12 +73,7 @@ class Softmax(Mixer):
         return make.attention()
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Queries, keys and values, each ``[batch, position, head, head_width]``."""
         batch, length, width = x.shape
@@ -103,17 +113,13 @@ class Softmax(Mixer):
         q, k, v = (y.reshape(batch, length, *y.shape[1:]) for y in (q, k, v))
         return Filtered(v=v, q=q, k=k)
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """The pattern, whole."""
         places = _whole(f.q.shape[1], config, self.window)
         mixed = _associate(f, config, LayerWalk(), places, f.q.shape[1])
         return mixed.pattern
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch query head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """In blocks of queries, or, with a window, in chunks of keys."""
         if self.window and f.q.shape[1] > 2 * self.window and config.position != "alibi":
             return _in_window(f, _scale(config), self.window, config.attend_self)
@@ -125,18 +131,11 @@ class Softmax(Mixer):
         shape = (batch, slots, config.groups, config.head_size)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> tuple[Array, Array]:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """The same."""
         return self.start(config, batch, slots, dtype)
 
-    def step(
-        self,
-        weights: Weights,
-        f: Filtered,
-        state: tuple[Array, Array],
-        position: Int[Array, " batch"],
-        config: ModelConfig,
-    ) -> tuple[Float[Array, "batch 1 head head_width"], tuple[Array, Array]]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """The query against the keys so far."""
         k, v = (remember(kept, new, position) for kept, new in zip(state, (f.k, f.v), strict=True))
         query, key = position[:, None], jnp.arange(k.shape[1])

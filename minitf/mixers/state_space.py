@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
-from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights
+from minitf.mixers.contract import About, At, Filtered, Heads, Mixer, Now, Pairs, Seen, State, Step, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,26 +56,19 @@ class DiagonalStateSpace(Mixer):
         }
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """The channels themselves."""
         return Filtered(v=x[..., None])
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Float[Array, "1 head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """The kernel at every distance."""
         length = f.v.shape[1]
         lag = np.arange(length)[:, None] - np.arange(length)[None, :]
         kernel = self._kernel(weights, length)[:, np.maximum(lag, 0)]
         return jnp.where(jnp.asarray(lag >= 0), kernel, 0.0)[None]
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A convolution by fast Fourier transforms, with room so that nothing comes round."""
         length = f.v.shape[1]
         kernel = jnp.fft.rfft(self._kernel(weights, length), 2 * length, axis=-1)
@@ -83,22 +76,18 @@ class DiagonalStateSpace(Mixer):
         z = jnp.fft.irfft(kernel * v, 2 * length, axis=-1)[..., :length]
         return jnp.moveaxis(z, 2, 1)[..., None].astype(f.v.dtype)
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Oscillations at rest; real and imaginary parts last."""
         return jnp.zeros((batch, config.width, self.states, 2), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``h = exp(step a) h + (exp(step a) - 1) / a v``."""
         log_turn, push, read = self._terms(weights)
         h = jnp.exp(log_turn) * (state[..., 0] + 1j * state[..., 1]) + push * f.v[:, 0]
         z = jnp.sum((read * h).real, axis=-1)
         return z[:, None, :, None], jnp.stack([h.real, h.imag], axis=-1)
 
-    def gate(
-        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """What the channel holds now, added."""
         return z + weights["skip"][:, None] * f.v
 

@@ -6,12 +6,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from minitf import aggregate
 from minitf.config import ModelConfig
 from minitf.mixers.average import values_and_output
-from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, project, remember, visible
+from minitf.mixers.contract import (
+    About,
+    At,
+    Filtered,
+    Mixer,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
+    Weights,
+    project,
+    remember,
+    visible,
+)
 
 
 class _Rows(Mixer):
@@ -22,28 +36,21 @@ class _Rows(Mixer):
         raise NotImplementedError
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values."""
         return Filtered(v=project(x, weights["value"]))
 
-    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Array:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """All rows."""
         length = f.v.shape[1]
         return self.rows(weights, f, config, jnp.arange(length)[None], length)
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for the values."""
         return jnp.zeros((batch, slots, config.heads, config.head_size), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """One row over the values so far."""
         v = remember(state, f.v, position)
         row = self.rows(weights, f, config, position[:, None], v.shape[1])
@@ -134,12 +141,7 @@ class Synthesizer(_Rows):
         return {**values_and_output(make), **own}
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values; and, dense, the hidden layer of the scores."""
         q = jax.nn.relu(project(x, weights["query"])) if self.kind == "dense" else None

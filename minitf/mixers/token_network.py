@@ -6,11 +6,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from minitf import filter
 from minitf.config import ModelConfig
-from minitf.mixers.contract import About, Filtered, Mixer, Stream, Weights, project, remember, visible
+from minitf.mixers.contract import (
+    About,
+    At,
+    Filtered,
+    Heads,
+    Mixer,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
+    Weights,
+    project,
+    remember,
+    visible,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +60,7 @@ class SpatialGate(Mixer):
         }
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """The gate, and the normed values."""
         gate, v = (jax.nn.gelu(project(x, weights[name])) for name in ("gate", "value"))
@@ -63,38 +72,30 @@ class SpatialGate(Mixer):
 
     leaves = frozenset({"pattern", "q"})
 
-    def association(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch head query key"]:
+    def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """The matrix with each query's gate before it."""
         length = f.v.shape[1]
         places = jnp.where(visible(length, config), weights["places"][:length, :length], 0.0)
         return jnp.moveaxis(f.q, 1, 2) * places
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """One product for all channels."""
         length = f.v.shape[1]
         places = jnp.where(visible(length, config), weights["places"][:length, :length], 0.0)
         return f.q * jnp.einsum("ts,bshc->bthc", places, f.v)
 
-    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Array:
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for the values."""
         return jnp.zeros((batch, slots, config.width, 1), dtype)
 
-    def step(
-        self, weights: Weights, f: Filtered, state: Array, position: Int[Array, " batch"], config: ModelConfig
-    ) -> tuple[Float[Array, "batch 1 head head_width"], Array]:
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """One row over the values so far."""
         v = remember(state, f.v, position)
         slots = v.shape[1]
         row = jnp.where(jnp.arange(slots) <= position[:, None], weights["places"][position, :slots], 0.0)
         return f.q * jnp.einsum("bs,bshc->bhc", row, v)[:, None], v
 
-    def gate(
-        self, weights: Weights, z: Float[Array, "batch position head head_width"], f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """The bias, under the gate as well."""
         return z + f.q * f.extras["bias"]
 
@@ -123,12 +124,7 @@ class TokenNetwork(Mixer):
         }
 
     def filter(
-        self,
-        weights: Weights,
-        x: Stream,
-        config: ModelConfig,
-        positions: Int[Array, "#batch position"],
-        state: Any = None,
+        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """The points themselves."""
         return Filtered(v=x[:, :, None, :])
@@ -137,9 +133,7 @@ class TokenNetwork(Mixer):
         """There is none."""
         return
 
-    def aggregate(
-        self, weights: Weights, f: Filtered, config: ModelConfig
-    ) -> Float[Array, "batch position head head_width"]:
+    def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """The network over places."""
         length = f.v.shape[1]
         hidden = jax.nn.gelu(jnp.einsum("bshc,sk->bkhc", f.v, weights["into"][:length]))
