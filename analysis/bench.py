@@ -212,12 +212,14 @@ def run_benchmarks(
     ``pythons`` are interpreters of environments with further peers, such as another version of TransformerLens.
     Raises ValueError for an unknown name, OSError when the folder cannot be written.
     """
-    from minitf.analysis.scan_snap.bench import bench_scan_snap  # noqa: PLC0415 (it uses this file)
+    from minitf.analysis.mixer_bench import bench_mixers  # noqa: PLC0415 (they use this file)
+    from minitf.analysis.scan_snap.bench import bench_scan_snap  # noqa: PLC0415
     from minitf.analysis.walk_bench.job import bench_walk  # noqa: PLC0415
 
     known: dict[str, Callable[..., list[Row]]] = {
         "scan-snap": bench_scan_snap,
         "walk": partial(bench_walk, pythons=pythons),
+        "mixers": bench_mixers,
     }
     for name in names:
         if name not in known:

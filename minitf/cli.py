@@ -111,11 +111,11 @@ class Bench:
     """
 
     names: Annotated[
-        tuple[Literal["scan-snap", "walk"], ...],
+        tuple[Literal["scan-snap", "walk", "mixers"], ...],
         tyro.conf.Positional,
         arg(metavar="[NAME ...]", help_behavior_hint=""),
     ] = ()
-    """What to measure: scan-snap, walk. Everything by default."""
+    """What to measure: scan-snap, walk, mixers. Everything by default."""
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/bench")
     """Folder for bench.json."""
     pythons: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()

@@ -25,7 +25,7 @@ from minitf.mixers.contract import (
     project,
     remember,
 )
-from minitf.mixers.weighted_mean import weighted_means
+from minitf.mixers.weighted_mean import weighted_sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class AttentionFree(Mixer):
             provenance=frozenset({"query", "key"}),
             normalized="at most",
             state=3 * config.width if simple else 2 * config.length * config.width,
-            exponent=1.0 if simple else 2.0,
+            exponent=2.0 if self.kind == "full" else 1.0,
         )
 
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
@@ -94,13 +94,27 @@ class AttentionFree(Mixer):
         return jax.nn.softmax(scores, axis=-1) * jnp.moveaxis(f.q, 1, 2)
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
-        """A ratio of two products; simple, of two running sums."""
-        length = f.v.shape[1]
+        """A ratio of two products; but for ``full``, of two running sums, put right inside the window."""
         k, v = f.k[..., 0], f.v[..., 0]
-        if self.kind == "simple":
-            return f.q * weighted_means(k, v, jnp.zeros((config.width,), k.dtype))[0][..., None]
-        rows = self._rows(weights, config, jnp.arange(length), length)
-        return f.q * _ratio(k, v, rows)[..., None]
+        if self.kind == "full":
+            return f.q * _ratio(k, v, weights["places"])[..., None]
+        top, bottom, peak = weighted_sums(k, v, jnp.zeros((config.width,), k.dtype))
+        for lag in range(min(self.window, v.shape[1]) if self.kind != "simple" else 0):
+            more = self._more(weights, config, lag, v.shape[1])
+            before = lambda x, fill: jnp.pad(x, ((0, 0), (lag, 0), (0, 0)), constant_values=fill)[:, : v.shape[1]]  # noqa: B023
+            weight = more * jnp.exp(before(k, -jnp.inf) - peak)
+            top, bottom = top + weight * before(v, 0.0), bottom + weight
+        return f.q * (top / bottom)[..., None]
+
+    def _more(
+        self, weights: Weights, config: ModelConfig, lag: int, length: int
+    ) -> Float[Array, "position channels"]:
+        """``exp(w) - 1`` of the keys that far back."""
+        if self.kind == "conv":
+            by_head = jnp.expm1(weights["places"][:, lag])
+            return jnp.repeat(by_head, config.width // config.heads)[None]
+        at = jnp.arange(length)
+        return jnp.expm1(weights["places"][at, jnp.maximum(at - lag, 0)])[:, None]
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for keys and values; simple, the running sums and the peak."""
@@ -154,26 +168,21 @@ def channel_filters(make: Any, config: ModelConfig, *names: str) -> dict[str, An
 def _ratio(
     k: Float[Array, "batch position channel"],
     v: Float[Array, "batch position channel"],
-    rows: Float[Array, "channels query key"],
+    places: Float[Array, "place place"],
 ) -> Float[Array, "batch position channel"]:
     """``sum_s exp(k_s + w_ts) v_s`` over the same without v, in blocks of queries.
 
     In each block keys are measured from the highest one up to its end, so that a product of two exponentials, and
     no exponential of every triple, is enough.
     """
-    length, block, found = k.shape[1], 64, []
-    per_channel = rows.shape[0] > 1
+    length, found = k.shape[1], []
+    block = max(64, -(-length // 8))
     for first in range(0, length, block):
         stop = min(first + block, length)
         highest = jax.lax.stop_gradient(jnp.max(k[:, :stop], axis=1, keepdims=True))
         weight = jnp.exp(k[:, :stop] - highest)
-        bias = jnp.where(past(length)[first:stop, :stop], rows[:, first:stop, :stop], -jnp.inf)
+        bias = jnp.where(past(length)[first:stop, :stop], places[first:stop, :stop], -jnp.inf)
         bias = jnp.exp(bias - jax.lax.stop_gradient(jnp.max(bias, axis=-1, keepdims=True)))
-        if per_channel:
-            top = jnp.einsum("cts,bsc->btc", bias, weight * v[:, :stop])
-            bottom = jnp.einsum("cts,bsc->btc", bias, weight)
-        else:
-            top = jnp.einsum("ts,bsc->btc", bias[0], weight * v[:, :stop])
-            bottom = jnp.einsum("ts,bsc->btc", bias[0], weight)
+        top, bottom = (jnp.einsum("ts,bsc->btc", bias, x) for x in (weight * v[:, :stop], weight))
         found.append(top / bottom)
     return jnp.concatenate(found, axis=1)

@@ -87,8 +87,7 @@ class Rwkv4(Mixer):
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Running sums by a parallel scan."""
-        means, _ = weighted_means(f.k[..., 0], f.v[..., 0], *self._constants(weights))
-        return f.q * means[..., None]
+        return f.q * weighted_means(f.k[..., 0], f.v[..., 0], *self._constants(weights))[..., None]
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Two sums and their highest exponent."""

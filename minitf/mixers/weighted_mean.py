@@ -5,16 +5,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def weighted_means(
+def weighted_sums(
     k: Float[Array, "batch position channel"],
     v: Float[Array, "batch position channel"],
     fade: Float[Array, " channel"],
-    bonus: Float[Array, " channel"] | None = None,
-) -> tuple[Float[Array, "batch position channel"], Array]:
-    """``sum_s exp(k_s - (t - s) fade) v_s`` over the same without v, for all t at once; and the highest exponent.
+) -> tuple[Array, Array, Array]:
+    """``sum_s exp(k_s - (t - s) fade) v_s`` and the same without v, for all t, over ``exp(peak)``; and peak.
 
-    With a ``bonus`` the present key weighs ``exp(k_t + bonus)``, and those before ``exp(k_s - (t - 1 - s) fade)``.
-    Every sum is kept relative to its own highest exponent (Milakov and Gimelshein 2018).
+    Every sum is kept relative to its own highest exponent (Milakov and Gimelshein 2018), so that none overflows.
     """
 
     def after(first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -26,12 +24,21 @@ def weighted_means(
 
     fades = jnp.broadcast_to(fade, k.shape)
     top, bottom, peak, _ = jax.lax.associative_scan(after, (v, jnp.ones_like(v), k, fades), axis=1)
-    if bonus is None:
-        return top / bottom, peak
+    return top, bottom, peak
+
+
+def weighted_means(
+    k: Float[Array, "batch position channel"],
+    v: Float[Array, "batch position channel"],
+    fade: Float[Array, " channel"],
+    bonus: Float[Array, " channel"],
+) -> Float[Array, "batch position channel"]:
+    """Means of v: the present key weighs ``exp(k_t + bonus)``, those before ``exp(k_s - (t - 1 - s) fade)``."""
+    top, bottom, peak = weighted_sums(k, v, fade)
     # The sums before each position, none before the first; then the present one with its bonus.
     before = lambda x, fill: jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=fill)
     top, bottom, peak = before(top, 0.0), before(bottom, 0.0), before(peak, -jnp.inf)
     now = k + bonus
     highest = jnp.maximum(peak, now)
     a, b = jnp.exp(peak - highest), jnp.exp(now - highest)
-    return (a * top + b * v) / (a * bottom + b), highest
+    return (a * top + b * v) / (a * bottom + b)

@@ -1,0 +1,158 @@
+"""What each sequence mixer costs: training beside softmax attention, and how a pass grows with the sequence."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from minitf import mixers
+from minitf.analysis import bench
+from minitf.analysis.bench import Row, Say
+from minitf.config import ModelConfig
+from minitf.mixers import Mixer
+from minitf.model import walk
+from minitf.parameters import initialize
+
+WIDTH, HEADS, VOCABULARY = 64, 4, 256
+TRAINED = (512, 4096)
+GROWTH = (1024, 8192)
+EVERY: Mapping[str, Mixer] = {
+    "softmax": mixers.Softmax(),
+    "softmax, window 128": mixers.Softmax(window=128),
+    "uniform": mixers.Uniform(),
+    "exponential average": mixers.ExponentialAverage(),
+    "frozen": mixers.Frozen(),
+    "synthesizer, trained": mixers.Synthesizer(),
+    "synthesizer, dense": mixers.Synthesizer("dense"),
+    "proximity": mixers.Proximity(),
+    "FNet": mixers.Fourier(),
+    "gMLP": mixers.SpatialGate(),
+    "MLP-Mixer": mixers.TokenNetwork(),
+    "linear attention": mixers.LinearAttention(),
+    "RetNet": mixers.Retention(),
+    "DeltaNet": mixers.DeltaNet(),
+    "AFT full": mixers.AttentionFree(),
+    "AFT simple": mixers.AttentionFree("simple"),
+    "AFT conv": mixers.AttentionFree("conv"),
+    "RWKV-4": mixers.Rwkv4(),
+    "RWKV-6": mixers.Rwkv6(),
+    "S4D": mixers.DiagonalStateSpace(),
+    "Mamba": mixers.Mamba(),
+    "Mamba-2": mixers.Mamba2(),
+    "minGRU": mixers.MinimalGru(),
+    "GRU": mixers.Gru(),
+    "LSTM": mixers.Lstm(),
+    "convolution": mixers.Convolution(),
+}
+NOTE = (
+    "one layer, width 64, 4 heads, batch 1, float32; the mixer's filters, aggregate and gate, without feed-forward"
+)
+
+
+def bench_mixers(
+    *,
+    seed: int = 0,
+    rounds: int = 3,
+    say: Say = lambda sentence: None,
+    every: Mapping[str, Mixer] = EVERY,
+    trained: Sequence[int] = TRAINED,
+    growth: Sequence[int] = GROWTH,
+) -> list[Row]:
+    """Training steps beside softmax attention's, and the exponent of a pass's time in the sequence's length.
+
+    Args:
+        seed: of weights and tokens.
+        rounds: how often each is measured, in turns with softmax attention.
+        say: told what is being measured.
+        every: the mixers, by the name that the table gives them.
+        trained: lengths at which a training step is measured.
+        growth: lengths of the passes; the exponent is that from the first to the last. Much shorter ones take no
+            longer than starting them.
+    """
+    rows: list[Row] = []
+    for length in trained:
+        softmax = _training(mixers.Softmax(), length, seed)
+        for name, mixer in every.items():
+            if name == "softmax":
+                continue
+            say(f"training at {length} tokens: {name}")
+            sides = {"ours": _training(mixer, length, seed), "softmax": softmax}
+            measured = bench.interleaved(sides, rounds, lambda sentence: None)
+            rows.append(
+                bench.cost_row(
+                    f"training step, {length} tokens: {name}",
+                    "softmax attention",
+                    measured["ours"],
+                    measured["softmax"],
+                    "s",
+                    NOTE,
+                )
+            )
+    for name, mixer in every.items():
+        say(f"growth: {name}")
+        seconds = [min(_forward(mixer, length, seed)() for _ in range(rounds)) for length in growth]
+        found = math.log(seconds[-1] / seconds[0]) / math.log(growth[-1] / growth[0])
+        stated = mixer.about(_config(mixer, growth[-1])).exponent
+        rows.append(
+            bench.value_row(
+                f"growth of a pass, {growth[0]} to {growth[-1]} tokens: {name}",
+                [found],
+                f"exponent; stated {stated:g}",
+                NOTE,
+            )
+        )
+    return rows
+
+
+def _config(mixer: Mixer, length: int) -> ModelConfig:
+    return ModelConfig(
+        vocabulary=VOCABULARY,
+        width=WIDTH,
+        heads=HEADS,
+        length=length,
+        mixer=mixer,
+        causal=not isinstance(mixer, mixers.Fourier | mixers.TokenNetwork),
+        feed_forward="none",
+    )
+
+
+def _inputs(config: ModelConfig, seed: int) -> tuple[Any, Any]:
+    tokens = jax.random.randint(jax.random.key(seed + 1), (1, config.length), 0, config.vocabulary)
+    return initialize(config, jax.random.key(seed)), tokens
+
+
+def _training(mixer: Mixer, length: int, seed: int) -> Callable[[], float]:
+    config = _config(mixer, length)
+    parameters, tokens = _inputs(config, seed)
+
+    def loss(parameters: Any, tokens: Any) -> Any:
+        says = jax.nn.log_softmax(walk(parameters, tokens, config, association=False).logits[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(says, tokens[:, 1:, None], axis=-1))
+
+    return _timed(jax.jit(jax.grad(loss)), parameters, tokens)
+
+
+def _forward(mixer: Mixer, length: int, seed: int) -> Callable[[], float]:
+    config = _config(mixer, length)
+    parameters, tokens = _inputs(config, seed)
+    return _timed(jax.jit(lambda p, t: walk(p, t, config, association=False).end), parameters, tokens)
+
+
+def _timed(run: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
+    """The least seconds of a run among a few, compiled before."""
+    once = partial(run, *arguments)
+    jax.block_until_ready(once())
+
+    def measure() -> float:
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            jax.block_until_ready(once())
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    return measure

@@ -1,0 +1,140 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from properties.models import GPT2, LLAMA, random_parameters, random_tokens
+
+from minitf import walk
+from minitf.analysis import association
+from minitf.analysis.association import (
+    FRACTIONS,
+    REPLACEMENTS,
+    by_head,
+    in_order,
+    low_rank,
+    orders,
+    quality,
+    top_k,
+    with_heads_replaced,
+)
+from minitf.edits import set_to
+
+KEY = jax.random.key(0)
+PARAMETERS, TOKENS = random_parameters(GPT2), random_tokens(GPT2, batch=3, length=7)
+INTACT = walk(PARAMETERS, TOKENS, GPT2)
+DATA = walk(PARAMETERS, random_tokens(GPT2, seed=1, batch=8, length=7), GPT2)
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_every_replacement_is_an_association_of_what_is_in_sight(name):
+    found = np.asarray(REPLACEMENTS[name](INTACT, DATA, GPT2, KEY))
+    assert found.shape == INTACT.layers.pattern.shape
+    np.testing.assert_allclose(found.sum(axis=-1), 1, atol=1e-5)
+    assert found.min() >= 0 and not np.any(np.triu(found, 1))
+
+
+def test_constant_ones_have_no_part_of_the_text_and_the_others_do():
+    other = walk(PARAMETERS, random_tokens(GPT2, seed=2, batch=3, length=7), GPT2)
+    constant = {"uniform", "mean over data", "mean per lag", "identity", "random", "positions only"}
+    for name, replacement in REPLACEMENTS.items():
+        same = np.array_equal(replacement(INTACT, DATA, GPT2, KEY), replacement(other, DATA, GPT2, KEY))
+        assert same == (name in constant), name
+
+
+def test_the_mean_per_lag_is_a_function_of_the_distance_before_rows_sum_to_one():
+    average = np.asarray(DATA.layers.pattern).mean(axis=1)
+    found = np.asarray(association.by_lag(INTACT, DATA, GPT2, KEY))[:, 0]
+    for t in range(7):
+        distances = [np.diagonal(average, -lag, -2, -1).mean(axis=-1) for lag in range(t + 1)]
+        by_distance = np.stack(distances)
+        row = by_distance[::-1] / by_distance.sum(axis=0)
+        np.testing.assert_allclose(found[..., t, : t + 1], np.moveaxis(row, 0, -1), atol=1e-6)
+
+
+def test_shuffled_rows_keep_their_weights_and_lose_their_places():
+    found = np.asarray(association.shuffled(INTACT, DATA, GPT2, KEY))
+    np.testing.assert_array_equal(np.sort(found, axis=-1), np.sort(INTACT.layers.pattern, axis=-1))
+    assert np.abs(found - INTACT.layers.pattern).max() > 0.01
+
+
+def test_all_of_the_weights_and_the_whole_rank_are_the_pattern_itself():
+    for replacement in (top_k(7), low_rank(7)):
+        np.testing.assert_allclose(replacement(INTACT, DATA, GPT2, KEY), INTACT.layers.pattern, atol=1e-5)
+    first = np.asarray(top_k(1)(INTACT, DATA, GPT2, KEY))
+    np.testing.assert_array_equal(first.argmax(axis=-1), np.asarray(INTACT.layers.pattern).argmax(axis=-1))
+    np.testing.assert_allclose(first.max(axis=-1), 1, rtol=1e-6)
+
+
+def test_where_places_alone_make_the_scores_they_are_all_of_the_association():
+    config = dataclasses.replace(GPT2, position="alibi")
+    parameters = random_parameters(config)
+    attention = parameters.layers.attention
+    zero = {name: jnp.zeros_like(getattr(attention, name)) for name in ("query", "query_bias")}
+    layers = dataclasses.replace(parameters.layers, attention=dataclasses.replace(attention, **zero))
+    parameters = dataclasses.replace(parameters, layers=layers)
+    intact = walk(parameters, TOKENS, config)
+    positions = association.positions_only(intact, intact, config, KEY)
+    np.testing.assert_allclose(positions, intact.layers.pattern, atol=1e-6)
+    contents = association.contents_only(intact, intact, config, KEY)
+    np.testing.assert_allclose(contents, association.uniform(intact, intact, config, KEY), atol=1e-6)
+
+
+def test_quality_is_that_of_numpy():
+    logits, other = np.asarray(INTACT.logits, np.float64), np.asarray(DATA.logits[:3], np.float64)
+    found = quality(INTACT.logits, TOKENS, DATA.logits[:3])
+    log = lambda x: (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))[:, :-1]
+    target = np.asarray(TOKENS)[:, 1:]
+    expected = -np.take_along_axis(log(logits), target[..., None], axis=-1).mean()
+    np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.accuracy, np.mean(log(logits).argmax(axis=-1) == target))
+    divergence = (np.exp(log(other)) * (log(other) - log(logits))).sum(axis=-1).mean()
+    np.testing.assert_allclose(found.divergence, divergence, rtol=1e-4)
+    np.testing.assert_allclose(quality(INTACT.logits, TOKENS, INTACT.logits).divergence, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_a_head_replaced_is_one_edited_walk(config):
+    parameters, tokens = random_parameters(config), random_tokens(config, length=6)
+    intact = walk(parameters, tokens, config)
+    replacement = association.uniform(intact, intact, config, KEY)
+    found = by_head(parameters, tokens, intact, replacement, config)
+    assert found.loss.shape == (config.layers, config.heads)
+    for layer, head in ((0, 1), (1, 0)):
+        edit = set_to(intact, "layers.pattern", replacement[layer, :, head], layer=layer, head=head)
+        expected = quality(walk(parameters, tokens, config, edit=edit).logits, tokens, intact.logits)
+        for name in ("loss", "accuracy", "divergence"):
+            np.testing.assert_allclose(
+                getattr(found, name)[layer, head], getattr(expected, name), rtol=1e-4, atol=1e-6
+            )
+
+
+def test_a_share_of_the_heads_is_replaced_together():
+    replacement = association.shuffled(INTACT, DATA, GPT2, KEY)
+    importance = by_head(PARAMETERS, TOKENS, INTACT, replacement, GPT2).loss
+    first = orders(np.asarray(importance), [0])["most important first"]
+    masks = jnp.stack([in_order(first, fraction, GPT2.layers) for fraction in FRACTIONS])
+    assert masks.sum(axis=(1, 2)).tolist() == [0, 2, 3, 4, 6]
+    found = with_heads_replaced(PARAMETERS, TOKENS, INTACT, replacement, masks, GPT2)
+    intact = quality(INTACT.logits, TOKENS, INTACT.logits)
+    np.testing.assert_allclose(found.loss[0], intact.loss, rtol=1e-5)
+    every = set_to(INTACT, "layers.pattern", replacement)
+    logits = walk(PARAMETERS, TOKENS, GPT2, edit=every).logits
+    np.testing.assert_allclose(found.loss[-1], quality(logits, TOKENS, INTACT.logits).loss, rtol=1e-5)
+    assert found.divergence[0] < 1e-6 < found.divergence[-1]
+
+
+def test_orders_go_from_least_to_most_and_back_and_at_random():
+    found = orders(np.array([[3.0, 1.0], [2.0, 0.0]]), [4])
+    assert found["least important first"].tolist() == [3, 1, 2, 0]
+    assert found["most important first"].tolist() == [0, 2, 1, 3]
+    assert sorted(found["random order 4"].tolist()) == [0, 1, 2, 3]
+
+
+def test_what_cannot_be_is_told():
+    replacement = association.uniform(INTACT, DATA, GPT2, KEY)
+    with pytest.raises(ValueError, match=r"^the masks are of \(3, 3\) layers and heads; the model has \(2, 3\)$"):
+        with_heads_replaced(PARAMETERS, TOKENS, INTACT, replacement, jnp.ones((1, 3, 3), bool), GPT2)
+    with pytest.raises(ValueError, match="^the intact walk holds no 'logits' to compare with$"):
+        by_head(PARAMETERS, TOKENS, dataclasses.replace(INTACT, logits=None), replacement, GPT2)
