@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from minitf import aggregate
-from minitf.analysis.patching import Progress, patch
+from minitf.analysis.patching import Metric, Progress, patch
 from minitf.config import ModelConfig
 from minitf.model import walk
 from minitf.parameters import Parameters
@@ -153,11 +153,22 @@ def quality(
     )
 
 
+def metric(tokens: Int[Array, "batch position"], intact: Float[Array, "batch position vocabulary"]) -> Metric:
+    """The quality as three numbers of logits, for :func:`by_head`; made once, it is compiled once."""
+
+    def three(logits: Array) -> Array:
+        # Not to be worked out while compiling, as constants would be.
+        found = quality(logits, tokens, jax.lax.optimization_barrier(intact))
+        return jnp.stack([found.loss, found.accuracy, found.divergence])
+
+    return three
+
+
 def by_head(
     parameters: Parameters,
-    tokens: Int[Array, "batch position"],
     intact: Walk,
     replacement: Pattern,
+    metric: Metric,
     config: ModelConfig,
     *,
     memory: int | None = None,
@@ -168,20 +179,14 @@ def by_head(
     A run starts at its head's layer, and the heads of a layer run together (:mod:`minitf.analysis.patching`).
 
     Args:
-        intact: reads its ``layers.resid_pre`` and ``logits``.
-        replacement: one of the functions above.
+        intact: reads its ``layers.resid_pre``.
+        replacement: of one of the functions above.
+        metric: of :func:`metric`.
         memory, progress: as :func:`minitf.analysis.patching.patch`.
 
     Raises:
-        ValueError: as ``patch``, and for walks that do not hold what is read.
+        ValueError: as ``patch``.
     """
-    if intact.logits is None:
-        raise ValueError("the intact walk holds no 'logits' to compare with")
-
-    def metric(logits: Array) -> Array:
-        found = quality(logits, tokens, intact.logits)
-        return jnp.stack([found.loss, found.accuracy, found.divergence])
-
     source = put(Walk(), "layers.pattern", replacement)
     places = ("layers.pattern", ("head",))
     found = patch(parameters, intact, source, metric, config, places, memory=memory, progress=progress)

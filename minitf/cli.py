@@ -203,16 +203,70 @@ class WalkText:
         return "There is no report yet; run the command again."
 
 
+@dataclasses.dataclass(frozen=True)
+class Ablate:
+    """See what a trained model loses when its attention's association is replaced.
+
+    Head by head, and in shares of all heads: by uniform, mean, per-lag, identical, shuffled, random, sparse,
+    low-rank associations, and by the parts of its scores that places explain and do not explain. Nothing is
+    trained.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, arg(metavar="MODEL", help_behavior_hint="")]
+    """A folder with config.json and model.safetensors, a llama2.c .bin file, or hub:owner/name to download one."""
+    text: Annotated[Path, tyro.conf.Positional, arg(metavar="FILE", help_behavior_hint="")]
+    """A text to predict; with --ids, token ids."""
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/ablate")
+    """Folder for the report."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace the run that DIR already holds."""
+    ids: Annotated[bool, arg(help_behavior_hint="")] = False
+    """FILE holds token ids: for models whose tokenizer minitf does not have."""
+    length: int = 64
+    """Tokens in a window."""
+    windows: int = 16
+    """Windows to measure on."""
+    data: int = 32
+    """Further windows, for means over data."""
+    seed: int = 0
+    """Of the choice of windows, and of what is random."""
+    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Print nothing but errors."""
+
+    def run(self) -> int:
+        """Run it; returns the exit code."""
+        from rich.console import Console
+
+        from minitf.analysis.ablate import job
+        from minitf.analysis.run_folder import told_to_people
+
+        with told_to_people():
+            names = {f.name for f in dataclasses.fields(job.AblateConfig)}
+            config = job.AblateConfig(**{k: v for k, v in vars(self).items() if k in names})
+        if self.quiet:
+            job.run(config, self.out, overwrite=self.overwrite)
+            return 0
+        with Console(stderr=True).status("ablating") as status:
+            report = job.run(config, self.out, overwrite=self.overwrite, say=status.update)
+        print(f"Report: {report.resolve()}")
+        return 0
+
+    def after_interrupt(self) -> str:
+        """What to do after Ctrl-C, for people."""
+        return "There is no report yet; run the command again."
+
+
 Command = (
     Annotated[ScanSnap, tyro.conf.subcommand("scan-snap")]
     | Annotated[WalkText, tyro.conf.subcommand("walk")]
+    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: exits with 0, or 1 (diverged; unmet under --strict), 2 (bad input), 130 (interrupted)."""
-    command: ScanSnap | WalkText | Bench = tyro.cli(
+    command: ScanSnap | WalkText | Ablate | Bench = tyro.cli(
         Command,
         prog="minitf",
         args=arguments,
@@ -229,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(command: ScanSnap | WalkText | Bench) -> int:
+def _run(command: ScanSnap | WalkText | Ablate | Bench) -> int:
     """The exit code. Only what a person can put right is told without a stack trace; the rest are bugs."""
     try:
         from minitf.analysis.run_folder import Problem

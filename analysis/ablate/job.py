@@ -1,0 +1,158 @@
+"""The command ``minitf ablate``: replace the association of a trained model, and write what that costs."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from minitf.analysis import association
+from minitf.analysis.ablate.page import page
+from minitf.analysis.association import FRACTIONS, REPLACEMENTS, Quality
+from minitf.analysis.page_parts import script_json
+from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people
+from minitf.files import write_atomically
+from minitf.model import walk
+from minitf.pretrained import Pretrained, load
+from minitf.record import record
+from minitf.walk import Walk
+
+RANDOM_ORDERS = 2
+READ = ("layers.resid_pre", "layers.scores", "layers.pattern", "logits")
+
+
+@dataclasses.dataclass(frozen=True)
+class AblateConfig:
+    """What to ablate, and on which text.
+
+    Attributes:
+        model: as :func:`minitf.pretrained.load` takes it; its layers mix by softmax attention.
+        text: a file of text to predict; of token ids, with ``ids``.
+        ids: the file holds token ids, apart by spaces, commas or line ends.
+        length: tokens in a window.
+        windows: windows on which the loss is measured.
+        data: further windows, from which means are taken.
+        seed: of the choice of windows, of random replacements and orders.
+    """
+
+    model: str
+    text: Path
+    ids: bool = False
+    length: int = 64
+    windows: int = 16
+    data: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 2), ("windows", 1), ("data", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+def run(
+    config: AblateConfig, out: Path, *, overwrite: bool = False, say: Callable[[str], None] = lambda text: None
+) -> Path:
+    """Measure every replacement; write ``report.html`` and ``ablate.json`` to ``out``; returns the report's path.
+
+    Raises:
+        Problem: model, text or folder cannot be used; its message is for people.
+    """
+    with told_to_people():
+        say("loading the model")
+        model = load(config.model)
+        if config.length > model.config.length:
+            raise Problem(f"length is {config.length}; this model reads at most {model.config.length} tokens")
+        measured, data = windows(tokens_of(config, model), config)
+        open_run_folder(out, {**vars(config), "text": str(config.text)}, overwrite=overwrite)
+    found = measure(model, measured, data, config.seed, say)
+    path = out / "report.html"
+    write_atomically(out / "ablate.json", (json.dumps(json.loads(script_json(found)), indent=1) + "\n").encode())
+    settings = [(name, str(value)) for name, value in vars(config).items() if name != "model"]
+    write_atomically(path, page(found, model, config.model, settings).encode())
+    return path
+
+
+def tokens_of(config: AblateConfig, model: Pretrained) -> Int[np.ndarray, " token"]:
+    """The file's tokens. Raises Problem where there are none, or not of this model."""
+    text = config.text.read_text(encoding="utf-8")
+    if config.ids:
+        try:
+            tokens = [int(number) for number in text.replace(",", " ").split()]
+        except ValueError as error:
+            raise Problem(f"{config.text} is to hold token ids: {error}") from None
+    elif model.tokenizer is None:
+        raise Problem("minitf has no tokenizer for this model: give a file of token ids, and --ids")
+    else:
+        needed, tokens = (config.windows + config.data) * config.length, []
+        # Line by line, and no more than is needed: some tokenizers take long over long texts.
+        for line in text.splitlines(keepends=True):
+            tokens += model.tokenizer.encode(line)
+            if len(tokens) >= 4 * needed:
+                break
+    wrong = [token for token in tokens if not 0 <= token < model.config.vocabulary]
+    if wrong:
+        raise Problem(f"there is no token {wrong[0]}; the model's are 0 to {model.config.vocabulary - 1}")
+    return np.array(tokens, np.int32)
+
+
+def windows(tokens: Int[np.ndarray, " token"], config: AblateConfig) -> tuple[Array, Array]:
+    """Windows to measure on and windows for means, drawn from the whole text, none in both."""
+    count = len(tokens) // config.length
+    if count < config.windows + config.data:
+        raise Problem(
+            f"{config.windows} + {config.data} windows of {config.length} tokens need a text of "
+            f"{(config.windows + config.data) * config.length}; {config.text} has {len(tokens)}"
+        )
+    cut = tokens[: count * config.length].reshape(count, config.length)
+    chosen = np.random.default_rng(config.seed).permutation(count)[: config.windows + config.data]
+    return jnp.asarray(cut[chosen[: config.windows]]), jnp.asarray(cut[chosen[config.windows :]])
+
+
+def measure(
+    model: Pretrained, tokens: Array, data: Array, seed: int, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Loss, accuracy and divergence: intact, for each head, and for shares of all heads in several orders."""
+    parameters, config = model.parameters, model.config
+    kept = jax.jit(lambda p, t: record(walk(p, t, config), READ))
+    say("the intact model")
+    intact, of_data = kept(parameters, tokens), kept(parameters, data)
+    as_it_is = association.quality(intact.logits, tokens, intact.logits)
+    metric = association.metric(tokens, intact.logits)
+    found: dict[str, Any] = {
+        "layers": config.layers,
+        "heads": config.heads,
+        "fractions": FRACTIONS,
+        "intact": _plain(as_it_is),
+        "replacements": {},
+    }
+    for number, (name, replace) in enumerate(REPLACEMENTS.items()):
+        say(f"{number + 1} of {len(REPLACEMENTS)}: {name}")
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        pattern = jax.jit(replace, static_argnums=2)(intact, of_data, config, key)
+        heads = association.by_head(parameters, intact, pattern, metric, config)
+        found["replacements"][name] = {
+            "heads": _plain(heads),
+            "orders": _shares(model, tokens, intact, pattern, heads, seed),
+        }
+    return found
+
+
+def _shares(
+    model: Pretrained, tokens: Array, intact: Walk, pattern: Array, heads: Quality, seed: int
+) -> dict[str, Any]:
+    """For each order, the quality at every share of the heads."""
+    config = model.config
+    orders = association.orders(np.asarray(heads.loss), range(seed, seed + RANDOM_ORDERS))
+    masks = [association.in_order(order, share, config.layers) for order in orders.values() for share in FRACTIONS]
+    together = association.with_heads_replaced(model.parameters, tokens, intact, pattern, jnp.stack(masks), config)
+    shares = {name: np.asarray(value).reshape(len(orders), -1) for name, value in vars(together).items()}
+    return {order: {name: values[i] for name, values in shares.items()} for i, order in enumerate(orders)}
+
+
+def _plain(quality: Quality) -> Mapping[str, Any]:
+    return {name: np.asarray(value, float) for name, value in vars(quality).items()}
