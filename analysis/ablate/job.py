@@ -69,9 +69,10 @@ def run(
             raise Problem(f"length is {config.length}; this model reads at most {model.config.length} tokens")
         measured, data = windows(tokens_of(config, model), config)
         open_run_folder(out, {**vars(config), "text": str(config.text)}, overwrite=overwrite)
-    found = measure(model, measured, data, config.seed, say)
+    # The page and the file say the same, to the last digit.
+    found = json.loads(script_json(measure(model, measured, data, config.seed, say)))
     path = out / "report.html"
-    write_atomically(out / "ablate.json", (json.dumps(json.loads(script_json(found)), indent=1) + "\n").encode())
+    write_atomically(out / "ablate.json", (json.dumps(found, indent=1) + "\n").encode())
     settings = [(name, str(value)) for name, value in vars(config).items() if name != "model"]
     write_atomically(path, page(found, model, config.model, settings).encode())
     return path
