@@ -149,6 +149,10 @@ def random_composition(config: ModelConfig) -> float:
 def _attention(parameters: Parameters, config: ModelConfig) -> AttentionParameters:
     if config.attention == "table":
         raise ValueError("attention by a free table has no query, key, value and output weights to decompose")
+    if isinstance(parameters.layers, tuple) or not isinstance(parameters.layers.attention, AttentionParameters):
+        raise ValueError(
+            "circuits are of softmax attention in layers that are alike and stacked, as initialize makes them"
+        )
     return parameters.layers.attention
 
 

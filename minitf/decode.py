@@ -90,10 +90,6 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.fl
     return Cache(together, jnp.zeros(batch, jnp.int32), slots)
 
 
-# The walk of the next tokens and the cache with them: one step of decoding, or a prompt.
-advance = walk_on
-
-
 def likely(logits: Float[Array, "batch vocabulary"], sampling: Sampling) -> Float[Array, "batch vocabulary"]:
     """Logits divided by the temperature, -inf where ``sampling`` forbids the token. Not for temperature 0."""
     logits = logits.astype(jnp.float32) / sampling.temperature
@@ -247,7 +243,7 @@ def _begin(
     dtype = jax.tree.leaves(parameters)[0].dtype
     cache = empty_cache(config, len(tokens), slots, dtype)
     counts = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    walked, cache = advance(parameters, tokens, cache, config, edit=edit, counts=counts)
+    walked, cache = walk_on(parameters, tokens, cache, config, edit=edit, counts=counts)
     last = jnp.take_along_axis(walked.logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
     # Of keys and values, slots of the padding are written again when the sequence gets there, and not read before.
     token = sample(last, jax.random.fold_in(key, 0), sampling)
@@ -268,7 +264,7 @@ def _step(
     unroll: int | bool = 1,
 ) -> tuple[_State, Tree]:
     """Walk over the token that was chosen, choose the next."""
-    walked, cache = advance(parameters, state.token[:, None], state.cache, config, edit=edit, unroll=unroll)
+    walked, cache = walk_on(parameters, state.token[:, None], state.cache, config, edit=edit, unroll=unroll)
     token = sample(walked.logits[:, 0], jax.random.fold_in(key, state.step), sampling)
     stopped = state.stopped | jnp.isin(state.token, jnp.array(stop, jnp.int32))
     return _State(cache, token, stopped, state.step + 1), () if record is None else record(walked)

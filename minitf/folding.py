@@ -58,6 +58,8 @@ def fold(
         )
     if not (norms or value_biases or center_writers or center_unembedding):
         raise ValueError("nothing is asked for: set norms, value_biases, center_writers or center_unembedding")
+    if config.mixer is not None:
+        raise ValueError("folding knows the weights of softmax attention alone; this model names its mixers")
     model = (parameters, config)
     model = _fold_norms(*model) if norms else model
     model = _fold_value_biases(*model) if value_biases else model

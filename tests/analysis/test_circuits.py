@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from properties.models import BERT, GPT2, LLAMA, compiled, random_parameters, random_tokens
 
-from minitf import token_tables
+from minitf import ModelConfig, mixers, token_tables
 from minitf.analysis import circuits
 
 THREE = replace(LLAMA, layers=3)
@@ -170,6 +170,9 @@ def test_no_array_as_large_as_width_by_width_is_made():
 
 
 def test_what_has_no_factors_or_composes_otherwise_is_refused_with_a_sentence():
+    other = ModelConfig(vocabulary=7, width=8, heads=2, mixer=mixers.Retention())
+    with pytest.raises(ValueError, match="^circuits are of softmax attention in layers that are alike"):
+        circuits.copying_score(random_parameters(other), other)
     table = token_tables(7)
     with pytest.raises(ValueError, match="free table has no query"):
         circuits.qk(random_parameters(table), table)

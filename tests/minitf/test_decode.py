@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from properties.models import BERT, GPT2, LLAMA, NEOX, configs, examples, random_parameters
 
 from minitf import ModelConfig, change, walk
-from minitf.decode import Sampling, advance, empty_cache, generate, likely, sample, stream
+from minitf.decode import Sampling, empty_cache, generate, likely, sample, stream
+from minitf.model import walk_on
 
 ALIBI = dataclasses.replace(GPT2, position="alibi")
 TABLES = ModelConfig(
@@ -41,7 +42,7 @@ def test_cached_decoding_gives_the_full_passs_logits_at_every_position(config):
     cache = empty_cache(config, 2, 8)
     found = []
     for part in (tokens[:, :3], tokens[:, 3:4], tokens[:, 4:]):
-        walked, cache = advance(parameters, jnp.array(part), cache, config)
+        walked, cache = walk_on(parameters, jnp.array(part), cache, config)
         found.append(walked.logits)
     # Sums over eight slots of which some are forbidden: float32 rounding of another order of adding.
     scale = float(jnp.max(jnp.abs(whole.logits)))

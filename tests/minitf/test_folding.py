@@ -21,7 +21,7 @@ from properties.models import (
     random_tokens,
 )
 
-from minitf import ModelConfig, walk
+from minitf import ModelConfig, mixers, walk
 from minitf.folding import fold
 from minitf.parameters import declare, named
 
@@ -240,6 +240,7 @@ def test_folding_is_compiled_and_keeps_half_precision():
         ({"position": "sinusoidal"}, {"center_writers": True}, "^sinusoidal positions are no weights"),
         ({"biases": False}, {"value_biases": True}, "^this model has no value biases to fold$"),
         ({"attend_self": False}, {"value_biases": True}, "^attend_self is False: the first query sees no key"),
+        ({"mixer": mixers.Retention()}, {"norms": True}, "^folding knows the weights of softmax attention alone"),
     ],
     ids=str,
 )

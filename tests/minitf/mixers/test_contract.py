@@ -168,3 +168,15 @@ def test_prompts_of_different_lengths_continue_as_each_would_alone(name):
     for prompt, continued in zip(prompts, together, strict=True):
         alone = generate(parameters, [prompt], config, steps=3).tokens[0]
         np.testing.assert_array_equal(continued, alone)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_half_precision_stays_finite_and_near(name):
+    config = model(name, length=20)
+    parameters, tokens = random_parameters(config), random_tokens(config, length=16)
+    half = walk(jax.tree.map(lambda x: x.astype(jnp.bfloat16), parameters), tokens, config)
+    assert half.logits.dtype == jnp.bfloat16
+    z, expected = np.asarray(half.layers.z[0], np.float32), walk(parameters, tokens, config).layers.z[0]
+    assert np.isfinite(z).all()
+    # Eight bits, and up to twenty sums and products on the way.
+    assert relative_error(z, expected) < 40 * 2.0**-8
