@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
+from minitf.filter import in_statistics_dtype
 from minitf.mixers.contract import About, At, Filtered, Heads, Mixer, Now, Pairs, Seen, State, Step, Weights
 
 
@@ -71,8 +72,9 @@ class DiagonalStateSpace(Mixer):
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A convolution by fast Fourier transforms, with room so that nothing comes round."""
         length = f.v.shape[1]
-        kernel = jnp.fft.rfft(self._kernel(weights, length), 2 * length, axis=-1)
-        v = jnp.fft.rfft(jnp.moveaxis(f.v[..., 0], 1, 2), 2 * length, axis=-1)
+        # No transform is taken in half precision.
+        kernel = jnp.fft.rfft(in_statistics_dtype(self._kernel(weights, length)), 2 * length, axis=-1)
+        v = jnp.fft.rfft(in_statistics_dtype(jnp.moveaxis(f.v[..., 0], 1, 2)), 2 * length, axis=-1)
         z = jnp.fft.irfft(kernel * v, 2 * length, axis=-1)[..., :length]
         return jnp.moveaxis(z, 2, 1)[..., None].astype(f.v.dtype)
 
@@ -85,7 +87,8 @@ class DiagonalStateSpace(Mixer):
         log_turn, push, read = self._terms(weights)
         h = jnp.exp(log_turn) * (state[..., 0] + 1j * state[..., 1]) + push * f.v[:, 0]
         z = jnp.sum((read * h).real, axis=-1)
-        return z[:, None, :, None], jnp.stack([h.real, h.imag], axis=-1)
+        after = jnp.stack([h.real, h.imag], axis=-1).astype(state.dtype)
+        return z[:, None, :, None].astype(f.v.dtype), after
 
     def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """What the channel holds now, added."""

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 from minitf_mixers import ASSOCIATED, EVERY, ONE_WAY, filtered, inputs, model, stepped, weights
-from properties.models import random_parameters, random_tokens, relative_error
+from properties.models import relative_error
 
-from minitf import walk
-from minitf.decode import empty_cache, generate
 from minitf.mixers.contract import under
-from minitf.model import walk_on
 
 LONG = 140  # more than two chunks of every chunked form
 
@@ -95,17 +92,6 @@ def assert_depends_as_said(mixer, own, config, provenance):
         assert (between > 1e-12) == path
 
 
-@pytest.mark.parametrize("name", ONE_WAY)
-def test_a_later_token_changes_nothing_before_it(name):
-    config = model(name, length=80)
-    parameters, tokens = random_parameters(config), random_tokens(config, length=70)
-    run = jax.jit(lambda t: walk(parameters, t, config).logits)
-    other = tokens.at[:, 66].add(1) % config.vocabulary
-    before, after = np.asarray(run(tokens)), np.asarray(run(other))
-    assert relative_error(after[:, :66], before[:, :66]) < 1e-5
-    assert relative_error(after[:, 66:], before[:, 66:]) > 1e-3
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_gradients_are_those_of_finite_differences(name):
     with jax.enable_x64():
@@ -128,55 +114,3 @@ def test_gradients_are_those_of_finite_differences(name):
             )
         else:
             check_grads(jax.jit(out), (own, x), 1, ["rev"], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ONE_WAY)
-def test_long_sequences_stay_finite_and_the_three_forms_agree_at_their_end(name):
-    length = 2048
-    config = model(name, length=length)
-    mixer, own, x = config.mixer, weights(config), 3 * inputs(length, batch=1)
-
-    @jax.jit
-    def run(own, x):
-        return mixer.aggregate(own, filtered(mixer, own, x, config), config), stepped(mixer, own, x, config)
-
-    z, by_step = run(own, x)
-    assert np.isfinite(z).all()
-    # Sums of thousands of float32 numbers, taken in two orders.
-    assert relative_error(by_step[:, -64:], z[:, -64:]) < 1e-3
-
-
-@pytest.mark.parametrize("name", ONE_WAY)
-def test_decoding_gives_the_full_passs_logits_at_every_position(name):
-    config = model(name, length=10)
-    parameters, tokens = random_parameters(config), random_tokens(config, length=9)
-    whole = walk(parameters, tokens, config)
-    cache, found = empty_cache(config, 2, 10), []
-    for part in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:]):
-        walked, cache = walk_on(parameters, part, cache, config)
-        found.append(walked.logits)
-    assert relative_error(np.concatenate(found, axis=1), whole.logits) < 1e-4
-    assert cache.filled.tolist() == [9, 9]
-
-
-# One of each kind of state: which positions count is decided for all in one place.
-@pytest.mark.parametrize("name", ["softmax", "uniform", "frozen", "aft simple", "rwkv6", "mamba", "lstm"])
-def test_prompts_of_different_lengths_continue_as_each_would_alone(name):
-    config = model(name, length=10)
-    parameters, prompts = random_parameters(config), [[3, 1, 4, 1], [5], [9, 2]]
-    together = generate(parameters, prompts, config, steps=3).tokens
-    for prompt, continued in zip(prompts, together, strict=True):
-        alone = generate(parameters, [prompt], config, steps=3).tokens[0]
-        np.testing.assert_array_equal(continued, alone)
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_half_precision_stays_finite_and_near(name):
-    config = model(name, length=20)
-    parameters, tokens = random_parameters(config), random_tokens(config, length=16)
-    half = walk(jax.tree.map(lambda x: x.astype(jnp.bfloat16), parameters), tokens, config)
-    assert half.logits.dtype == jnp.bfloat16
-    z, expected = np.asarray(half.layers.z[0], np.float32), walk(parameters, tokens, config).layers.z[0]
-    assert np.isfinite(z).all()
-    # Eight bits, and up to twenty sums and products on the way.
-    assert relative_error(z, expected) < 40 * 2.0**-8

@@ -10,7 +10,7 @@ import pytest
 from minitf_mixers import EVERY
 from properties.models import random_parameters, random_tokens, relative_error, shapes
 
-from minitf import ModelConfig, change, compose, describe, identity_edit, initialize, mixers, walk
+from minitf import Edit, ModelConfig, change, compose, describe, identity_edit, initialize, mixers, walk
 from minitf.analysis.patching import patch
 from minitf.config import from_plain, to_plain
 from minitf.decode import empty_cache, generate
@@ -114,7 +114,7 @@ def test_a_sweep_over_single_layers_is_one_edited_walk_for_each_place():
 
 
 def test_it_learns():
-    config = dataclasses.replace(HYBRID, position="learned")
+    config = dataclasses.replace(HYBRID, layers=2, mixer=HYBRID.mixer[2:], position="learned")
     parameters = initialize(config, jax.random.key(0))
     loss = lambda p: -jnp.mean(jax.nn.log_softmax(walk(p, TOKENS, config).logits)[:, :, 3])
     before, slope = jax.value_and_grad(loss)(parameters)
@@ -173,18 +173,19 @@ def test_every_leaf_of_every_mixer_can_be_edited(name):
     parameters, tokens = random_parameters(config), random_tokens(config)
     like = shapes(config)
     present = {leaf for leaf, _ in leaves(like)}
-    for leaf in ("q", "k", "v", "scores", "pattern", "z", "head_steps", "attention_step"):
-        path = f"layers.{leaf}"
-        if path not in present:
+    every, mixed = Edit(), ("layers.pattern", "layers.scores", "layers.q", "layers.k")
+    for path in ("layers.v", "layers.z", "layers.head_steps", "layers.attention_step", *mixed):
+        if path in present:
+            every = compose(every, change(like, path, keep=0.0, put=0.25))
+        else:
             with pytest.raises(ValueError, match=f"has no '{path}'"):
                 change(like, path, keep=0.0)
-            continue
-        edit = change(like, path, keep=0.0, put=0.25)
-        edited = jax.jit(lambda e: walk(parameters, tokens, config, edit=e))(edit)
+    edited = walk(parameters, tokens, config, edit=every)
+    for path, _ in leaves(every):
         found = np.asarray(get(edited, path))
         np.testing.assert_allclose(found[np.isfinite(found)], 0.25)
-        if leaf == "pattern":
-            expected = 0.25 * np.sum(np.asarray(edited.layers.v), axis=2, keepdims=True)
-            np.testing.assert_allclose(
-                edited.layers.z, np.broadcast_to(expected, edited.layers.z.shape), atol=1e-4
-            )
+    if "layers.pattern" in present:
+        edited = walk(parameters, tokens, config, edit=change(like, "layers.pattern", keep=0.0, put=0.25))
+        expected = 0.25 * np.sum(np.asarray(edited.layers.v), axis=2, keepdims=True)
+        expected = np.broadcast_to(expected, edited.layers.z.shape)
+        np.testing.assert_allclose(edited.layers.z, expected, atol=1e-4)
