@@ -8,8 +8,6 @@ import pytest
 from browsing import Opened, a_browser
 from walk_example import CONFIG, saved
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):

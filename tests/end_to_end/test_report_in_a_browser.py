@@ -6,8 +6,6 @@ from report_example import example_claims, example_config, example_results, exam
 
 from minitf.analysis.scan_snap.report import write_report
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):

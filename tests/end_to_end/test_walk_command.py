@@ -11,8 +11,6 @@ from walk_example import EvilTokenizer, model, saved
 from minitf.analysis.walk_report import job, page
 from minitf.analysis.walk_report.data import both_sides
 
-pytestmark = pytest.mark.optimized
-
 
 def minitf(*arguments):
     return subprocess.run(
