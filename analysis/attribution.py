@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from minitf.analysis.lens import output_vectors
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
-from minitf.parameters import Parameters, of_layers, output_bias
+from minitf.parameters import Parameters, of_layers, output_map
 from minitf.walk import Leaf, Walk, get, leaf, with_as_many_heads
 
 Targets = Int[Array, "batch position"]
@@ -81,7 +81,9 @@ def by_head(
     toward, _ = direction(parameters, walk, config, target, against)
     steps = in_statistics_dtype(with_as_many_heads(walk.layers.head_steps, 2))
     parts = jnp.einsum("lbphw,bpw->lbph", steps, toward)
-    return PartAttribution(parts, _bias_along(of_layers(parameters, output_bias), toward, config))
+    return PartAttribution(
+        parts, _bias_along(of_layers(parameters, lambda layer: output_map(layer)[1]), toward, config)
+    )
 
 
 def by_neuron(

@@ -15,6 +15,11 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from minitf import __version__
+from minitf.parameters import count
+from minitf.pretrained import Pretrained
 
 HERE = Path(__file__).parent
 
@@ -40,6 +45,25 @@ def render(template: Path, scripts: Mapping[str, Markup], data: Any, **values: A
         scripts=scripts,
         script_hashes=" ".join(script_hash(str(s)) for s in scripts.values()),
         data=Markup(script_json(data)),
+        **values,
+    )
+
+
+def page_of_model(template: Path, report: Path, data: Any, model: Pretrained, name: str, **values: Any) -> str:
+    """The page of a template about a model called ``name``, drawn by plotly and the script ``report``.
+
+    The template also gets ``family``, ``model`` (its configuration), ``parameters`` (how many), ``version``.
+    """
+    scripts = {"report": script(report.read_text(encoding="utf-8")), "plotly": script(get_plotlyjs())}
+    return render(
+        template,
+        scripts,
+        data,
+        family=model.family,
+        name=name,
+        model=model.config,
+        parameters=f"{count(model.config):,}",
+        version=__version__,
         **values,
     )
 

@@ -15,9 +15,8 @@ from jaxtyping import Array, Bool, Float
 
 from minitf.analysis.lens import read
 from minitf.config import ModelConfig
-from minitf.layer import mixer_of
 from minitf.parameters import Parameters
-from minitf.resume import BEFORE_KEYS, end_from, last_layer_at, layer_walk
+from minitf.resume import BEFORE_KEYS, end_from, ends_at_some, last_layer_at, layer_walk
 from minitf.walk import Change, LayerWalk, Walk, get, leaf_axes, leaves, put
 
 # From logits [batch, position, vocabulary] to a number, or to one for each sequence.
@@ -81,8 +80,7 @@ def patch(
         together=together,
     )
     # In the last layer, positions that nobody reads need no steps, unless they are read as keys and values.
-    ends = fixed is not None and name.removeprefix("layers.") not in BEFORE_KEYS
-    ends = ends and "scores" in mixer_of(config.layer(config.layers - 1)).leaves
+    ends = fixed is not None and name.removeprefix("layers.") not in BEFORE_KEYS and ends_at_some(config)
     found = [
         run(
             parameters,

@@ -149,8 +149,9 @@ class ModelConfig:
     def _check_mixers(self) -> None:
         if self.mixer is None:
             return
-        mixers = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
-        if isinstance(self.mixer, tuple) and len(mixers) != self.layers:
+        hybrid = isinstance(self.mixer, tuple)
+        mixers = self.mixer if hybrid else (self.mixer,)
+        if hybrid and len(mixers) != self.layers:
             raise ValueError(f"mixer names {len(mixers)} mixers; this model has {self.layers} layers")
         for mixer in mixers:
             if not hasattr(mixer, "association") or isinstance(mixer, type):
@@ -159,34 +160,30 @@ class ModelConfig:
                 )
         if self.attention == "table" or not self.attend_self:
             raise ValueError("attention='table' and attend_self=False are of softmax attention: leave mixer out")
-        if self.position in ("rotary", "alibi") and not any("scores" in mixer.leaves for mixer in mixers):
+        if self.position != _position_with(self.position, self.mixer):
             raise ValueError(
                 f"position is {self.position!r}, which is a part of softmax attention, and no layer has that; "
                 "choose none, learned or sinusoidal"
             )
-        for number in range(self.layers):
-            one = self.layer(number)
-            one.mixer.check(one)
-            if self.causal and not one.mixer.about(one).causal:
-                raise ValueError(
-                    f"{type(one.mixer).__name__} lets every position see all others: set causal=False"
-                )
+        if hybrid:
+            for number in range(self.layers):
+                self.layer(number)  # raises where that layer cannot be
+            return
+        self.mixer.check(self)
+        if self.causal and not self.mixer.about(self).causal:
+            raise ValueError(f"{type(self.mixer).__name__} lets every position see all others: set causal=False")
 
     def layer(self, number: int) -> "ModelConfig":
         """This configuration with that layer's mixer as its only one."""
         if not isinstance(self.mixer, tuple):
             return self
         mixer = self.mixer[number]
-        plain = self.position in ("rotary", "alibi") and "scores" not in mixer.leaves
-        return dataclasses.replace(self, mixer=mixer, position="none" if plain else self.position)
+        return dataclasses.replace(self, mixer=mixer, position=_position_with(self.position, mixer))
 
     def from_layer(self, number: int) -> "ModelConfig":
         """This configuration without the layers before that one."""
-        if not isinstance(self.mixer, tuple):
-            return dataclasses.replace(self, layers=self.layers - number)
-        mixer = self.mixer[number:]
-        plain = self.position in ("rotary", "alibi") and not any("scores" in one.leaves for one in mixer)
-        position: PositionKind = "none" if plain else self.position
+        mixer = self.mixer[number:] if isinstance(self.mixer, tuple) else self.mixer
+        position = _position_with(self.position, mixer)
         return dataclasses.replace(self, layers=self.layers - number, mixer=mixer, position=position)
 
     def _check_choices(self) -> None:
@@ -234,6 +231,13 @@ class ModelConfig:
     def pre_norm(self) -> bool:
         """Whether a norm precedes each sub-layer (and the unembedding)."""
         return self.norm != "none" and self.norm_placement == "pre"
+
+
+def _position_with(position: PositionKind, mixer: Any) -> PositionKind:
+    """The positions that layers of these mixers have: turning and ALiBi are parts of softmax attention."""
+    mixers = mixer if isinstance(mixer, tuple) else (mixer,)
+    inside = position in ("rotary", "alibi")
+    return "none" if inside and not any(one is None or "scores" in one.leaves for one in mixers) else position
 
 
 def to_plain(config: ModelConfig) -> dict[str, Any]:

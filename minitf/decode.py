@@ -20,7 +20,7 @@ from minitf.config import ModelConfig
 from minitf.layer import mixer_of
 from minitf.model import walk_on
 from minitf.parameters import Parameters, split_layers
-from minitf.places import Cache
+from minitf.places import Cache, together
 from minitf.walk import Edit, Walk
 
 Tree = Any
@@ -86,8 +86,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.fl
     if slots > config.length:
         raise ValueError(f"{slots} positions are more than the model's length of {config.length}")
     states = [mixer_of(config.layer(i)).start(config, batch, slots, dtype) for i in range(config.layers)]
-    together = tuple(states) if isinstance(config.mixer, tuple) else jax.tree.map(lambda *x: jnp.stack(x), *states)
-    return Cache(together, jnp.zeros(batch, jnp.int32), slots)
+    return Cache(together(states, config), jnp.zeros(batch, jnp.int32), slots)
 
 
 def likely(logits: Float[Array, "batch vocabulary"], sampling: Sampling) -> Float[Array, "batch vocabulary"]:

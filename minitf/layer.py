@@ -12,7 +12,7 @@ from minitf import aggregate, filter
 from minitf.config import ModelConfig
 from minitf.mixers.contract import Mixer
 from minitf.mixers.softmax import Softmax
-from minitf.parameters import FeedForwardParameters, Layer, Norm
+from minitf.parameters import FeedForwardParameters, Layer, Norm, output_map
 from minitf.places import Places
 from minitf.walk import Change, LayerWalk, apply
 
@@ -71,7 +71,7 @@ def _mixed(
     lacks = {name: None for name in ("q", "k", "scores", "pattern") if name not in mixer.leaves}
     edit = dataclasses.replace(edit, **lacks)
     mixed = mixer.mix(weights.attention, stream, config, edit, places, past)
-    output, bias = _output(weights.attention)
+    output, bias = output_map(weights)
     if output is None:
         head_steps, step = mixed.out, jnp.sum(mixed.out, axis=2)
     else:
@@ -96,13 +96,6 @@ def _mixed(
         attention_step=apply(edit.attention_step, step),
     )
     return walked, mixed.state
-
-
-def _output(weights: Any) -> tuple[Array | None, Array | None]:
-    """The map from heads back to the stream, and its bias, where the mixer has them."""
-    if isinstance(weights, dict):
-        return weights.get("output"), weights.get("output_bias")
-    return weights.output, weights.output_bias
 
 
 def _head_steps(

@@ -13,7 +13,7 @@ from minitf import aggregate, filter
 from minitf.config import ModelConfig
 from minitf.layer import Stream, apply_norm, as_rows, mixer_of, one_layer
 from minitf.parameters import Layer, Parameters
-from minitf.places import Cache, Places, places_after, places_from_start
+from minitf.places import Cache, Places, places_after, places_from_start, together
 from minitf.walk import Edit, LayerWalk, Walk, apply, at_layer, by_layer, leaves, put
 
 
@@ -157,7 +157,7 @@ def _run_split(
         walks.append(passed)
         after.append(state)
         stream = passed.resid_post
-    return stream, by_layer(walks), tuple(after) if hybrid else jax.tree.map(lambda *x: jnp.stack(x), *after)
+    return stream, by_layer(walks), together(after, config)
 
 
 @partial(jax.jit, static_argnames=("config",), inline=True)
@@ -265,7 +265,8 @@ def _absent_leaves(config: ModelConfig) -> set[str]:
     for name in ("pre", "gated", "post", "feed_forward_step"):
         has[f"layers.{name}"] = feed and has.get(f"layers.{name}", True)
     has["layers.feed_forward_norm_scale"] = feed and c.norm != "none"
-    mixed = frozenset().union(*(mixer_of(c.layer(number)).leaves for number in range(c.layers)))
+    mixers = c.mixer if isinstance(c.mixer, tuple) else (mixer_of(c),)
+    mixed = frozenset().union(*(mixer.leaves for mixer in mixers))
     for name in ("q", "k", "scores", "pattern"):
         has[f"layers.{name}"] = name in mixed
     return {name for name, there in has.items() if not there}

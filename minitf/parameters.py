@@ -320,10 +320,12 @@ def of_layers(parameters: Parameters, pick: Callable[[Layer], Weight | None]) ->
     return jnp.stack([jnp.zeros_like(present[0]) if weight is None else weight for weight in found])
 
 
-def output_bias(layer: Layer) -> Weight | None:
-    """The bias of the map from heads back to the stream, in layers of any mixer."""
+def output_map(layer: Layer) -> tuple[Weight | None, Weight | None]:
+    """The map from heads back to the stream, and its bias, where the layer's mixer has them."""
     weights = layer.attention
-    return weights.get("output_bias") if isinstance(weights, dict) else weights.output_bias
+    if isinstance(weights, dict):
+        return weights.get("output"), weights.get("output_bias")
+    return weights.output, weights.output_bias
 
 
 def count(config: ModelConfig) -> int:

@@ -1,10 +1,12 @@
 """Where the tokens of a run stand, which pairs may meet, and what earlier positions left behind."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from minitf import aggregate
 from minitf.config import ModelConfig
@@ -56,11 +58,26 @@ def places_after(
     cache: Cache,
     length: int,
     config: ModelConfig,
-    association: bool = True,
     counts: Bool[Array, "batch position"] | None = None,
 ) -> Places:
     """The places of the ``length`` tokens that follow those in the cache."""
-    query = cache.filled[:, None] + jnp.arange(length)
-    key = jnp.arange(cache.slots)
+    return places_at(cache.filled[:, None] + jnp.arange(length), cache.slots, config, counts)
+
+
+def places_at(
+    query: Int[Array, "batch position"],
+    slots: int,
+    config: ModelConfig,
+    counts: Bool[Array, "batch position"] | None = None,
+) -> Places:
+    """The places of tokens at those positions, after others whose slots hold them."""
+    key = jnp.arange(slots)
     forbidden = (key > query[..., None]) if config.attend_self else (key >= query[..., None])
-    return Places(query, forbidden[:, None], counts, goes_on=True, association=association)
+    return Places(query, forbidden[:, None], counts, goes_on=True)
+
+
+def together(states: Sequence[Any], config: ModelConfig) -> Any:
+    """The layers' states as :class:`Cache` holds them: stacked, or, where layers differ, a tuple."""
+    if isinstance(config.mixer, tuple):
+        return tuple(states)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)

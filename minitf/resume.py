@@ -134,7 +134,7 @@ def end_from(
     if at is None:
         return run(config.layers, stream)
     last = config.layers - 1
-    if not isinstance(mixer_of(config.layer(last)), Softmax):
+    if not ends_at_some(config):
         return run(config.layers, stream)[:, _positions(stream, at)]
     stream = run(last, stream)
     places = _positions(stream, at)
@@ -143,6 +143,11 @@ def end_from(
     if isinstance(layer, int):
         return take(stream) if layer > last else finish_at(stream)
     return jax.lax.cond(layer > last, take, finish_at, stream)
+
+
+def ends_at_some(config: ModelConfig) -> bool:
+    """Whether the last layer can be run at some positions alone, as :func:`last_layer_at` does."""
+    return isinstance(mixer_of(config.layer(config.layers - 1)), Softmax)
 
 
 def last_layer_at(
@@ -165,7 +170,7 @@ def last_layer_at(
         if getattr(edit, name) is not None:
             raise ValueError(f"an edit of {name!r} changes what all positions read; run the whole layer")
     last = config.layer(config.layers - 1)
-    if not isinstance(mixer_of(last), Softmax):
+    if not ends_at_some(config):
         raise ValueError("only softmax attention takes some queries alone; run the whole layer")
     weights = _weights(parameters, config.layers - 1)
     whole = places_from_start(stream.shape[1], config, valid)

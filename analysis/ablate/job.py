@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from minitf.analysis import association
 from minitf.analysis.ablate.page import page
 from minitf.analysis.association import FRACTIONS, REPLACEMENTS, Quality
+from minitf.analysis.given import check_tokens
 from minitf.analysis.page_parts import script_json
 from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people
 from minitf.files import write_atomically
@@ -79,7 +80,7 @@ def run(
 
 
 def tokens_of(config: AblateConfig, model: Pretrained) -> Int[np.ndarray, " token"]:
-    """The file's tokens. Raises Problem where there are none, or not of this model."""
+    """The file's tokens. Raises ValueError where there are none, or not of this model."""
     text = config.text.read_text(encoding="utf-8")
     if config.ids:
         try:
@@ -95,9 +96,7 @@ def tokens_of(config: AblateConfig, model: Pretrained) -> Int[np.ndarray, " toke
             tokens += model.tokenizer.encode(line)
             if len(tokens) >= 4 * needed:
                 break
-    wrong = [token for token in tokens if not 0 <= token < model.config.vocabulary]
-    if wrong:
-        raise Problem(f"there is no token {wrong[0]}; the model's are 0 to {model.config.vocabulary - 1}")
+    check_tokens(tokens, model.config)
     return np.array(tokens, np.int32)
 
 

@@ -4,11 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
-from minitf import __version__
 from minitf.analysis import page_parts
-from minitf.parameters import count
 from minitf.pretrained import Pretrained
 
 HERE = Path(__file__).parent
@@ -16,21 +12,14 @@ HERE = Path(__file__).parent
 
 def page(data: Mapping[str, Any], model: Pretrained, name: str, settings: Sequence[tuple[str, str]] = ()) -> str:
     """The whole report as HTML text; ``data`` as :func:`minitf.analysis.ablate.job.measure` makes it."""
-    scripts = {
-        "report": page_parts.script((HERE / "ablate.js").read_text(encoding="utf-8")),
-        "plotly": page_parts.script(get_plotlyjs()),
-    }
-    return page_parts.render(
+    return page_parts.page_of_model(
         HERE / "ablate.html.j2",
-        scripts,
+        HERE / "ablate.js",
         data,
-        family=model.family,
-        name=name,
-        model=model.config,
-        parameters=f"{count(model.config):,}",
+        model,
+        name,
         conclusions=conclusions(data),
         settings=settings,
-        version=__version__,
     )
 
 

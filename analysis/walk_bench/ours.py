@@ -27,7 +27,7 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     from minitf import walk  # noqa: PLC0415
     from minitf.analysis.attribution_patching import attribution_patching  # noqa: PLC0415
     from minitf.analysis.patching import patch  # noqa: PLC0415
-    from minitf.decode import DEEP, generate  # noqa: PLC0415
+    from minitf.decode import generate  # noqa: PLC0415
     from minitf.parameters import split_layers  # noqa: PLC0415
     from minitf.pretrained import load  # noqa: PLC0415
     from minitf.record import record  # noqa: PLC0415
@@ -37,8 +37,7 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     # The sweep runs one program for every layer, out of the stack. What runs the layers in order takes them apart
     # once, as the peers hold them, where there are fewer rows than weights to a row.
     stacked, config = model.parameters, model.config
-    few = size["rows"] < config.width
-    parameters = split_layers(stacked, most=DEEP if few else 0)
+    parameters = split_layers(stacked) if size["rows"] < config.width else stacked
     corrupt, clean = (jnp.asarray(x) for x in json.loads((Path(folder) / "tokens.json").read_text()))
     forward = jax.jit(lambda p, t: walk(p, t, config).logits)
     everything = jax.jit(lambda p, t: walk(p, t, config))

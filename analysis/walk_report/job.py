@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minitf.analysis.given import check_tokens
 from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people
 from minitf.analysis.walk_report import page
 from minitf.analysis.walk_report.data import both_sides
@@ -157,9 +158,7 @@ def _tokens(config: WalkConfig, model: Pretrained) -> np.ndarray:
 def _checked(tokens: list[int], config: ModelConfig) -> list[int]:
     if not tokens:
         raise ValueError("the text is empty")
-    wrong = [token for token in tokens if token >= config.vocabulary]
-    if wrong:
-        raise ValueError(f"there is no token {wrong[0]}; the model's are 0 to {config.vocabulary - 1}")
+    check_tokens(tokens, config)
     if len(tokens) > config.length:
         raise ValueError(f"a text of {len(tokens)} tokens is longer than the model's {config.length} positions")
     return tokens

@@ -5,11 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
-from minitf import __version__
 from minitf.analysis import page_parts
-from minitf.parameters import count
 from minitf.pretrained import Pretrained
 
 HERE = Path(__file__).parent
@@ -35,21 +31,14 @@ def page(
         edits: what was changed, in words.
         settings: names and values for the table at the end.
     """
-    scripts = {
-        "report": page_parts.script((HERE / "walk.js").read_text(encoding="utf-8")),
-        "plotly": page_parts.script(get_plotlyjs()),
-    }
-    return page_parts.render(
+    return page_parts.page_of_model(
         HERE / "walk.html.j2",
-        scripts,
+        HERE / "walk.js",
         data,
-        family=model.family,
-        name=name,
-        model=model.config,
-        parameters=f"{count(model.config):,}",
+        model,
+        name,
         tokens=data["tokens"],
         prompt=data["prompt"],
         edits=edits,
         settings=settings,
-        version=__version__,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minitf.analysis.given import check_tokens
 from minitf.analysis.walk_report.data import both_sides
 from minitf.analysis.walk_report.page import page
 from minitf.files import write_atomically
@@ -48,8 +49,6 @@ def show(
     tokens = np.array(list(text), np.int32)
     if not len(tokens) or len(tokens) > model.config.length:
         raise ValueError(f"{len(tokens)} tokens: the model reads from 1 to {model.config.length}")
-    wrong = tokens[(tokens < 0) | (tokens >= model.config.vocabulary)]
-    if len(wrong):
-        raise ValueError(f"there is no token {wrong[0]}; the model's are 0 to {model.config.vocabulary - 1}")
+    check_tokens(tokens.tolist(), model.config)
     edits = [] if edit is None else ["as the edit says"]
     return WalkPage(page(both_sides(model, tokens, edit), model, name, edits))

@@ -25,7 +25,7 @@ from minitf.mixers.contract import (
     project,
     remember,
 )
-from minitf.mixers.weighted_mean import weighted_sums
+from minitf.mixers.weighted_mean import weighted_sums, with_term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +127,8 @@ class AttentionFree(Mixer):
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """One row over the keys so far; simple, one more term of the sums."""
         if self.kind == "simple":
-            top, bottom, peak = state
-            k, v = f.k[:, 0, :, 0], f.v[:, 0, :, 0]
-            higher = jnp.maximum(peak, k)
-            before, now = jnp.exp(peak - higher), jnp.exp(k - higher)
-            top, bottom = before * top + now * v, before * bottom + now
-            return f.q * (top / bottom)[:, None, :, None], (top, bottom, higher)
+            sums = with_term(state, f.k[:, 0, :, 0], f.v[:, 0, :, 0])
+            return f.q * (sums[0] / sums[1])[:, None, :, None], sums
         k, v = (remember(kept, new[..., 0], position) for kept, new in zip(state, (f.k, f.v), strict=True))
         slots = k.shape[1]
         rows = jax.vmap(lambda at: self._rows(weights, config, at[None], slots)[:, 0])(position)

@@ -11,18 +11,15 @@ from jaxtyping import Array
 from minitf.config import ModelConfig
 from minitf.mixers.contract import (
     About,
-    At,
     Filtered,
     Heads,
     Mixer,
     Now,
     Pairs,
-    Seen,
     State,
     Step,
     Weights,
     product_association,
-    project,
     recurrence,
     visible,
 )
@@ -45,12 +42,6 @@ class Uniform(Mixer):
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
         """Values and the map back."""
         return values_and_output(make)
-
-    def filter(
-        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
-    ) -> Filtered:
-        """Values."""
-        return Filtered(v=project(x, weights["value"]))
 
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """One over the number of keys in sight."""
@@ -94,12 +85,6 @@ class ExponentialAverage(Mixer):
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
         """Values, the map back, and ``rate``: a is its sigmoid, at the start from .73 to .98."""
         return {**values_and_output(make), "rate": make.weight("head", "even", 1.5, center=2.5)}
-
-    def filter(
-        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
-    ) -> Filtered:
-        """Values."""
-        return Filtered(v=project(x, weights["value"]))
 
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Powers of the rates."""

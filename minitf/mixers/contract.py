@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -118,8 +119,11 @@ class Mixer:
     def filter(
         self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
-        """The filters. ``x`` begins ``reach`` positions before the first one; ``state`` is for cells alone."""
-        raise NotImplementedError
+        """The filters, values alone by default.
+
+        ``x`` begins ``reach`` positions before the first one; ``state`` is for cells alone.
+        """
+        return Filtered(v=project(x, weights["value"]))
 
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs | None:
         """A, whole; with a batch of one where the data has no part in it."""
@@ -227,6 +231,18 @@ def project(x: Float[Array, "batch position width"], weight: Float[Array, "width
     return rows.reshape(*x.shape[:2], *weight.shape[1:])
 
 
+def normed(
+    x: Float[Array, "*axes width"],
+    kind: Literal["layer", "rms"],
+    config: ModelConfig,
+    gain: Float[Array, " width"] | None = None,
+) -> Float[Array, "*axes width"]:
+    """A norm of the last axis inside a mixer, with the model's epsilon; no leaf of the walk holds its scale."""
+    rows = filter.center(x.reshape(-1, x.shape[-1]), kind)
+    out = filter.normalize(rows, filter.norm_scale(rows, kind, config.norm_epsilon), gain)
+    return out.astype(x.dtype).reshape(x.shape)
+
+
 def past(length: int) -> Array:
     """True where the key is not after the query, ``[query, key]``."""
     return aggregate.allowed_pairs(length, True, True)
@@ -247,10 +263,12 @@ def recurrence(
 ) -> Float[Array, "batch position ..."]:
     """``h[t] = decay[t] * h[t-1] + inputs[t]`` for all t at once (Blelloch 1990), from ``h[-1] = 0``."""
 
-    def after(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-        return first[0] * second[0], second[0] * first[1] + second[1]
+    return jax.lax.associative_scan(then, (jnp.broadcast_to(decay, inputs.shape), inputs), axis=1)[1]
 
-    return jax.lax.associative_scan(after, (jnp.broadcast_to(decay, inputs.shape), inputs), axis=1)[1]
+
+def then(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Two stretches of ``h -> decay * h + inputs``, one after the other, as one."""
+    return first[0] * second[0], second[0] * first[1] + second[1]
 
 
 def product_association(
@@ -266,6 +284,13 @@ def sums_between(x: Float[Array, "*axes position"]) -> Float[Array, "*axes query
     length = x.shape[-1]
     later = aggregate.allowed_pairs(length, True, False)
     return jnp.cumsum(jnp.where(later, x[..., :, None], 0.0), axis=-2)
+
+
+def by_distance(kernel: Float[Array, "head lag"], length: int) -> Float[Array, "1 head query key"]:
+    """``A[t, s] = kernel[t - s]``, zero beyond the kernel and for later keys."""
+    lag = np.arange(length)[:, None] - np.arange(length)[None, :]
+    within = (lag >= 0) & (lag < kernel.shape[-1])
+    return jnp.where(jnp.asarray(within), kernel[:, np.where(within, lag, 0)], 0.0)[None]
 
 
 def in_chunks(x: Array, size: int) -> Array:

@@ -5,23 +5,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from minitf.config import ModelConfig
 from minitf.mixers.aft import channel_filters
 from minitf.mixers.contract import (
     About,
-    At,
     Filtered,
     Heads,
     Mixer,
     Now,
     Pairs,
-    Seen,
     State,
     Step,
     Weights,
-    project,
+    by_distance,
     short_convolution,
 )
 
@@ -52,19 +49,9 @@ class Convolution(Mixer):
         kernel = make.weight("tap channel", "uniform", self.taps**-0.5, tap=self.taps, channel=config.width)
         return {**channel_filters(make, config, "value"), "kernel": kernel}
 
-    def filter(
-        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
-    ) -> Filtered:
-        """Values."""
-        return Filtered(v=project(x, weights["value"]))
-
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """The kernel at every distance."""
-        length = f.v.shape[1]
-        lag = np.arange(length)[:, None] - np.arange(length)[None, :]
-        within = (lag >= 0) & (lag < self.taps)
-        kernel = weights["kernel"][::-1].T[:, np.where(within, lag, 0)]
-        return jnp.where(jnp.asarray(within), kernel, 0.0)[None]
+        return by_distance(weights["kernel"][::-1].T, f.v.shape[1])
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A sum over the taps."""

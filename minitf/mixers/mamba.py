@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minitf import filter
 from minitf.config import ModelConfig
 from minitf.mixers.contract import (
     About,
@@ -26,10 +25,12 @@ from minitf.mixers.contract import (
     decayed_products,
     from_chunks,
     in_chunks,
+    normed,
     past,
     project,
     short_convolution,
     sums_between,
+    then,
 )
 
 CHUNK = 32  # positions whose states are held at once
@@ -139,15 +140,12 @@ class Mamba(_Convolved):
         """A parallel scan inside chunks, one chunk after another, so that few states are held at once."""
         rate = jnp.exp(weights["log_decay"])
 
-        def after(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-            return first[0] * second[0], second[0] * first[1] + second[1]
-
         @jax.checkpoint
         def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
             q, k, v, step = now
             decay = jnp.exp(-step[..., None] * rate)
             inputs = (step * v)[..., None] * k[:, :, None, :]
-            kept, h = jax.lax.associative_scan(after, (decay, inputs), axis=1)
+            kept, h = jax.lax.associative_scan(then, (decay, inputs), axis=1)
             h = h + kept * state[:, None]
             return h[:, -1], jnp.einsum("btcn,btn->btc", h, q)
 
@@ -273,9 +271,8 @@ class Mamba2(_Convolved):
     def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """What the head holds now, added; swish; a root-mean-square norm over all heads."""
         y = (z + weights["skip"][:, None] * f.v) * jax.nn.silu(f.extras["gate"])
-        rows = filter.center(y.reshape(y.shape[0] * y.shape[1], -1), "rms")
-        scale = filter.norm_scale(rows, "rms", config.norm_epsilon)
-        return filter.normalize(rows, scale, weights["gain"].reshape(-1)).astype(y.dtype).reshape(y.shape)
+        together = y.reshape(*y.shape[:2], -1)
+        return normed(together, "rms", config, weights["gain"].reshape(-1)).reshape(y.shape)
 
     @staticmethod
     def _terms(weights: Weights, f: Filtered, config: ModelConfig) -> tuple[Array, Array, Array]:

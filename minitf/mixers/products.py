@@ -28,6 +28,7 @@ from minitf.mixers.contract import (
     decayed_products,
     from_chunks,
     in_chunks,
+    normed,
     past,
     project,
 )
@@ -154,7 +155,7 @@ class Retention(_Products):
 
     def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """Each head normed, then gated by swish."""
-        return head_norm(z, config) * jax.nn.silu(f.extras["gate"])
+        return normed(z, "layer", config) * jax.nn.silu(f.extras["gate"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,16 +235,6 @@ def _written(
     length = k.shape[1]
     products = jnp.einsum("bthc,bshc->bhts", k * rate[..., None], k)
     return jnp.where(past(length) & ~jnp.eye(length, dtype=bool), products, 0.0) + jnp.eye(length, dtype=k.dtype)
-
-
-def head_norm(x: Float[Array, "batch position head head_width"], config: ModelConfig) -> Array:
-    """Each head divided by its deviation, less its mean; no weights."""
-    rows = filter.center(x.reshape(-1, x.shape[-1]), "layer")
-    return (
-        filter.normalize(rows, filter.norm_scale(rows, "layer", config.norm_epsilon))
-        .astype(x.dtype)
-        .reshape(x.shape)
-    )
 
 
 def unit(x: Float[Array, "*axes head_width"]) -> Float[Array, "*axes head_width"]:

@@ -25,12 +25,12 @@ from minitf.mixers.contract import (
     Weights,
     from_chunks,
     in_chunks,
+    normed,
     past,
     project,
     sums_between,
 )
-from minitf.mixers.products import head_norm
-from minitf.mixers.weighted_mean import weighted_means
+from minitf.mixers.weighted_mean import weighted_means, with_term
 
 CHUNK = 16  # of RWKV-6, whose chunks hold an exponent for each pair and channel
 
@@ -98,12 +98,8 @@ class Rwkv4(Mixer):
         """The present key with its bonus is read, and then added without."""
         (top, bottom, peak), (fade, bonus) = state, self._constants(weights)
         k, v = f.k[:, 0, :, 0], f.v[:, 0, :, 0]
-        highest = jnp.maximum(peak, k + bonus)
-        before, now = jnp.exp(peak - highest), jnp.exp(k + bonus - highest)
-        mean = (before * top + now * v) / (before * bottom + now)
-        higher = jnp.maximum(peak - fade, k)
-        before, now = jnp.exp(peak - fade - higher), jnp.exp(k - higher)
-        return f.q * mean[:, None, :, None], (before * top + now * v, before * bottom + now, higher)
+        read, weight, _ = with_term(state, k + bonus, v)
+        return f.q * (read / weight)[:, None, :, None], with_term((top, bottom, peak - fade), k, v)
 
     @staticmethod
     def _constants(weights: Weights) -> tuple[Array, Array]:
@@ -199,7 +195,7 @@ class Rwkv6(Mixer):
 
     def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """Each head normed, then gated by swish."""
-        return head_norm(z, config) * jax.nn.silu(f.extras["gate"])
+        return normed(z, "layer", config) * jax.nn.silu(f.extras["gate"])
 
 
 def shifted(

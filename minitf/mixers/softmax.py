@@ -23,9 +23,10 @@ from minitf.mixers.contract import (
     Step,
     Stream,
     Weights,
+    normed,
     remember,
 )
-from minitf.places import Places
+from minitf.places import Places, places_at, places_from_start
 from minitf.walk import LayerWalk, apply
 
 # Queries in one block of a causal association, at least; and blocks at most, since each is compiled.
@@ -96,7 +97,7 @@ class Softmax(Mixer):
             k = heads(key, weights.key_bias)
             v = heads(weights.value, weights.value_bias)
         if config.query_key_norm:
-            q, k = (_head_norm(y, gain, config) for y, gain in ((q, weights.query_gain), (k, weights.key_gain)))
+            q, k = (normed(y, "rms", config, gain) for y, gain in ((q, weights.query_gain), (k, weights.key_gain)))
         if config.position == "rotary":
             at = jnp.broadcast_to(positions, (batch, length)).reshape(-1)
             q, k = (
@@ -121,10 +122,7 @@ class Softmax(Mixer):
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """In blocks of queries, or, with a window, in chunks of keys."""
-        if self.window and f.q.shape[1] > 2 * self.window and config.position != "alibi":
-            return _in_window(f, _scale(config), self.window, config.attend_self)
-        places = _whole(f.q.shape[1], config, self.window)
-        return _associate(f, config, LayerWalk(), places, _block(f.q.shape[1], config)).z
+        return self._mixed(f, config, LayerWalk(), _whole(f.q.shape[1], config, self.window)).z
 
     def start(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> tuple[Array, Array]:
         """Room for keys and values."""
@@ -138,9 +136,7 @@ class Softmax(Mixer):
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """The query against the keys so far."""
         k, v = (remember(kept, new, position) for kept, new in zip(state, (f.k, f.v), strict=True))
-        query, key = position[:, None], jnp.arange(k.shape[1])
-        ahead = key > query[..., None] if config.attend_self else key >= query[..., None]
-        places = _narrowed(Places(query, ahead[:, None], goes_on=True), k.shape[1], self.window)
+        places = _narrowed(places_at(position[:, None], k.shape[1], config), k.shape[1], self.window)
         return _associate(Filtered(v=v, q=f.q, k=k), config, LayerWalk(), places, 1).z, (k, v)
 
     def mix(
@@ -163,7 +159,7 @@ class Softmax(Mixer):
         edited = edit.scores is not None or edit.pattern is not None
         if not places.association and not self.window and _has_kernel(f.q, config, places):
             return Mixed(z=aggregate.attend(f.q, f.k, f.v, _scale(config), config.causal))
-        whole = edited or places.goes_on or not config.causal
+        whole = edited or places.goes_on
         mixed = _associate(f, config, edit, places, length if whole else _block(length, config))
         chunks = self.window and not whole and not places.padded and config.position != "alibi"
         if chunks and length > 2 * self.window:
@@ -181,8 +177,7 @@ def _block(length: int, config: ModelConfig) -> int:
 
 
 def _whole(length: int, config: ModelConfig, window: int) -> Places:
-    forbidden = ~aggregate.allowed_pairs(length, config.causal, config.attend_self)[None, None]
-    return _narrowed(Places(jnp.arange(length)[None], forbidden), length, window)
+    return _narrowed(places_from_start(length, config, None), length, window)
 
 
 def _narrowed(places: Places, keys: int, window: int) -> Places:
@@ -252,12 +247,3 @@ def _has_kernel(q: Float[Array, "batch query head head_width"], config: ModelCon
     usual = config.attention == "query_key" and config.position != "alibi" and config.attend_self
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return usual and fits and not places.goes_on and not places.padded and jax.default_backend() == "gpu"
-
-
-def _head_norm(
-    x: Float[Array, "rows head head_width"], gain: Float[Array, " head_width"], config: ModelConfig
-) -> Float[Array, "rows head head_width"]:
-    """Root-mean-square norm of each head by itself; all heads share the gain."""
-    centered = filter.center(x.reshape(-1, x.shape[-1]), "rms")
-    scale = filter.norm_scale(centered, "rms", config.norm_epsilon)
-    return filter.normalize(centered, scale, gain).astype(x.dtype).reshape(x.shape)

@@ -7,12 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
-from minitf.mixers.contract import About, At, Filtered, Heads, Mixer, Now, Pairs, Seen, State, Step, Weights
+from minitf.mixers.contract import (
+    About,
+    At,
+    Filtered,
+    Heads,
+    Mixer,
+    Now,
+    Pairs,
+    Seen,
+    State,
+    Step,
+    Weights,
+    by_distance,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +77,7 @@ class DiagonalStateSpace(Mixer):
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """The kernel at every distance."""
         length = f.v.shape[1]
-        lag = np.arange(length)[:, None] - np.arange(length)[None, :]
-        kernel = self._kernel(weights, length)[:, np.maximum(lag, 0)]
-        return jnp.where(jnp.asarray(lag >= 0), kernel, 0.0)[None]
+        return by_distance(self._kernel(weights, length), length)
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A convolution by fast Fourier transforms, with room so that nothing comes round."""

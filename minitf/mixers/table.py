@@ -35,12 +35,6 @@ class _Rows(Mixer):
         """``[batch or 1, head, query, key]`` of the queries at ``positions`` ``[#batch, query]``."""
         raise NotImplementedError
 
-    def filter(
-        self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
-    ) -> Filtered:
-        """Values."""
-        return Filtered(v=project(x, weights["value"]))
-
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """All rows."""
         length = f.v.shape[1]

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from minitf import filter
 from minitf.config import ModelConfig
 from minitf.mixers.contract import (
     About,
@@ -21,6 +21,7 @@ from minitf.mixers.contract import (
     State,
     Step,
     Weights,
+    normed,
     project,
     remember,
     visible,
@@ -64,9 +65,7 @@ class SpatialGate(Mixer):
     ) -> Filtered:
         """The gate, and the normed values."""
         gate, v = (jax.nn.gelu(project(x, weights[name])) for name in ("gate", "value"))
-        centered = filter.center(v.reshape(-1, config.width), "layer")
-        scale = filter.norm_scale(centered, "layer", config.norm_epsilon)
-        v = filter.normalize(centered, scale, weights["gain"]).astype(x.dtype).reshape(v.shape)
+        v = normed(v[..., 0], "layer", config, weights["gain"])[..., None]
         bias = jnp.broadcast_to(weights["places_bias"][positions][..., None, None], gate.shape)
         return Filtered(v=v, q=gate, extras={"bias": bias})
 
@@ -74,15 +73,15 @@ class SpatialGate(Mixer):
 
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """The matrix with each query's gate before it."""
-        length = f.v.shape[1]
-        places = jnp.where(visible(length, config), weights["places"][:length, :length], 0.0)
-        return jnp.moveaxis(f.q, 1, 2) * places
+        return jnp.moveaxis(f.q, 1, 2) * self._places(weights, config, f.v.shape[1])
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """One product for all channels."""
-        length = f.v.shape[1]
-        places = jnp.where(visible(length, config), weights["places"][:length, :length], 0.0)
-        return f.q * jnp.einsum("ts,bshc->bthc", places, f.v)
+        return f.q * jnp.einsum("ts,bshc->bthc", self._places(weights, config, f.v.shape[1]), f.v)
+
+    @staticmethod
+    def _places(weights: Weights, config: ModelConfig, length: int) -> Float[Array, "query key"]:
+        return jnp.where(visible(length, config), weights["places"][:length, :length], 0.0)
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for the values."""

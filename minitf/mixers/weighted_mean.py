@@ -37,8 +37,15 @@ def weighted_means(
     top, bottom, peak = weighted_sums(k, v, fade)
     # The sums before each position, none before the first; then the present one with its bonus.
     before = lambda x, fill: jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=fill)
-    top, bottom, peak = before(top, 0.0), before(bottom, 0.0), before(peak, -jnp.inf)
-    now = k + bonus
-    highest = jnp.maximum(peak, now)
-    a, b = jnp.exp(peak - highest), jnp.exp(now - highest)
-    return (a * top + b * v) / (a * bottom + b)
+    top, bottom, _ = with_term((before(top, 0.0), before(bottom, 0.0), before(peak, -jnp.inf)), k + bonus, v)
+    return top / bottom
+
+
+def with_term(
+    sums: tuple[Array, Array, Array], exponent: Float[Array, "*axes"], v: Float[Array, "*axes"]
+) -> tuple[Array, Array, Array]:
+    """Sums as :func:`weighted_sums` has them, with ``exp(exponent) v`` and ``exp(exponent)`` added."""
+    top, bottom, peak = sums
+    highest = jnp.maximum(peak, exponent)
+    before, now = jnp.exp(peak - highest), jnp.exp(exponent - highest)
+    return before * top + now * v, before * bottom + now, highest

@@ -60,10 +60,18 @@ def _double():
         yield
 
 
-def test_gru_is_torchs():
-    module = randomized(torch.nn.GRU(WIDTH, WIDTH, batch_first=True))
+@pytest.mark.parametrize(
+    ("mixer", "kind", "parts"),
+    [
+        (mixers.Gru(), torch.nn.GRU, ("reset", "keep", "value")),
+        (mixers.Lstm(), torch.nn.LSTM, ("write", "keep", "value", "out")),
+    ],
+    ids=["gru", "lstm"],
+)
+def test_cells_are_torchs(mixer, kind, parts):
+    module = randomized(kind(WIDTH, WIDTH, batch_first=True))
     weights = {}
-    for i, part in enumerate(("reset", "keep", "value")):
+    for i, part in enumerate(parts):
         rows = slice(i * WIDTH, (i + 1) * WIDTH)
         weights[f"{part}_input"] = columns(module.weight_ih_l0[rows])
         weights[f"{part}_held"] = columns(module.weight_hh_l0[rows])
@@ -71,22 +79,7 @@ def test_gru_is_torchs():
         weights[f"{part}_held_bias"] = array(module.bias_hh_l0[rows])
     x = inputs().astype(np.float64)
     np.testing.assert_allclose(
-        mixed(mixers.Gru(), weights, jnp.asarray(x))[0], module(torch.tensor(x))[0].detach(), atol=1e-10
-    )
-
-
-def test_lstm_is_torchs():
-    module = randomized(torch.nn.LSTM(WIDTH, WIDTH, batch_first=True))
-    weights = {}
-    for i, part in enumerate(("write", "keep", "value", "out")):
-        rows = slice(i * WIDTH, (i + 1) * WIDTH)
-        weights[f"{part}_input"] = columns(module.weight_ih_l0[rows])
-        weights[f"{part}_held"] = columns(module.weight_hh_l0[rows])
-        weights[f"{part}_input_bias"] = array(module.bias_ih_l0[rows])
-        weights[f"{part}_held_bias"] = array(module.bias_hh_l0[rows])
-    x = inputs().astype(np.float64)
-    np.testing.assert_allclose(
-        mixed(mixers.Lstm(), weights, jnp.asarray(x))[0], module(torch.tensor(x))[0].detach(), atol=1e-10
+        mixed(mixer, weights, jnp.asarray(x))[0], module(torch.tensor(x))[0].detach(), atol=1e-10
     )
 
 
