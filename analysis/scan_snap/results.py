@@ -4,14 +4,8 @@ The report reads only what is defined here, so it can be drawn again from a fini
 """
 
 import dataclasses
-import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors.numpy
-
-from minitf.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +73,3 @@ class ScanSnapResults:
     small: tuple[SmallRun, ...] = ()
     medium: tuple[MediumPanel, ...] = ()
     text: tuple[TextRun, ...] = ()
-
-
-def save_run(folder: Path, name: str, run: Any) -> None:
-    """Write one of the dataclasses above as ``name.safetensors`` (arrays) and ``name.json`` (the rest)."""
-    arrays, rest = {}, {}
-    for field in dataclasses.fields(run):
-        value = getattr(run, field.name)
-        if isinstance(value, np.ndarray):
-            arrays[field.name] = np.ascontiguousarray(value)
-        else:
-            rest[field.name] = value
-    write_atomically(folder / f"{name}.safetensors", safetensors.numpy.save(arrays))
-    write_atomically(folder / f"{name}.json", json.dumps(rest, indent=1).encode())
-
-
-def load_run(folder: Path, name: str, kind: type) -> Any:
-    """Read what :func:`save_run` wrote."""
-    arrays = safetensors.numpy.load_file(folder / f"{name}.safetensors")
-    rest = json.loads((folder / f"{name}.json").read_text())
-    return kind(**arrays, **{k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()})
