@@ -6,6 +6,7 @@ what the association's dependence on the data was worth (Hassid et al. 2022, PAP
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -154,7 +155,7 @@ def quality(
 
 
 def metric(tokens: Int[Array, "batch position"], intact: Float[Array, "batch position vocabulary"]) -> Metric:
-    """The quality as three numbers of logits, for :func:`by_head`; made once, it is compiled once."""
+    """The quality as three numbers of logits, for what follows; made once, it is compiled once."""
 
     def three(logits: Array) -> Array:
         # Not to be worked out while compiling, as constants would be.
@@ -162,6 +163,11 @@ def metric(tokens: Int[Array, "batch position"], intact: Float[Array, "batch pos
         return jnp.stack([found.loss, found.accuracy, found.divergence])
 
     return three
+
+
+def as_quality(numbers: Float[Array, "*places three"]) -> Quality:
+    """What :func:`metric` gave, by name."""
+    return Quality(*jnp.moveaxis(numbers, -1, 0))
 
 
 def by_head(
@@ -173,15 +179,15 @@ def by_head(
     *,
     memory: int | None = None,
     progress: Progress = iter,
-) -> Quality:
-    """Each head's association replaced alone: every number of the quality is ``[layer, head]``.
+) -> Float[Array, "layer head *_"]:
+    """Each head's association replaced alone: the metric of the logits, ``[layer, head, ...]``.
 
     A run starts at its head's layer, and the heads of a layer run together (:mod:`minitf.analysis.patching`).
 
     Args:
         intact: reads its ``layers.resid_pre``.
         replacement: of one of the functions above.
-        metric: of :func:`metric`.
+        metric: of logits, such as :func:`metric`'s.
         memory, progress: as :func:`minitf.analysis.patching.patch`.
 
     Raises:
@@ -189,8 +195,7 @@ def by_head(
     """
     source = put(Walk(), "layers.pattern", replacement)
     places = ("layers.pattern", ("head",))
-    found = patch(parameters, intact, source, metric, config, places, memory=memory, progress=progress)
-    return Quality(*jnp.moveaxis(found, -1, 0))
+    return patch(parameters, intact, source, metric, config, places, memory=memory, progress=progress)
 
 
 def in_order(order: Int[np.ndarray, " place"], fraction: float, layers: int) -> Mask:
@@ -203,12 +208,12 @@ def in_order(order: Int[np.ndarray, " place"], fraction: float, layers: int) -> 
 def with_heads_replaced(
     parameters: Parameters,
     tokens: Int[Array, "batch position"],
-    intact: Walk,
     replacement: Pattern,
     masks: Bool[Array, "mask _ _"],
+    metric: Metric,
     config: ModelConfig,
-) -> Quality:
-    """The heads of each mask replaced together; every number is ``[mask]``. One program runs all masks.
+) -> Array:
+    """The heads of each mask replaced together: the metric of the logits, ``[mask, ...]``, in one program.
 
     Raises ValueError for masks that are not of this model's heads.
     """
@@ -216,27 +221,25 @@ def with_heads_replaced(
         raise ValueError(
             f"the masks are of {masks.shape[1:]} layers and heads; the model has {(config.layers, config.heads)}"
         )
-    return _masked(parameters, tokens, intact.logits, replacement, masks, config=config)
+    return _masked(parameters, tokens, replacement, masks, metric=metric, config=config)
 
 
-def _masked_plain(
+@partial(jax.jit, static_argnames=("metric", "config"))
+def _masked(
     parameters: Parameters,
     tokens: Array,
-    logits: Array,
     replacement: Pattern,
     masks: Array,
     *,
+    metric: Metric,
     config: ModelConfig,
-) -> Quality:
-    def one(mask: Array) -> Quality:
+) -> Array:
+    def one(mask: Array) -> Array:
         here = mask[:, None, :, None, None].astype(replacement.dtype)
         edit = put(Walk(), "layers.pattern", Change(keep=1 - here, put=here * replacement))
-        return quality(walk(parameters, tokens, config, edit=edit).logits, tokens, logits)
+        return metric(walk(parameters, tokens, config, edit=edit).logits)
 
     return jax.lax.map(one, masks)
-
-
-_masked = jax.jit(_masked_plain, static_argnames="config")
 
 
 def orders(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from minitf import mixers
 from minitf.analysis import bench
 from minitf.analysis.bench import Row, Say
+from minitf.analysis.every_mixer import BOTH_WAYS, EVERY
 from minitf.config import ModelConfig
 from minitf.mixers import Mixer
 from minitf.model import walk
@@ -20,34 +21,8 @@ from minitf.parameters import initialize
 WIDTH, HEADS, VOCABULARY = 64, 4, 256
 TRAINED = (512, 4096)
 GROWTH = (1024, 8192)
-EVERY: Mapping[str, Mixer] = {
-    "softmax": mixers.Softmax(),
-    "softmax, window 128": mixers.Softmax(window=128),
-    "uniform": mixers.Uniform(),
-    "exponential average": mixers.ExponentialAverage(),
-    "frozen": mixers.Frozen(),
-    "synthesizer, trained": mixers.Synthesizer(),
-    "synthesizer, dense": mixers.Synthesizer("dense"),
-    "proximity": mixers.Proximity(),
-    "FNet": mixers.Fourier(),
-    "gMLP": mixers.SpatialGate(),
-    "MLP-Mixer": mixers.TokenNetwork(),
-    "linear attention": mixers.LinearAttention(),
-    "RetNet": mixers.Retention(),
-    "DeltaNet": mixers.DeltaNet(),
-    "AFT full": mixers.AttentionFree(),
-    "AFT simple": mixers.AttentionFree("simple"),
-    "AFT conv": mixers.AttentionFree("conv"),
-    "RWKV-4": mixers.Rwkv4(),
-    "RWKV-6": mixers.Rwkv6(),
-    "S4D": mixers.DiagonalStateSpace(),
-    "Mamba": mixers.Mamba(),
-    "Mamba-2": mixers.Mamba2(),
-    "minGRU": mixers.MinimalGru(),
-    "GRU": mixers.Gru(),
-    "LSTM": mixers.Lstm(),
-    "convolution": mixers.Convolution(),
-}
+# A window that is short beside the sequences.
+MEASURED: Mapping[str, Mixer] = {"softmax, window 128": mixers.Softmax(window=128), **EVERY}
 NOTE = (
     "one layer, width 64, 4 heads, batch 1, float32; the mixer's filters, aggregate and gate, without feed-forward"
 )
@@ -58,7 +33,7 @@ def bench_mixers(
     seed: int = 0,
     rounds: int = 3,
     say: Say = lambda sentence: None,
-    every: Mapping[str, Mixer] = EVERY,
+    every: Mapping[str, Mixer] = MEASURED,
     trained: Sequence[int] = TRAINED,
     growth: Sequence[int] = GROWTH,
 ) -> list[Row]:
@@ -115,7 +90,7 @@ def _config(mixer: Mixer, length: int) -> ModelConfig:
         heads=HEADS,
         length=length,
         mixer=mixer,
-        causal=not isinstance(mixer, mixers.Fourier | mixers.TokenNetwork),
+        causal=mixer not in {EVERY[name] for name in BOTH_WAYS},
         feed_forward="none",
     )
 

@@ -13,7 +13,7 @@ from minitf.files import write_atomically
 
 CONFIG = "config.json"
 FOLDERS = ("arrays", "figures")
-FILES = ("report.html", "claims.json", "fig6.json", "ablate.json", CONFIG)
+FILES = ("report.html", "claims.json", "fig6.json", "ablate.json", "mixers.json", CONFIG)
 
 
 class Problem(ValueError):

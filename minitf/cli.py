@@ -97,10 +97,7 @@ class ScanSnap:
 
     def after_interrupt(self) -> str:
         """What to do after Ctrl-C, for people."""
-        if not (self.out / "config.json").exists():
-            return "Nothing was begun yet."
-        instead = "--resume instead of --overwrite" if self.overwrite else "--resume"
-        return f"What was finished is in {self.out}; run the same command with {instead} to go on from there."
+        return _to_go_on(self.out, self.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,17 +253,82 @@ class Ablate:
         return "There is no report yet; run the command again."
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixers:
+    """Train every sequence mixer from scratch on the same tasks: which task needs which association?
+
+    The same small model with one mixer after another in the place of attention, as many parameters, several seeds:
+    text, classification, recall, addition, memorisation. Compares what was published with what was measured, and
+    writes a report. Without --full: a few mixers, some minutes on two cores. Ctrl-C keeps the cells that are
+    finished; --resume goes on from there.
+    """
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/mixers")
+    """Folder for the report and the results."""
+    full: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Every mixer, five seeds, three learning rates, long training: many hours on two cores."""
+    mixers: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]", help_behavior_hint="")] = ()
+    """Rows of the table, as the report names them; softmax attention is always among them."""
+    tasks: tuple[Literal["text", "classification", "recall", "addition", "memorisation"], ...] = (
+        "text",
+        "classification",
+        "recall",
+        "addition",
+        "memorisation",
+    )
+    """Columns of the table."""
+    seeds: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 3, with --full 5)")] = None
+    """How many random seeds."""
+    seed: int = 0
+    """The first of them."""
+    steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: by task)")] = None
+    """Training steps on every task."""
+    text: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
+    """Text for the language model: files or folders. Without it: the documentation that comes with Python."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace the run that DIR already holds."""
+    resume: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Go on with the run in DIR where it was interrupted; all other options must be as they were."""
+    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Show no progress."""
+
+    def run(self) -> int:
+        """Run it; returns the exit code."""
+        from minitf.analysis.mixer_study import job
+        from minitf.analysis.run_folder import told_to_people
+
+        names = {f.name for f in dataclasses.fields(job.StudyConfig)}
+        with told_to_people():
+            config = job.StudyConfig(**{k: v for k, v in vars(self).items() if k in names})
+        claims = job.run(config, self.out, overwrite=self.overwrite, resume=self.resume, quiet=self.quiet)
+        print(f"{sum(c.holds for c in claims)} of {len(claims)} published claims hold here.")
+        print(f"Report: {(self.out / 'report.html').resolve()}")
+        return 0
+
+    def after_interrupt(self) -> str:
+        """What to do after Ctrl-C, for people."""
+        return _to_go_on(self.out, self.overwrite)
+
+
+def _to_go_on(out: Path, overwrite: bool) -> str:
+    if not (out / "config.json").exists():
+        return "Nothing was begun yet."
+    instead = "--resume instead of --overwrite" if overwrite else "--resume"
+    return f"What was finished is in {out}; run the same command with {instead} to go on from there."
+
+
 Command = (
     Annotated[ScanSnap, tyro.conf.subcommand("scan-snap")]
     | Annotated[WalkText, tyro.conf.subcommand("walk")]
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
+    | Annotated[Mixers, tyro.conf.subcommand("mixers")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: exits with 0, or 1 (diverged; unmet under --strict), 2 (bad input), 130 (interrupted)."""
-    command: ScanSnap | WalkText | Ablate | Bench = tyro.cli(
+    command: ScanSnap | WalkText | Ablate | Mixers | Bench = tyro.cli(
         Command,
         prog="minitf",
         args=arguments,
@@ -283,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(command: ScanSnap | WalkText | Ablate | Bench) -> int:
+def _run(command: ScanSnap | WalkText | Ablate | Mixers | Bench) -> int:
     """The exit code. Only what a person can put right is told without a stack trace; the rest are bugs."""
     try:
         from minitf.analysis.run_folder import Problem

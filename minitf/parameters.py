@@ -7,13 +7,15 @@ checkpoints and sharding read it, so that a weight is described in one place onl
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
+from minitf import draws
 from minitf.config import ModelConfig
 
 # An array in parameters, a Declaration in a declaration, None where the model has no such weight.
@@ -129,21 +131,40 @@ class Declaration:
         """Sizes of the axes, in order."""
         return tuple(size for _, size in self.axes)
 
+    @property
+    def random(self) -> bool:
+        """Whether it starts at random."""
+        return self.distribution in ("normal", "uniform")
+
     def draw(self, key: Key[Array, ""], dtype: Any) -> Array:
         """A fresh value of this weight."""
-        low, high = self.center - self.scale, self.center + self.scale
         if self.distribution == "normal":
-            noise = self.scale * jax.random.normal(key, self.shape, dtype)
-            return noise + self.center if self.center else noise
+            return self._shifted(self.scale * jax.random.normal(key, self.shape, dtype))
         if self.distribution == "uniform":
+            low, high = self.center - self.scale, self.center + self.scale
             return jax.random.uniform(key, self.shape, dtype, low, high)
+        return self.constant(dtype)
+
+    def spread(self, uniform: Float[Array, " number"]) -> Array:
+        """What :meth:`draw` makes of a key, from numbers of [0, 1) that were drawn with it."""
+        uniform = uniform.reshape(self.shape)
+        if self.distribution == "normal":
+            return self._shifted(self.scale * draws.normal(uniform))
+        return draws.between(uniform, self.center - self.scale, self.center + self.scale)
+
+    def constant(self, dtype: Any) -> Array:
+        """Where it starts when that is not random."""
         if self.distribution == "even":
+            low, high = self.center - self.scale, self.center + self.scale
             return jnp.broadcast_to(jnp.linspace(low, high, self.shape[-1], dtype=dtype), self.shape)
         if self.distribution == "log":
             return jnp.broadcast_to(jnp.log(jnp.arange(1, self.shape[-1] + 1, dtype=dtype)), self.shape)
         if self.distribution == "constant":
             return jnp.full(self.shape, self.center, dtype)
         return jnp.full(self.shape, float(self.distribution == "ones"), dtype)
+
+    def _shifted(self, noise: Array) -> Array:
+        return noise + self.center if self.center else noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,10 +304,23 @@ def _is_declaration(x: Any) -> bool:
 
 def initialize(config: ModelConfig, key: Key[Array, ""], dtype: Any = jnp.float32) -> Parameters:
     """Fresh parameters. Each weight draws from ``fold_in(key, its number)``, so none depends on another."""
+    return _initialize(key, config=config, dtype=dtype)
+
+
+# Outside of any jit it is one program, not one for each weight; inside, as if written there.
+@partial(jax.jit, static_argnames=("config", "dtype"), inline=True)
+def _initialize(key: Key[Array, ""], *, config: ModelConfig, dtype: Any) -> Parameters:
     declarations, tree = jax.tree.flatten(declare(config), is_leaf=_is_declaration)
-    return jax.tree.unflatten(
-        tree, [d.draw(jax.random.fold_in(key, i), dtype) for i, d in enumerate(declarations)]
-    )
+    keys = [jax.random.fold_in(key, number) for number in range(len(declarations))]
+    chance = [number for number, d in enumerate(declarations) if d.random]
+    sizes = [math.prod(declarations[number].shape) for number in chance]
+    together = draws.uniforms([keys[number] for number in chance], sizes, dtype)
+    if together is None:
+        return jax.tree.unflatten(tree, [d.draw(own, dtype) for d, own in zip(declarations, keys, strict=True)])
+    weights = [None if d.random else d.constant(dtype) for d in declarations]
+    for number, uniform in zip(chance, together, strict=True):
+        weights[number] = declarations[number].spread(uniform)
+    return jax.tree.unflatten(tree, weights)
 
 
 def split_layers(parameters: Parameters, most: int | None = None) -> Parameters:

@@ -16,12 +16,12 @@ from minitf.analysis.ablate.page import page
 from minitf.analysis.association import FRACTIONS, REPLACEMENTS, Quality
 from minitf.analysis.given import check_tokens
 from minitf.analysis.page_parts import script_json
+from minitf.analysis.patching import Metric
 from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people
 from minitf.files import write_atomically
 from minitf.model import walk
 from minitf.pretrained import Pretrained, load
 from minitf.record import record
-from minitf.walk import Walk
 
 RANDOM_ORDERS = 2
 READ = ("layers.resid_pre", "layers.scores", "layers.pattern", "logits")
@@ -134,22 +134,23 @@ def measure(
         say(f"{number + 1} of {len(REPLACEMENTS)}: {name}")
         key = jax.random.fold_in(jax.random.key(seed), number)
         pattern = jax.jit(replace, static_argnums=2)(intact, of_data, config, key)
-        heads = association.by_head(parameters, intact, pattern, metric, config)
+        heads = association.as_quality(association.by_head(parameters, intact, pattern, metric, config))
         found["replacements"][name] = {
             "heads": _plain(heads),
-            "orders": _shares(model, tokens, intact, pattern, heads, seed),
+            "orders": _shares(model, tokens, pattern, metric, heads, seed),
         }
     return found
 
 
 def _shares(
-    model: Pretrained, tokens: Array, intact: Walk, pattern: Array, heads: Quality, seed: int
+    model: Pretrained, tokens: Array, pattern: Array, metric: Metric, heads: Quality, seed: int
 ) -> dict[str, Any]:
     """For each order, the quality at every share of the heads."""
     config = model.config
     orders = association.orders(np.asarray(heads.loss), range(seed, seed + RANDOM_ORDERS))
     masks = [association.in_order(order, share, config.layers) for order in orders.values() for share in FRACTIONS]
-    together = association.with_heads_replaced(model.parameters, tokens, intact, pattern, jnp.stack(masks), config)
+    found = association.with_heads_replaced(model.parameters, tokens, pattern, jnp.stack(masks), metric, config)
+    together = association.as_quality(found)
     shares = {name: np.asarray(value).reshape(len(orders), -1) for name, value in vars(together).items()}
     return {order: {name: values[i] for name, values in shares.items()} for i, order in enumerate(orders)}
 

@@ -26,8 +26,6 @@ QUICK = (
     "synthesizer, fixed",
     "synthesizer, trained",
     "FNet",
-    "linear attention",
-    "minGRU",
     "nothing",
 )
 

@@ -20,7 +20,7 @@ from minitf.train.windows import on_device, random_batch
 NO_TARGET = -1
 TEXT_BYTES = 4_000_000
 HELD_OUT = 128  # sequences on which everything is measured
-REFERENCE = 20_000  # sequences for the reference classifiers
+REFERENCE = 5_000  # sequences for the reference classifiers
 DATA = 20_261_126  # what is the same for all seeds: classes, facts, held-out sequences
 
 
@@ -160,10 +160,10 @@ def classification(
         vocabulary=symbols,
         length=length,
         batch=16,
-        steps=2000,
-        quick_steps=500,
+        steps=1500,
+        quick_steps=400,
         draw=draw,
-        held_out=draw(_key("classification"), 4 * HELD_OUT),
+        held_out=draw(_key("classification"), 2 * HELD_OUT),
         measure="accuracy",
         pooled=True,
         answers_inside=False,
@@ -175,7 +175,7 @@ def classification(
     )
 
 
-def recall(pairs: int = 8, keys: int = 32) -> Task:
+def recall(pairs: int = 6, keys: int = 16) -> Task:
     """Pairs of a key and a value, then the keys again in another order, each to be answered with its value.
 
     Multi-query associative recall (Arora et al. 2024): where the answer stands, only the data tells.
@@ -200,8 +200,8 @@ def recall(pairs: int = 8, keys: int = 32) -> Task:
         vocabulary=2 * keys,
         length=length,
         batch=32,
-        steps=4000,
-        quick_steps=1500,
+        steps=3000,
+        quick_steps=600,
         draw=draw,
         held_out=draw(_key("recall"), HELD_OUT),
         measure="accuracy",
@@ -231,8 +231,8 @@ def addition(digits: int = 3) -> Task:
         vocabulary=12,
         length=3 * digits + 2,
         batch=64,
-        steps=4000,
-        quick_steps=1000,
+        steps=3000,
+        quick_steps=800,
         draw=draw,
         held_out=draw(_key("addition"), 4 * HELD_OUT),
         measure="accuracy",
@@ -258,8 +258,8 @@ def memorisation(facts: int = 1024, symbols: int = 32, length: int = 4) -> Task:
         vocabulary=symbols,
         length=length,
         batch=128,
-        steps=3000,
-        quick_steps=1000,
+        steps=2000,
+        quick_steps=600,
         draw=draw,
         held_out=every,
         measure="accuracy",

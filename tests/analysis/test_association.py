@@ -11,6 +11,7 @@ from minitf.analysis import association
 from minitf.analysis.association import (
     FRACTIONS,
     REPLACEMENTS,
+    as_quality,
     by_head,
     in_order,
     low_rank,
@@ -99,7 +100,7 @@ def test_a_head_replaced_is_one_edited_walk(config):
     parameters, tokens = random_parameters(config), random_tokens(config, length=6)
     intact = walk(parameters, tokens, config)
     replacement = association.uniform(intact, intact, config, KEY)
-    found = by_head(parameters, intact, replacement, association.metric(tokens, intact.logits), config)
+    found = as_quality(by_head(parameters, intact, replacement, association.metric(tokens, intact.logits), config))
     assert found.loss.shape == (config.layers, config.heads)
     for layer, head in ((0, 1), (1, 0)):
         edit = set_to(intact, "layers.pattern", replacement[layer, :, head], layer=layer, head=head)
@@ -112,11 +113,12 @@ def test_a_head_replaced_is_one_edited_walk(config):
 
 def test_a_share_of_the_heads_is_replaced_together():
     replacement = association.shuffled(INTACT, DATA, GPT2, KEY)
-    importance = by_head(PARAMETERS, INTACT, replacement, association.metric(TOKENS, INTACT.logits), GPT2).loss
+    metric = association.metric(TOKENS, INTACT.logits)
+    importance = as_quality(by_head(PARAMETERS, INTACT, replacement, metric, GPT2)).loss
     first = orders(np.asarray(importance), [0])["most important first"]
     masks = jnp.stack([in_order(first, fraction, GPT2.layers) for fraction in FRACTIONS])
     assert masks.sum(axis=(1, 2)).tolist() == [0, 2, 3, 4, 6]
-    found = with_heads_replaced(PARAMETERS, TOKENS, INTACT, replacement, masks, GPT2)
+    found = as_quality(with_heads_replaced(PARAMETERS, TOKENS, replacement, masks, metric, GPT2))
     intact = quality(INTACT.logits, TOKENS, INTACT.logits)
     np.testing.assert_allclose(found.loss[0], intact.loss, rtol=1e-5)
     every = set_to(INTACT, "layers.pattern", replacement)
@@ -135,4 +137,4 @@ def test_orders_go_from_least_to_most_and_back_and_at_random():
 def test_what_cannot_be_is_told():
     replacement = association.uniform(INTACT, DATA, GPT2, KEY)
     with pytest.raises(ValueError, match=r"^the masks are of \(3, 3\) layers and heads; the model has \(2, 3\)$"):
-        with_heads_replaced(PARAMETERS, TOKENS, INTACT, replacement, jnp.ones((1, 3, 3), bool), GPT2)
+        with_heads_replaced(PARAMETERS, TOKENS, replacement, jnp.ones((1, 3, 3), bool), jnp.mean, GPT2)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from properties.models import configs, examples, quick_jit
 
-from minitf import ModelConfig, count, initialize
+from minitf import ModelConfig, count, initialize, mixers
 from minitf.parameters import declare, named, path_name
 
 WIDE = ModelConfig(vocabulary=300, layers=2, width=64, heads=4, length=100, biases=True, feed_forward="swiglu")
@@ -101,6 +102,24 @@ def test_equal_keys_give_equal_weights_and_no_two_weights_are_alike():
     for name in drawn:
         for rest in drawn:
             assert name == rest or not np.allclose(starts[name], starts[rest])
+
+
+def test_drawn_together_weights_are_those_drawn_one_by_one():
+    hybrid = dataclasses.replace(WIDE, mixer=(mixers.Mamba(), mixers.SpatialGate()))
+    for config in (hybrid, dataclasses.replace(WIDE, initializer="fan_in")):
+        together = named(initialize(config, jax.random.key(3)))
+        for number, (name, declared) in enumerate(declarations(config).items()):
+            alone = declared.draw(jax.random.fold_in(jax.random.key(3), number), jnp.float32)
+            np.testing.assert_allclose(together[name], alone, rtol=3e-7, err_msg=name)
+
+
+def test_every_kind_of_key_and_precision_draws_the_declared_numbers():
+    declared = declarations(WIDE)
+    for key, dtype in ((jax.random.key(1, impl="rbg"), jnp.float32), (jax.random.key(1), jnp.bfloat16)):
+        made = named(initialize(WIDE, key, dtype))
+        name, number = "unembedding", list(declared).index("unembedding")
+        alone = declared[name].draw(jax.random.fold_in(key, number), dtype)
+        np.testing.assert_array_equal(np.asarray(made[name], np.float32), np.asarray(alone, np.float32))
 
 
 def test_a_key_that_is_no_typed_key_is_refused():

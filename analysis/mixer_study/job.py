@@ -1,0 +1,185 @@
+"""The command ``minitf mixers``: every mixer on every task, a cell at a time, claims, and a report.
+
+A cell is kept as soon as it is done, so an interrupted run goes on with the next one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from minitf.analysis.claims import Claim, save_claims
+from minitf.analysis.mixer_study import claims as study_claims
+from minitf.analysis.mixer_study import tasks as study_tasks
+from minitf.analysis.mixer_study.cell import Cell, train_cell
+from minitf.analysis.mixer_study.page import page, results
+from minitf.analysis.mixer_study.replaced import Replaced, replace_all
+from minitf.analysis.mixer_study.rows import QUICK, ROWS, model_for, possible
+from minitf.analysis.mixer_study.tasks import Task
+from minitf.analysis.page_parts import script_json
+from minitf.analysis.run_folder import Problem, check_run_folder, open_run_folder, told_to_people
+from minitf.analysis.stages import Stages, noticing_interrupts
+from minitf.files import write_atomically
+from minitf.train import corpus
+from minitf.train.loop import Report
+from minitf.train.progress import Progress
+
+TASKS = ("text", "classification", "recall", "addition", "memorisation")
+RATES, QUICK_RATES = (3e-4, 1e-3, 3e-3), (1e-3,)
+SEEDS, QUICK_SEEDS = 5, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """What to train.
+
+    Attributes:
+        full: every mixer, five seeds, three learning rates, long training; else a few, three seeds, one rate.
+        mixers: names of rows, instead of the preset's.
+        tasks: names of tasks.
+        seeds: how many, instead of the preset's.
+        seed: the first one.
+        steps: of training on every task, instead of the preset's.
+        text: files or folders, instead of the documentation that comes with Python.
+    """
+
+    full: bool = False
+    mixers: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = TASKS
+    seeds: int | None = None
+    seed: int = 0
+    steps: int | None = None
+    text: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, given, known in (("mixer", self.mixers, tuple(ROWS)), ("task", self.tasks, TASKS)):
+            unknown = [name for name in given if name not in known]
+            if unknown:
+                raise ValueError(f"there is no {what} {unknown[0]!r}; choose from: {'; '.join(known)}")
+        for name in ("seeds", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The rows that run; softmax attention always, which all are compared with."""
+        chosen = self.mixers or (tuple(ROWS) if self.full else QUICK)
+        return tuple(name for name in ROWS if name in {"softmax", *chosen})
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates of which each row has its best."""
+        return RATES if self.full else QUICK_RATES
+
+    @property
+    def seed_count(self) -> int:
+        """How many seeds run."""
+        return self.seeds or (SEEDS if self.full else QUICK_SEEDS)
+
+    def steps_of(self, task: Task) -> int:
+        """At how many steps rows of equal size are compared."""
+        return self.steps or (task.steps if self.full else task.quick_steps)
+
+
+def run(
+    config: StudyConfig, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False
+) -> list[Claim]:
+    """Train and measure everything; write ``report.html``, ``mixers.json``, ``claims.json``; returns the claims.
+
+    Raises:
+        Problem: folder or text cannot be used; its message is for people.
+        KeyboardInterrupt: interrupted; finished cells stay in ``out`` and ``resume`` goes on from there.
+    """
+    with Progress(quiet) as progress, noticing_interrupts() as interrupted:
+        with progress.stage("tasks"), told_to_people():
+            texts = corpus.read_paths(config.text) if config.text else corpus.python_documentation()
+            every = study_tasks.every_task(texts)
+        recorded = {**_plain(config), "text_source": texts.source, "text_sha256": _digest(texts)}
+        check_run_folder(out, recorded, overwrite=overwrite, resume=resume)
+        folder = open_run_folder(out, recorded, overwrite=overwrite, resume=resume)
+        tasks = {name: every[name] for name in TASKS if name in config.tasks}
+        stages = Stages(folder / "arrays", progress, interrupted, config.seed)
+        try:
+            cells, replaced = _train(config, tasks, stages)
+            claims = study_claims.claims(cells, replaced, tasks)
+            with progress.stage("report"):
+                save_claims(folder / "claims.json", claims)
+                found = json.loads(script_json(results(config.rows, cells, replaced, tasks)))
+                write_atomically(folder / "mixers.json", (json.dumps(found, indent=1) + "\n").encode())
+                write_atomically(folder / "report.html", page(found, cells, tasks, claims, recorded).encode())
+            return claims
+        except OSError as error:
+            raise Problem(
+                f"the results could not be written to {folder}: {error}. What was finished is there; when this is "
+                "put right, the same command with --resume goes on."
+            ) from error
+
+
+def _train(
+    config: StudyConfig, tasks: Mapping[str, Task], stages: Stages
+) -> tuple[dict[tuple[str, str], Cell], dict[str, Replaced]]:
+    """All cells, as many at a time as the machine has cores for; row by row, softmax attention first."""
+    wanted = [(row, name) for row in config.rows for name in tasks if possible(row, tasks[name])]
+    cells: dict[tuple[str, str], Cell] = {}
+    replaced: dict[str, Replaced] = {}
+    at_once = min(os.cpu_count() or 1, 8) if jax.default_backend() == "cpu" else 1
+    with ThreadPoolExecutor(at_once) as threads:
+        waiting = [threads.submit(_cell, config, row, tasks[name], stages) for row, name in wanted]
+        try:
+            for (row, name), one in zip(wanted, waiting, strict=True):
+                found = one.result()
+                cells[row, name] = found[0]
+                if len(found) > 1:
+                    replaced[name] = found[1]
+        finally:
+            for one in waiting:
+                one.cancel()
+    return cells, replaced
+
+
+def _cell(config: StudyConfig, row: str, task: Task, stages: Stages) -> Sequence[Any]:
+    """The cell; of softmax attention also what its association is worth, replaced in the trained models."""
+    name = f"{task.name}_{list(ROWS).index(row):02d}"
+    kinds: dict[str, type] = {name: Cell}
+    if row == "softmax":
+        kinds[f"{task.name}_replaced"] = Replaced
+    if stages.interrupted():
+        raise KeyboardInterrupt
+
+    def make(report: Report) -> tuple[list[Any], list[Any]]:
+        cell, parameters = train_cell(
+            row,
+            task,
+            seeds=config.seed_count,
+            rates=config.rates,
+            steps=config.steps_of(task),
+            seed=config.seed,
+            report=report,
+        )
+        if row != "softmax":
+            return [cell], []
+        return [cell, replace_all(parameters, model_for(row, task), task, config.seed)], []
+
+    return stages.runs(kinds, f"{task.name}: {row}", make, steps=config.steps_of(task))
+
+
+def _plain(config: StudyConfig) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(config),
+        "rows": config.rows,
+        "rates": config.rates,
+        "seeds": config.seed_count,
+    }
+
+
+def _digest(texts: corpus.Corpus) -> str:
+    return hashlib.sha256(json.dumps([texts.train, texts.validation]).encode()).hexdigest()[:16]

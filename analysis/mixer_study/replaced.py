@@ -1,0 +1,106 @@
+"""What the trained models of softmax attention lose when their association is replaced, task by task."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from minitf.analysis import association
+from minitf.analysis.association import FRACTIONS, REPLACEMENTS
+from minitf.analysis.mixer_study.tasks import Batch, Task
+from minitf.analysis.patching import Metric
+from minitf.config import ModelConfig
+from minitf.model import walk
+from minitf.record import record
+from minitf.walk import Walk
+
+MEASURED = 128  # sequences; for means over data as many others
+RANDOM_ORDERS = 2
+READ = ("layers.resid_pre", "layers.scores", "layers.pattern", "logits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """For each replacement, the task's value with shares of the heads replaced, and with each alone."""
+
+    task: str
+    names: tuple[str, ...]
+    orders: tuple[str, ...]
+    fractions: np.ndarray  # [fraction]
+    intact: np.ndarray  # [seed]
+    values: np.ndarray  # [replacement, order, fraction, seed]
+    heads: np.ndarray  # [replacement, seed, layer, head]
+
+    def at(self, name: str, order: str, fraction: float) -> np.ndarray:
+        """The value of each seed."""
+        which = self.fractions.tolist().index(fraction)
+        return self.values[self.names.index(name), self.orders.index(order), which]
+
+
+def replace_all(parameters: Any, config: ModelConfig, task: Task, seed: int = 0) -> Replaced:
+    """Every replacement in trained models ``[seed, ...]``.
+
+    Args:
+        parameters: of softmax attention, several seeds.
+        config: of the model.
+        task: what it was trained on.
+        seed: of data for means and of what is random.
+    """
+    measured = jax.tree.map(lambda x: x[:MEASURED], task.held_out)
+    data = task.draw(jax.random.fold_in(jax.random.key(seed), 1), MEASURED).tokens
+    metric = _metric(task, measured)
+    kept = jax.jit(lambda p, t: record(walk(p, t, config), READ))
+    seeds = jax.tree.leaves(parameters)[0].shape[0]
+    found = []
+    for number in range(seeds):
+        one = jax.tree.map(lambda x: x[number], parameters)  # noqa: B023
+        intact, of_data = kept(one, measured.tokens), kept(one, data)
+        found.append(_one_seed(one, config, task, measured.tokens, intact, of_data, metric, seed))
+    values, heads, intact_values = (np.stack(x, axis=-1) for x in zip(*found, strict=True))
+    return Replaced(
+        task=task.name,
+        names=tuple(REPLACEMENTS),
+        orders=tuple(association.orders(np.zeros((config.layers, config.heads)), range(RANDOM_ORDERS))),
+        fractions=np.array(FRACTIONS),
+        intact=intact_values,
+        values=values,
+        heads=np.moveaxis(heads, -1, 1),
+    )
+
+
+def _metric(task: Task, batch: Batch) -> Metric:
+    return lambda logits: jnp.asarray(task.value(task.score(logits, batch)))
+
+
+def _one_seed(
+    parameters: Any,
+    config: ModelConfig,
+    task: Task,
+    tokens: Array,
+    intact: Walk,
+    data: Walk,
+    metric: Metric,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values ``[replacement, order, fraction]``, of single heads ``[replacement, layer, head]``, and intact."""
+    values, alone = [], []
+    for number, replace in enumerate(REPLACEMENTS.values()):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        pattern = jax.jit(replace, static_argnums=2)(intact, data, config, key)
+        heads = np.asarray(association.by_head(parameters, intact, pattern, metric, config))
+        harm = -heads if task.measure == "accuracy" else heads
+        masks = _masks(harm, config)
+        together = association.with_heads_replaced(parameters, tokens, pattern, masks, metric, config)
+        values.append(np.asarray(together).reshape(-1, len(FRACTIONS)))
+        alone.append(heads)
+    return np.stack(values), np.stack(alone), np.asarray(metric(intact.logits))
+
+
+def _masks(harm: np.ndarray, config: ModelConfig) -> Array:
+    """The heads to replace, for every order and share in it."""
+    orders: Sequence[np.ndarray] = list(association.orders(harm, range(RANDOM_ORDERS)).values())
+    return jnp.stack([association.in_order(o, share, config.layers) for o in orders for share in FRACTIONS])

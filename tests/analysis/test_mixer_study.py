@@ -1,0 +1,294 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minitf import walk
+from minitf.analysis import association
+from minitf.analysis.mixer_study import cell as cells_of
+from minitf.analysis.mixer_study import claims, job, page, tasks
+from minitf.analysis.mixer_study.cell import Cell, train_cell
+from minitf.analysis.mixer_study.replaced import Replaced, replace_all
+from minitf.analysis.mixer_study.rows import LAYERS, QUICK, ROWS, WIDTH, model_for, possible
+from minitf.analysis.run_folder import Problem
+from minitf.edits import set_to
+from minitf.parameters import count, initialize
+from minitf.train.corpus import Corpus
+
+FACTS = tasks.memorisation(facts=16, symbols=8, length=4)
+RECALL = tasks.recall(2, 5)
+CORPUS = Corpus(name="letters", train=("abcdefgh" * 60,), validation=("hgfedcba" * 60,), source="made up")
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Softmax attention and a plain average, trained for a moment."""
+    common = {"seeds": 2, "rates": [1e-3, 3e-3], "steps": STEPS}
+    return {row: train_cell(row, FACTS, **common) for row in ("softmax", "uniform")}
+
+
+def cell(row="softmax", task="text", values=(1.0, 1.0), **changes):
+    """A cell as if it had been trained; a value for each seed."""
+    some = np.asarray(values, np.float64)
+    return Cell(
+        **{
+            "row": row,
+            "task": task,
+            "parameters": 10,
+            "hidden": 4,
+            "flops": 1.0,
+            "softmax_flops": 1.0,
+            "rates": np.array([0.1]),
+            "best": 0,
+            "steps": 2,
+            "matched_steps": 2.0,
+            "record_steps": np.array([0, 2]),
+            "values": np.stack([some + 1, some], axis=-1)[None],
+            "seconds_per_step": 1.0,
+            "temporary_bytes": 1,
+            "geometry": np.zeros((5, len(some), 4)),
+            "data_dependence": np.zeros((len(some), 2)),
+            "association": np.zeros((2, 1, 3, 3)),
+        }
+        | changes
+    )
+
+
+def all_cells(values):
+    """Every row and task that claims read; ``values`` by row and task, or by task."""
+    found = {}
+    for row in ROWS:
+        for task in job.TASKS:
+            value = values.get((row, task), values[task])
+            found[row, task] = cell(row, task, np.array([value - 0.001, value, value + 0.001]))
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_is_as_large_as_softmax_attention(row):
+    for task in (FACTS, RECALL):
+        if possible(row, task):
+            aim = count(model_for("softmax", task))
+            assert abs(count(model_for(row, task)) - aim) <= LAYERS * WIDTH
+            assert model_for(row, task).hidden > 40
+
+
+def test_mixers_that_see_all_positions_are_left_out_where_later_tokens_tell_the_answers():
+    assert possible("FNet", FACTS) and not possible("FNet", RECALL) and not possible("MLP-Mixer", RECALL)
+    assert possible("Mamba", RECALL)
+
+
+def test_a_value_between_two_records_lies_on_the_line():
+    one = cell(values=(3.0, 5.0), matched_steps=0.5)
+    np.testing.assert_allclose(one.final, [3, 5])
+    np.testing.assert_allclose(one.at_equal_compute, [3.75, 5.75])
+
+
+def test_the_best_rate_is_the_one_with_the_best_mean_and_never_one_that_diverged():
+    values = np.array([[0.1, 0.2], [0.9, np.nan], [0.3, 0.3]])
+    assert cells_of.best_rate(values, FACTS) == 2
+    text = dataclasses.replace(FACTS, measure="bits")
+    assert cells_of.best_rate(values, text) == 0
+
+
+def test_data_dependence_is_none_for_constants_and_all_for_what_has_no_mean():
+    constant = jnp.broadcast_to(jnp.eye(5), (2, 8, 3, 5, 5))
+    np.testing.assert_allclose(cells_of.data_dependence(constant), 0, atol=1e-6)
+    independent = jax.random.normal(jax.random.key(0), (2, 64, 3, 12, 12))
+    np.testing.assert_allclose(cells_of.data_dependence(independent), 1, atol=0.02)
+
+
+def test_a_cell_has_the_curve_of_each_seed_and_rate_and_looks_at_the_trained_models(trained):
+    found, parameters = trained["softmax"]
+    assert found.record_steps.tolist() == list(range(STEPS + 1))
+    assert found.values.shape == (2, 2, STEPS + 1)
+    config = model_for("softmax", FACTS)
+    for seed in range(2):
+        fresh = initialize(config, jax.random.fold_in(jax.random.key(seed), 0))
+        score = FACTS.score(walk(fresh, FACTS.held_out.tokens, config).logits, FACTS.held_out)
+        np.testing.assert_allclose(found.values[:, seed, 0], score.accuracy, atol=1e-6)
+        last = jax.tree.map(lambda x: x[seed], parameters)  # noqa: B023
+        walked = walk(last, FACTS.held_out.tokens, config)
+        np.testing.assert_allclose(
+            found.final[seed], FACTS.score(walked.logits, FACTS.held_out).accuracy, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            found.data_dependence[seed], cells_of.data_dependence(walked.layers.pattern), atol=1e-5
+        )
+    np.testing.assert_allclose(found.association.sum(axis=-1), 1, atol=1e-5)
+    assert np.isnan(found.geometry[1, :, -1]).all() and np.isfinite(found.geometry[0]).all()
+
+
+def test_a_cheaper_mixer_trains_on_until_it_has_spent_as_much(trained):
+    found = trained["uniform"][0]
+    assert found.parameters == pytest.approx(trained["softmax"][0].parameters, rel=0.01)
+    assert found.matched_steps == pytest.approx(STEPS * found.softmax_flops / found.flops)
+    assert found.flops == pytest.approx(found.softmax_flops, rel=0.3)
+    assert found.record_steps[-1] == max(STEPS, round(found.matched_steps)) and STEPS in found.record_steps
+
+
+@pytest.fixture(scope="module")
+def replaced(trained):
+    return replace_all(trained["softmax"][1], model_for("softmax", FACTS), FACTS)
+
+
+def test_replacing_no_head_changes_nothing_and_all_heads_is_one_edit(trained, replaced):
+    config, parameters = model_for("softmax", FACTS), trained["softmax"][1]
+    for order in replaced.orders:
+        for name in replaced.names:
+            np.testing.assert_allclose(replaced.at(name, order, 0.0), replaced.intact, atol=1e-6)
+    one = jax.tree.map(lambda x: x[1], parameters)
+    batch = FACTS.held_out
+    intact = walk(one, batch.tokens, config)
+    uniform = association.uniform(intact, intact, config, jax.random.key(0))
+    edit = set_to(intact, "layers.pattern", uniform)
+    expected = FACTS.score(walk(one, batch.tokens, config, edit=edit).logits, batch).accuracy
+    assert replaced.at("uniform", replaced.orders[0], 1.0)[1] == pytest.approx(float(expected))
+    assert replaced.heads.shape == (len(replaced.names), 2, config.layers, config.heads)
+
+
+AS_PUBLISHED = {
+    "text": 2.0,
+    "classification": 0.9,
+    "recall": 1.0,
+    "addition": 1.0,
+    "memorisation": 1.0,
+    ("synthesizer, fixed", "text"): 2.2,
+    ("synthesizer, trained", "text"): 2.1,
+    ("uniform", "text"): 2.4,
+    ("nothing", "text"): 3.0,
+    ("AFT simple", "text"): 2.05,
+    ("linear attention", "text"): 2.1,
+    ("synthesizer, dense", "text"): 2.2,
+    ("softmax, fixed query and key", "text"): 2.1,
+    ("synthesizer, fixed", "recall"): 0.2,
+}
+
+
+def constant(task, intact, half, every):
+    values = np.full((1, 1, 5, 3), intact)
+    values[:, :, 2], values[:, :, 4] = half, every
+    return Replaced(
+        task=task,
+        names=("mean over data",),
+        orders=("least important first",),
+        fractions=np.array(association.FRACTIONS),
+        intact=np.full(3, intact),
+        values=values,
+        heads=np.zeros((1, 3, 2, 4)),
+    )
+
+
+def known(values=AS_PUBLISHED, half=0.89, every=0.85, recall=0.2):
+    replaced = {
+        "text": constant("text", 2.0, 2.05, 2.2),
+        "classification": constant("classification", 0.9, half, every),
+        "recall": constant("recall", 1.0, 0.9, recall),
+    }
+    every_task = {task.name: task for task in (FACTS, RECALL, tasks.addition())}
+    every_task |= {"classification": FACTS, "text": FACTS}
+    named = {name: dataclasses.replace(task, name=name) for name, task in every_task.items()}
+    return {one.id: one for one in claims.claims(all_cells(values), replaced, named)}
+
+
+def test_every_claim_holds_where_everything_is_as_published():
+    found = known()
+    assert len(found) == 17
+    assert [name for name, one in found.items() if not one.holds] == []
+    assert all(one.n == 3 and one.ci95 is not None and one.source for one in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("trained_beats_fixed", {"values": AS_PUBLISHED | {("synthesizer, fixed", "text"): 2.05}}),
+        ("trained_near_softmax", {"values": AS_PUBLISHED | {("synthesizer, trained", "text"): 2.4}}),
+        ("uniform_share", {"values": AS_PUBLISHED | {("uniform", "text"): 2.01}}),
+        ("fixed_pairs_text", {"values": AS_PUBLISHED | {("softmax, fixed query and key", "text"): 2.3}}),
+        ("softmax_first", {"values": AS_PUBLISHED | {("linear attention", "text"): 1.9}}),
+        ("gmlp_parity", {"values": AS_PUBLISHED | {("gMLP", "text"): 2.2}}),
+        ("fixed_addition", {"values": AS_PUBLISHED | {("synthesizer, fixed", "addition"): 0.8}}),
+        ("fixed_memorisation", {"values": AS_PUBLISHED | {("synthesizer, fixed", "memorisation"): 0.8}}),
+        ("fixed_recall", {"values": AS_PUBLISHED | {("synthesizer, fixed", "recall"): 0.7}}),
+        ("fixed_pairs_recall", {"values": AS_PUBLISHED | {("softmax, fixed query and key", "recall"): 0.6}}),
+        ("fnet", {"values": AS_PUBLISHED | {("FNet", "classification"): 0.7}}),
+        ("uniform_classification", {"values": AS_PUBLISHED | {("uniform", "classification"): 0.7}}),
+        ("constant_classification", {"every": 0.6}),
+        ("half_constant_classification", {"half": 0.8}),
+        ("constant_recall", {"recall": 0.8}),
+    ],
+)
+def test_each_claim_fails_where_its_numbers_do(name, change):
+    assert not known(**change)[f"mixers.{name}"].holds
+
+
+def test_only_what_ran_is_claimed():
+    some = {key: one for key, one in all_cells(AS_PUBLISHED).items() if key[0] in ("softmax", "uniform")}
+    found = claims.claims(some, {}, {"classification": FACTS})
+    assert [one.id for one in found] == ["mixers.uniform_classification"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixers": ("softmax", "nonsense")}, "there is no mixer 'nonsense'; choose from: softmax; "),
+        ({"tasks": ("text", "poetry")}, "there is no task 'poetry'; choose from: text; "),
+        ({"seeds": 0}, "seeds is 0; it must be at least 1"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+    ],
+)
+def test_what_cannot_be_run_is_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        job.StudyConfig(**changes)
+
+
+def test_presets_are_a_few_rows_or_all_and_softmax_attention_is_always_there():
+    assert job.StudyConfig().rows == QUICK and job.StudyConfig(full=True).rows == tuple(ROWS)
+    assert job.StudyConfig(mixers=("Mamba",)).rows == ("softmax", "Mamba")
+    assert (job.StudyConfig().seed_count, job.StudyConfig(full=True).seed_count) == (3, 5)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The job with one small task, and a text that needs no reading."""
+    monkeypatch.setattr(job.corpus, "python_documentation", lambda: CORPUS)
+    monkeypatch.setattr(job.study_tasks, "every_task", lambda texts: dict.fromkeys(job.TASKS, FACTS))
+    return job.StudyConfig(mixers=("uniform",), tasks=("memorisation",), seeds=2, steps=STEPS)
+
+
+def test_a_run_leaves_its_files_and_goes_on_where_it_was_interrupted(small, tmp_path, monkeypatch):
+    train = job.train_cell
+
+    def interrupted(row, task, **settings):
+        if row == "uniform":
+            raise KeyboardInterrupt
+        return train(row, task, **settings)
+
+    monkeypatch.setattr(job, "train_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(small, tmp_path / "run", quiet=True)
+    monkeypatch.setattr(job, "train_cell", train)
+    with pytest.raises(Problem, match="--resume"):
+        job.run(small, tmp_path / "run", quiet=True)
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "arrays").iterdir()}
+    assert sorted(name.split(".")[0] for name in kept) == 2 * ["memorisation_00"] + 2 * ["memorisation_replaced"]
+    job.run(small, tmp_path / "run", resume=True, quiet=True)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        *("arrays", "claims.json", "config.json", "mixers.json", "report.html")
+    }
+    for name, time in kept.items():
+        assert (tmp_path / "run" / "arrays" / name).stat().st_mtime_ns == time
+    found = json.loads((tmp_path / "run" / "mixers.json").read_text())
+    assert set(found["cells"]["memorisation"]) == {"softmax", "uniform"}
+    assert found["cells"]["memorisation"]["softmax"]["flops"] == 1
+
+
+def test_bytes_that_are_no_letters_are_spelled():
+    text = dataclasses.replace(FACTS, name="text", held_out=tasks.Batch(jnp.array([[65, 10, 60, 200]]), None))
+    assert page.symbols(text) == ["A", "\\x0a", "<", "\\xc8"]
+    assert page.symbols(FACTS) == [str(token) for token in np.asarray(FACTS.held_out.tokens[0])]
