@@ -58,7 +58,7 @@ class Cell:
     data_dependence: np.ndarray  # [seed, layer]; no number without association
     association: np.ndarray  # [layer, head, query, key]; empty without
 
-    def at(self, steps: float) -> Float[np.ndarray, " seed"]:
+    def at(self, steps: float | int) -> Float[np.ndarray, " seed"]:
         """Each seed's value after so many steps, with the best rate; between records on a straight line."""
         return np.array([np.interp(steps, self.record_steps, one) for one in self.values[self.best]])
 

@@ -18,7 +18,7 @@ from minitf.model import walk
 from minitf.record import record
 from minitf.walk import Walk
 
-MEASURED = 128  # sequences; for means over data as many others
+MEASURED = 64  # sequences; for means over data as many others
 RANDOM_ORDERS = 2
 READ = ("layers.resid_pre", "layers.scores", "layers.pattern", "logits")
 
