@@ -19,6 +19,8 @@ from minitf.parameters import initialize
 from minitf.pretrained import Pretrained, save
 
 HERE = Path(__file__).parent
+# Heads' outputs replaced by those of another run; heads' associations made uniform. Both one by one.
+SWEEPS = ("sweep", "ablation")
 # A step's large arrays otherwise go back to the system and come again, page by page, in every run of either side.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
@@ -68,7 +70,7 @@ def bench_walk(
         rows: list[Row] = []
         for number, size in enumerate((*read, *write)):
             folder = _written(here / str(number), size, seed)
-            tasks = ("generate",) if size in write else ("forward", "everything", "sweep", "gradient", "memory")
+            tasks = ("generate",) if size in write else ("forward", "everything", *SWEEPS, "gradient", "memory")
             rows += _rows(folder, size, tasks, ours, workers, rounds, say)
     return rows
 
@@ -98,7 +100,7 @@ def _rows(
         versions = worker.greeting
         lens, hf = (f"{name} {versions.get(name)}" for name in ("transformer-lens", "transformers"))
         for task in tasks:
-            if task in ("forward", "everything", "sweep") and "transformer-lens" in versions:
+            if task in ("forward", "everything", *SWEEPS) and "transformer-lens" in versions:
                 sides[f"{task} {lens}"] = (worker, task)
             if task in ("forward", "generate"):
                 sides[f"{task} {hf}"] = (worker, f"hf {task}")
@@ -134,12 +136,12 @@ def _check(first: dict[str, Any], size: Size) -> None:
     """Every side found the same effects, and wrote the same tokens."""
     for name, value in first.items():
         task, _, peer = name.partition(" ")
-        if peer and task == "sweep":
+        if peer and task in SWEEPS:
             # numpy's maximum passes on what is no number.
-            most = float(np.max(np.abs(np.subtract(value, first["sweep"]))))
-            scale = max(abs(a) for a in first["sweep"])
+            most = float(np.max(np.abs(np.subtract(value, first[task]))))
+            scale = max(abs(a) for a in first[task])
             if not most <= 1e-4 * scale:
-                raise RuntimeError(f"{size.name}: the sweep of {peer} differs from ours by {most} of {scale}")
+                raise RuntimeError(f"{size.name}: the {task} of {peer} differs from ours by {most} of {scale}")
         if peer and task == "generate" and value != first["generate"]:
             raise RuntimeError(f"{size.name}: {peer} writes other tokens than we do")
 

@@ -25,6 +25,7 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     import numpy as np  # noqa: PLC0415
 
     from minitf import walk  # noqa: PLC0415
+    from minitf.analysis import association  # noqa: PLC0415
     from minitf.analysis.attribution_patching import attribution_patching  # noqa: PLC0415
     from minitf.analysis.patching import patch  # noqa: PLC0415
     from minitf.decode import generate  # noqa: PLC0415
@@ -65,6 +66,17 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
         found = patch(stacked, starts(parameters, corrupt), heads(parameters, clean), _last, config, at=(-1,))
         return np.asarray(found).reshape(-1).tolist()
 
+    patterns = jax.jit(lambda p, t: record(walk(p, t, config), ("layers.resid_pre", "layers.pattern")))
+
+    def loss(logits: Any) -> Any:
+        says = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(says, corrupt[:, 1:, None], axis=-1))
+
+    def ablation() -> Any:
+        intact = patterns(parameters, corrupt)
+        uniform = association.uniform(intact, intact, config, jax.random.key(0))
+        return np.asarray(association.by_head(stacked, intact, uniform, loss, config)).reshape(-1).tolist()
+
     def written() -> Any:
         done = generate(stacked, np.asarray(corrupt).tolist(), config, steps=size["new_tokens"])
         return np.asarray(done.tokens).tolist()
@@ -77,6 +89,7 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
         "everything": lambda: block(everything(parameters, corrupt)),
         "memory": memory,
         "sweep": sweep,
+        "ablation": ablation,
         "gradient": lambda: block(slope(parameters, corrupt, other())),
         "generate": written,
     }

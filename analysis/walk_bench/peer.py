@@ -79,6 +79,8 @@ def _lens_model(model: Any, folder: str) -> Any:
 
 
 def _lens_tasks(lens: Any, corrupt: Any, clean: Any) -> dict[str, Task]:
+    import torch  # noqa: PLC0415
+
     name = "blocks.{}.attn.hook_z"
     layers, heads = lens.cfg.n_layers, lens.cfg.n_heads
 
@@ -93,10 +95,23 @@ def _lens_tasks(lens: Any, corrupt: Any, clean: Any) -> dict[str, Task]:
                 found.append(logits[:, -1, 3].mean().item())
         return found
 
+    def ablation() -> list[float]:
+        """Every head's association made uniform, one run each; the loss of the next token."""
+        uniform = torch.ones(corrupt.shape[1], corrupt.shape[1]).tril()
+        uniform = uniform / uniform.sum(dim=-1, keepdim=True)
+        found = []
+        for layer in range(layers):
+            for head in range(heads):
+                change = (f"blocks.{layer}.attn.hook_pattern", _set(uniform, head))
+                says = lens.run_with_hooks(corrupt, fwd_hooks=[change])[:, :-1].flatten(0, 1)
+                found.append(torch.nn.functional.cross_entropy(says, corrupt[:, 1:].flatten()).item())
+        return found
+
     return {
         "forward": lambda: _nothing(lens(corrupt)),
         "everything": lambda: _nothing(lens.run_with_cache(corrupt)),
         "sweep": sweep,
+        "ablation": ablation,
     }
 
 
@@ -104,6 +119,15 @@ def _replaced(value: Any, head: int) -> Callable[[Any, Any], Any]:
     def hook(z: Any, hook: Any) -> Any:
         z[:, :, head] = value[:, :, head]
         return z
+
+    return hook
+
+
+def _set(value: Any, head: int) -> Callable[[Any, Any], Any]:
+    def hook(pattern: Any, hook: Any) -> Any:
+        pattern = pattern.clone()
+        pattern[:, head] = value
+        return pattern
 
     return hook
 
