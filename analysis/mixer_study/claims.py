@@ -84,7 +84,7 @@ def _constant(one: Replaced, task: Task) -> list[Claim]:
                 "constant_text",
                 "In a trained language model, constant associations cost more than they do in classification: the "
                 "perplexity of a byte grows by more than 5 %.",
-                "conclusion of the sources above",
+                "conclusion of Hassid et al. 2022 and Tay et al. 2021",
                 2 ** (every - one.intact) - 1,
                 "growth of the perplexity",
                 ">",

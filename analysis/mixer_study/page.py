@@ -13,6 +13,7 @@ from minitf.analysis import page_parts
 from minitf.analysis.claims import Claim, mean_ci95
 from minitf.analysis.mixer_study.cell import GEOMETRY, SHOWN_POSITIONS, Cell
 from minitf.analysis.mixer_study.replaced import Replaced
+from minitf.analysis.mixer_study.rows import BLIND
 from minitf.analysis.mixer_study.tasks import Task
 
 HERE = Path(__file__).parent
@@ -116,6 +117,30 @@ def page(
         tasks=found["tasks"],
         version=__version__,
         number=_number,
+        asked=_asked,
+        conclusion=conclusion(found),
+    )
+
+
+def conclusion(found: Mapping[str, Any]) -> str:
+    """What an association that looks at the data is worth, task by task, in a sentence."""
+    parts = []
+    for name, task in found["tasks"].items():
+        bits = task["measure"] == "bits"
+        cells = found["cells"][name]
+        rows = {row: cell["equal_size"]["mean"][0] for row, cell in cells.items()}
+        blind = {row: value for row, value in rows.items() if row in BLIND and value is not None}
+        if not blind or rows["softmax"] is None:
+            continue
+        best = (min if bits else max)(blind, key=lambda row: blind[row])
+        told = [f"{x:.2f} bits" if bits else f"{x:.0%}" for x in (rows["softmax"], blind[best])]
+        parts.append(f"{name} {told[0]}, and {told[1]} ({best})")
+    if not parts:
+        return "No mixer ran whose association the data has no part in."
+    return (
+        "With softmax attention, and with the best mixer here whose association is the same whatever the data: "
+        + "; ".join(parts)
+        + "."
     )
 
 
@@ -136,6 +161,13 @@ def _picture(association: np.ndarray) -> dict[str, Any]:
         "most": most,
         "levels": base64.b64encode(levels.astype(np.uint8).tobytes()).decode(),
     }
+
+
+def _asked(claim: Claim) -> str:
+    """What the measured numbers were to be, for people."""
+    if claim.direction == "within":
+        return " to ".join(_number(x) for x in np.ravel(claim.threshold)[:2])
+    return f"{claim.direction} {_number(claim.threshold)}"
 
 
 def _number(value: Any) -> str:

@@ -19,6 +19,13 @@ ROWS: Mapping[str, Mixer] = {
     **{name: mixer for name, mixer in EVERY.items() if name not in ("softmax", "frozen")},
     "nothing": mixers.Convolution(taps=1),
 }
+# The data has no part in their association ("nothing" mixes nothing).
+BLIND = frozenset(
+    {
+        *("uniform", "exponential average", "synthesizer, fixed", "synthesizer, trained", "synthesizer, factored"),
+        *("FNet", "MLP-Mixer", "S4D", "convolution"),
+    }
+)
 QUICK = (
     "softmax",
     "softmax, fixed query and key",

@@ -259,7 +259,7 @@ def memorisation(facts: int = 1024, symbols: int = 32, length: int = 4) -> Task:
         length=length,
         batch=128,
         steps=2000,
-        quick_steps=600,
+        quick_steps=400,
         draw=draw,
         held_out=every,
         measure="accuracy",

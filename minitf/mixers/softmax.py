@@ -70,8 +70,18 @@ class Softmax(Mixer):
         )
 
     def declare(self, config: ModelConfig, make: Any) -> Any:
-        """As :class:`minitf.parameters.AttentionParameters` names them."""
-        return make.attention()
+        """As :class:`minitf.parameters.AttentionParameters` names them.
+
+        Queries and keys that are never trained start as large as makes scores of normed inputs vary by one: the
+        usual small ones would leave a nearly uniform average for good.
+        """
+        weights = make.attention()
+        if self.trained or config.attention == "table":
+            return weights
+        scale = config.width**-0.5
+        query = make.weight("width head head_width", "normal", scale)
+        key = make.weight("width key_value_head head_width", "normal", scale)
+        return dataclasses.replace(weights, query=query, key=key)
 
     def filter(
         self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None

@@ -12,7 +12,7 @@ from minitf.analysis.mixer_study import cell as cells_of
 from minitf.analysis.mixer_study import claims, job, page, tasks
 from minitf.analysis.mixer_study.cell import Cell, train_cell
 from minitf.analysis.mixer_study.replaced import Replaced, replace_all
-from minitf.analysis.mixer_study.rows import LAYERS, QUICK, ROWS, WIDTH, model_for, possible
+from minitf.analysis.mixer_study.rows import BLIND, LAYERS, QUICK, ROWS, WIDTH, model_for, possible
 from minitf.analysis.run_folder import Problem
 from minitf.edits import set_to
 from minitf.parameters import count, initialize
@@ -21,6 +21,7 @@ from minitf.train.corpus import Corpus
 FACTS = tasks.memorisation(facts=16, symbols=8, length=4)
 RECALL = tasks.recall(2, 5)
 CORPUS = Corpus(name="letters", train=("abcdefgh" * 60,), validation=("hgfedcba" * 60,), source="made up")
+TEXT = dataclasses.replace(FACTS, name="text", measure="bits")
 STEPS = 4
 
 
@@ -91,8 +92,7 @@ def test_a_value_between_two_records_lies_on_the_line():
 def test_the_best_rate_is_the_one_with_the_best_mean_and_never_one_that_diverged():
     values = np.array([[0.1, 0.2], [0.9, np.nan], [0.3, 0.3]])
     assert cells_of.best_rate(values, FACTS) == 2
-    text = dataclasses.replace(FACTS, measure="bits")
-    assert cells_of.best_rate(values, text) == 0
+    assert cells_of.best_rate(values, TEXT) == 0
 
 
 def test_data_dependence_is_none_for_constants_and_all_for_what_has_no_mean():
@@ -287,6 +287,24 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_interrupted(small, tmp_
     found = json.loads((tmp_path / "run" / "mixers.json").read_text())
     assert set(found["cells"]["memorisation"]) == {"softmax", "uniform"}
     assert found["cells"]["memorisation"]["softmax"]["flops"] == 1
+
+
+def test_rows_are_blind_whose_association_is_of_places_alone():
+    for row in ROWS:
+        config = model_for(row, FACTS)
+        about = ROWS[row].about(config)
+        alone = not about.provenance and row not in ("nothing", "gMLP")
+        assert (row in BLIND) == alone, row
+
+
+def test_the_conclusion_names_the_best_mixer_that_is_blind():
+    some = {key: one for key, one in all_cells(AS_PUBLISHED).items() if key[1] in ("text", "recall")}
+    some["convolution", "recall"] = cell("convolution", "recall", (0.4, 0.4))
+    for row in BLIND - {"convolution"}:
+        some[row, "recall"] = cell(row, "recall", (0.3, 0.3))
+    named = {name: dataclasses.replace(task, name=name) for name, task in (("text", TEXT), ("recall", RECALL))}
+    told = page.conclusion(page.results(tuple(ROWS), some, {}, named))
+    assert "; recall 100%, and 40% (convolution)." in told and "text 2.00 bits, and 2.00 bits" in told
 
 
 def test_bytes_that_are_no_letters_are_spelled():

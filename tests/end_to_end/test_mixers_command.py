@@ -22,7 +22,8 @@ def out(tmp_path_factory):
         "--out",
         here / "run",
     ]
-    (here / "text.txt").write_text("What is the association for? <b>Ask</b> what a task loses.\n\n" * 60)
+    asked = "\n\n".join(f"What is association {i} for? <b>Ask</b> what a task loses." * 3 for i in range(60))
+    (here / "text.txt").write_text(asked)
     command = [sys.executable, "-m", "minitf", "mixers", "--text", here / "text.txt", *options]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import pytest
 from minitf_mixers import EVERY, ONE_WAY, filtered, inputs, model, stepped, weights
 from properties.models import random_parameters, random_tokens, relative_error
 
-from minitf import walk
+from minitf import ModelConfig, initialize, mixers, walk
 from minitf.decode import empty_cache, generate
 from minitf.model import walk_on
 
@@ -78,3 +78,15 @@ def test_half_precision_stays_finite_and_near(name):
     assert found.dtype == jnp.bfloat16 and np.isfinite(np.asarray(found, np.float32)).all()
     # Eight bits, and up to twenty sums and products on the way.
     assert relative_error(np.asarray(found, np.float32), expected) < 40 * 2.0**-8
+
+
+def test_queries_and_keys_that_are_never_trained_get_no_gradient_and_scores_of_size_one():
+    config = ModelConfig(
+        vocabulary=40, layers=1, width=64, heads=4, length=32, mixer=mixers.Softmax(trained=False), norm="rms"
+    )
+    parameters = initialize(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (4, 32), 0, 40)
+    slope = jax.grad(lambda p: jnp.sum(walk(p, tokens, config).logits ** 2))(parameters).layers.attention
+    assert not np.any(slope.query) and not np.any(slope.key) and np.any(slope.value)
+    scores = np.asarray(walk(parameters, tokens, config).layers.scores)
+    assert 0.7 < np.std(scores[np.isfinite(scores)]) < 1.4
