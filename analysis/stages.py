@@ -99,10 +99,14 @@ class Stages:
 
         def report_or_stop(step: int, loss: float) -> None:
             report(step, loss)
-            if self.interrupted():
-                raise KeyboardInterrupt
+            self.stop_if_interrupted()
 
         return report_or_stop
+
+    def stop_if_interrupted(self) -> None:
+        """For long work without a report of its own, and for threads, which Ctrl-C does not reach."""
+        if self.interrupted():
+            raise KeyboardInterrupt
 
     def _divergence(self, title: str, diverged: np.ndarray, rates: Sequence[str]) -> str:
         step = int(diverged[diverged >= 0].min())

@@ -217,6 +217,8 @@ class Ablate:
     """Folder for the report."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
     """Replace the run that DIR already holds."""
+    resume: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Go on with the run in DIR where it was interrupted; all other options must be as they were."""
     ids: Annotated[bool, arg(help_behavior_hint="")] = False
     """FILE holds token ids: for models whose tokenizer minitf does not have."""
     length: int = 64
@@ -241,16 +243,17 @@ class Ablate:
             names = {f.name for f in dataclasses.fields(job.AblateConfig)}
             config = job.AblateConfig(**{k: v for k, v in vars(self).items() if k in names})
         if self.quiet:
-            job.run(config, self.out, overwrite=self.overwrite)
+            job.run(config, self.out, overwrite=self.overwrite, resume=self.resume)
             return 0
         with Console(stderr=True).status("ablating") as status:
-            report = job.run(config, self.out, overwrite=self.overwrite, say=status.update)
+            told = status.update
+            report = job.run(config, self.out, overwrite=self.overwrite, resume=self.resume, say=told)
         print(f"Report: {report.resolve()}")
         return 0
 
     def after_interrupt(self) -> str:
         """What to do after Ctrl-C, for people."""
-        return "There is no report yet; run the command again."
+        return _to_go_on(self.out, self.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The command ``minitf ablate``: replace the association of a trained model, and write what that costs."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,9 +57,16 @@ class AblateConfig:
 
 
 def run(
-    config: AblateConfig, out: Path, *, overwrite: bool = False, say: Callable[[str], None] = lambda text: None
+    config: AblateConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Measure every replacement; write ``report.html`` and ``ablate.json`` to ``out``; returns the report's path.
+
+    Each replacement is kept in ``out/arrays`` when it is done; ``resume`` goes on with the next.
 
     Raises:
         Problem: model, text or folder cannot be used; its message is for people.
@@ -69,13 +77,14 @@ def run(
         if config.length > model.config.length:
             raise Problem(f"length is {config.length}; this model reads at most {model.config.length} tokens")
         measured, data = windows(tokens_of(config, model), config)
-        open_run_folder(out, {**vars(config), "text": str(config.text)}, overwrite=overwrite)
+        settings = {**vars(config), "text": str(config.text), "tokens": _digest(measured, data)}
+        open_run_folder(out, settings, overwrite=overwrite, resume=resume)
     # The page and the file say the same, to the last digit.
-    found = json.loads(script_json(measure(model, measured, data, config.seed, say)))
+    found = json.loads(script_json(measure(model, measured, data, config.seed, say, out / "arrays")))
     path = out / "report.html"
     write_atomically(out / "ablate.json", (json.dumps(found, indent=1) + "\n").encode())
-    settings = [(name, str(value)) for name, value in vars(config).items() if name != "model"]
-    write_atomically(path, page(found, model, config.model, settings).encode())
+    shown = [(name, str(value)) for name, value in vars(config).items() if name != "model"]
+    write_atomically(path, page(found, model, config.model, shown).encode())
     return path
 
 
@@ -114,9 +123,17 @@ def windows(tokens: Int[np.ndarray, " token"], config: AblateConfig) -> tuple[Ar
 
 
 def measure(
-    model: Pretrained, tokens: Array, data: Array, seed: int, say: Callable[[str], None] = lambda text: None
+    model: Pretrained,
+    tokens: Array,
+    data: Array,
+    seed: int,
+    say: Callable[[str], None] = lambda text: None,
+    kept_in: Path | None = None,
 ) -> dict[str, Any]:
-    """Loss, accuracy and divergence: intact, for each head, and for shares of all heads in several orders."""
+    """Loss, accuracy and divergence: intact, for each head, and for shares of all heads in several orders.
+
+    What is found of a replacement is kept in the folder ``kept_in``, if any, and read where it is there.
+    """
     parameters, config = model.parameters, model.config
     kept = jax.jit(lambda p, t: record(walk(p, t, config), READ))
     say("the intact model")
@@ -132,14 +149,33 @@ def measure(
     }
     for number, (name, replace) in enumerate(REPLACEMENTS.items()):
         say(f"{number + 1} of {len(REPLACEMENTS)}: {name}")
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        pattern = jax.jit(replace, static_argnums=2)(intact, of_data, config, key)
-        heads = association.as_quality(association.by_head(parameters, intact, pattern, metric, config))
-        found["replacements"][name] = {
-            "heads": _plain(heads),
-            "orders": _shares(model, tokens, pattern, metric, heads, seed),
-        }
+        file = None if kept_in is None else kept_in / f"{name.replace(' ', '_')}.json"
+        one = _kept(file)
+        if one is None:
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            pattern = jax.jit(replace, static_argnums=2)(intact, of_data, config, key)
+            heads = association.as_quality(association.by_head(parameters, intact, pattern, metric, config))
+            one = {"heads": _plain(heads), "orders": _shares(model, tokens, pattern, metric, heads, seed)}
+            if file is not None:
+                write_atomically(file, script_json(one).encode())
+        found["replacements"][name] = one
     return found
+
+
+def _kept(file: Path | None) -> dict[str, Any] | None:
+    """What an earlier run found of a replacement; None where it did not, or the file is damaged."""
+    if file is None or not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and set(found) == {"heads", "orders"} else None
+
+
+def _digest(*tokens: Array) -> str:
+    """Of the windows, so that no run goes on with another text under the same name."""
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in tokens)).hexdigest()[:16]
 
 
 def _shares(

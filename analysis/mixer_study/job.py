@@ -152,8 +152,7 @@ def _cell(config: StudyConfig, row: str, task: Task, stages: Stages) -> Sequence
     kinds: dict[str, type] = {name: Cell}
     if row == "softmax":
         kinds[f"{task.name}_replaced"] = Replaced
-    if stages.interrupted():
-        raise KeyboardInterrupt
+    stages.stop_if_interrupted()
 
     def make(report: Report) -> tuple[list[Any], list[Any]]:
         cell, parameters = train_cell(
@@ -167,7 +166,8 @@ def _cell(config: StudyConfig, row: str, task: Task, stages: Stages) -> Sequence
         )
         if row != "softmax":
             return [cell], []
-        return [cell, replace_all(parameters, model_for(row, task), task, config.seed)], []
+        pause = stages.stop_if_interrupted
+        return [cell, replace_all(parameters, model_for(row, task), task, config.seed, pause=pause)], []
 
     return stages.runs(kinds, f"{task.name}: {row}", make, steps=config.steps_of(task))
 

@@ -1,7 +1,7 @@
 """What the trained models of softmax attention lose when their association is replaced, task by task."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,9 @@ class Replaced:
         return self.values[self.names.index(name), self.orders.index(order), which]
 
 
-def replace_all(parameters: Any, config: ModelConfig, task: Task, seed: int = 0) -> Replaced:
+def replace_all(
+    parameters: Any, config: ModelConfig, task: Task, seed: int = 0, *, pause: Callable[[], None] = lambda: None
+) -> Replaced:
     """Every replacement in trained models ``[seed, ...]``.
 
     Args:
@@ -49,6 +51,7 @@ def replace_all(parameters: Any, config: ModelConfig, task: Task, seed: int = 0)
         config: of the model.
         task: what it was trained on.
         seed: of data for means and of what is random.
+        pause: called before each replacement; what it raises ends the work.
     """
     measured = jax.tree.map(lambda x: x[:MEASURED], task.held_out)
     data = task.draw(jax.random.fold_in(jax.random.key(seed), 1), MEASURED).tokens
@@ -59,7 +62,7 @@ def replace_all(parameters: Any, config: ModelConfig, task: Task, seed: int = 0)
     for number in range(seeds):
         one = jax.tree.map(lambda x: x[number], parameters)  # noqa: B023
         intact, of_data = kept(one, measured.tokens), kept(one, data)
-        found.append(_one_seed(one, config, task, measured.tokens, intact, of_data, metric, seed))
+        found.append(_one_seed(one, config, task, measured.tokens, intact, of_data, metric, seed, pause))
     values, heads, intact_values = (np.stack(x, axis=-1) for x in zip(*found, strict=True))
     return Replaced(
         task=task.name,
@@ -85,10 +88,12 @@ def _one_seed(
     data: Walk,
     metric: Metric,
     seed: int,
+    pause: Callable[[], None],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values ``[replacement, order, fraction]``, of single heads ``[replacement, layer, head]``, and intact."""
     values, alone = [], []
     for number, replace in enumerate(REPLACEMENTS.values()):
+        pause()
         key = jax.random.fold_in(jax.random.key(seed), number)
         pattern = jax.jit(replace, static_argnums=2)(intact, data, config, key)
         heads = np.asarray(association.by_head(parameters, intact, pattern, metric, config))

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +59,31 @@ def test_the_numbers_are_those_of_edited_walks(given, done):
     for order in found["replacements"]["identity"]["orders"].values():
         np.testing.assert_allclose(order["loss"][-1], expected.loss, rtol=1e-3)
         np.testing.assert_allclose(order["divergence"][-1], expected.divergence, rtol=1e-3)
+
+
+def test_a_run_goes_on_with_the_replacements_that_are_not_there_yet(given, done, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(done["out"], out)
+    kept = sorted((out / "arrays").iterdir())
+    assert len(kept) == len(REPLACEMENTS)
+    kept[0].unlink()
+    kept[1].write_text("{")
+    changed = json.loads(kept[2].read_text())
+    changed["heads"]["loss"][0][0] = 17.0  # to be found again, since it is not made anew
+    kept[2].write_text(json.dumps(changed))
+    job.run(configured(given), out, resume=True)
+    found = json.loads((out / "ablate.json").read_text())["replacements"]
+    name = next(name for name in REPLACEMENTS if name.replace(" ", "_") == kept[2].stem)
+    assert found[name]["heads"]["loss"][0][0] == 17.0
+    for other in REPLACEMENTS.keys() - {name}:
+        assert found[other] == done["found"]["replacements"][other]
+
+
+def test_a_run_with_another_text_is_not_gone_on_with(given, done, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(done["out"], out)
+    with pytest.raises(Problem, match="other settings"):
+        job.run(configured(given, windows=4), out, resume=True)
 
 
 def test_windows_for_means_are_others_than_those_measured(given):

@@ -23,7 +23,7 @@ def out(tmp_path_factory):
 
 
 def test_it_leaves_a_report_its_numbers_and_what_ran(out):
-    assert {file.name for file in out.iterdir()} == {"report.html", "ablate.json", "config.json"}
+    assert {file.name for file in out.iterdir()} == {"report.html", "ablate.json", "config.json", "arrays"}
 
 
 @pytest.fixture(scope="module")
