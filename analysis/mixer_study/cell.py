@@ -92,6 +92,9 @@ def train_cell(
         rates: learning rates of AdamW, after a warm-up constant, so that a curve can be read anywhere.
         steps: at which rows of equal size are compared.
         report: as in :func:`minitf.train.loop.train`.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted.
     """
     config, softmax = model_for(row, task), model_for("softmax", task)
     cost, softmax_cost = step_flops(config, task), step_flops(softmax, task)
@@ -116,10 +119,11 @@ def train_cell(
         programs=programs,
         **settings,
     )
+    if not history.finished:
+        raise KeyboardInterrupt  # half a cell is of no use
     seconds = time.perf_counter() - began
     values = np.moveaxis(np.asarray(history.records), 1, 0)
-    compared = min(record_steps.index(steps), values.shape[-1] - 1)  # fewer records, when interrupted
-    best = best_rate(values[..., compared], task)
+    best = best_rate(values[..., record_steps.index(steps)], task)
     chosen = jax.tree.map(lambda x: x[:, best], history.parameters)
     seen = look(chosen, config, task)
     return Cell(

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,7 +149,7 @@ def _train(
 
 def _cell(config: StudyConfig, row: str, task: Task, stages: Stages) -> Sequence[Any]:
     """The cell; of softmax attention also what its association is worth, replaced in the trained models."""
-    name = f"{task.name}_{list(ROWS).index(row):02d}"
+    name = f"{task.name}_{re.sub('[^a-zA-Z0-9]+', '-', row)}"
     kinds: dict[str, type] = {name: Cell}
     if row == "softmax":
         kinds[f"{task.name}_replaced"] = Replaced
