@@ -300,6 +300,9 @@ class Mixers:
         from minitf.analysis.mixer_study import job
         from minitf.analysis.run_folder import told_to_people
 
+        # Before JAX has a backend: cells train in threads of their own.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {job.ONE_THREAD}".strip()
+
         names = {f.name for f in dataclasses.fields(job.StudyConfig)}
         with told_to_people():
             config = job.StudyConfig(**{k: v for k, v in vars(self).items() if k in names})

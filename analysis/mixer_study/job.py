@@ -31,6 +31,7 @@ from minitf.train import corpus
 from minitf.train.loop import Report
 from minitf.train.progress import Progress
 
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 TASKS = ("text", "classification", "recall", "addition", "memorisation")
 RATES, QUICK_RATES = (3e-4, 1e-3, 3e-3), (1e-3,)
 SEEDS, QUICK_SEEDS = 5, 3
@@ -132,8 +133,7 @@ def _train(
     wanted = [(row, name) for row in config.rows for name in tasks if possible(row, tasks[name])]
     cells: dict[tuple[str, str], Cell] = {}
     replaced: dict[str, Replaced] = {}
-    at_once = min(os.cpu_count() or 1, 8) if jax.default_backend() == "cpu" else 1
-    with ThreadPoolExecutor(at_once) as threads:
+    with ThreadPoolExecutor(_at_once()) as threads:
         waiting = [threads.submit(_cell, config, row, tasks[name], stages) for row, name in wanted]
         try:
             for (row, name), one in zip(wanted, waiting, strict=True):
@@ -145,6 +145,15 @@ def _train(
             for one in waiting:
                 one.cancel()
     return cells, replaced
+
+
+def _at_once() -> int:
+    """One; or, on a CPU whose programs have one thread each, as many as there are cores.
+
+    Programs that share XLA's pool can wait in it for one another, for ever (solves and FFTs do).
+    """
+    alone = ONE_THREAD in os.environ.get("XLA_FLAGS", "") and jax.default_backend() == "cpu"
+    return min(os.cpu_count() or 1, 8) if alone else 1
 
 
 def _cell(config: StudyConfig, row: str, task: Task, stages: Stages) -> Sequence[Any]:

@@ -192,10 +192,7 @@ class DeltaNet(_Products):
         """By the inverse of a triangle."""
         rate = jnp.moveaxis(f.extras["rate"], 2, 1)
         products = jnp.where(past(f.q.shape[1]), jnp.einsum("bthc,bshc->bhts", f.q, f.k), 0.0)
-        # products (I + W)^-1 diag(rate), by a solve from the right.
-        within = jnp.swapaxes(_written(f.k, f.extras["rate"]), -1, -2)
-        solved = jax.scipy.linalg.solve_triangular(within, jnp.swapaxes(products, -1, -2), lower=False)
-        return jnp.swapaxes(solved, -1, -2) * rate[:, :, None, :]
+        return products @ inverse_of_unit_triangle(_written(f.k, f.extras["rate"])) * rate[:, :, None, :]
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Chunk by chunk; between chunks by the state."""
@@ -205,7 +202,7 @@ class DeltaNet(_Products):
         def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
             q, k, v, rate = now
             fresh = (v - jnp.einsum("bshc,bhcv->bshv", k, state)) * rate[..., None]
-            new = jax.scipy.linalg.solve_triangular(_written(k, rate), jnp.moveaxis(fresh, 2, 1), lower=True)
+            new = inverse_of_unit_triangle(_written(k, rate)) @ jnp.moveaxis(fresh, 2, 1)
             products = jnp.where(allowed, jnp.einsum("bthc,bshc->bhts", q, k), 0.0)
             z = jnp.einsum("bthc,bhcv->bthv", q, state) + jnp.einsum("bhts,bhsv->bthv", products, new)
             return state + jnp.einsum("bshc,bhsv->bhcv", k, new), z
@@ -235,6 +232,34 @@ def _written(
     length = k.shape[1]
     products = jnp.einsum("bthc,bshc->bhts", k * rate[..., None], k)
     return jnp.where(past(length) & ~jnp.eye(length, dtype=bool), products, 0.0) + jnp.eye(length, dtype=k.dtype)
+
+
+def inverse_of_unit_triangle(x: Float[Array, "*axes row column"]) -> Float[Array, "*axes row column"]:
+    """The inverse of lower triangles with ones on the diagonal, from that of their halves.
+
+    Products alone: XLA's solve on a CPU waits for its own threads, and for ever where two programs run at once.
+    """
+    size = x.shape[-1]
+    whole = 1 << max(size - 1, 0).bit_length()
+    more = whole - size
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, more)])
+    padded = padded + jnp.diag(jnp.pad(jnp.zeros(size, x.dtype), (0, more), constant_values=1))
+    inverse = jnp.ones((*x.shape[:-2], whole, 1, 1), x.dtype)
+    half = 1
+    while half < whole:
+        blocks = padded.reshape(*x.shape[:-2], whole // (2 * half), 2 * half, whole // (2 * half), 2 * half)
+        below = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)[..., half:, :half]
+        upper, lower = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = -lower @ below @ upper
+        inverse = jnp.concatenate(
+            [
+                jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1),
+                jnp.concatenate([corner, lower], axis=-1),
+            ],
+            axis=-2,
+        )
+        half *= 2
+    return inverse[..., 0, :size, :size]
 
 
 def unit(x: Float[Array, "*axes head_width"]) -> Float[Array, "*axes head_width"]:

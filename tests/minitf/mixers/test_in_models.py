@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from minitf_mixers import EVERY, ONE_WAY, filtered, inputs, model, stepped, weights
 from properties.models import random_parameters, random_tokens, relative_error
 
 from minitf import ModelConfig, initialize, mixers, walk
 from minitf.decode import empty_cache, generate
+from minitf.mixers.products import inverse_of_unit_triangle
 from minitf.model import walk_on
 
 
@@ -90,3 +92,16 @@ def test_queries_and_keys_that_are_never_trained_get_no_gradient_and_scores_of_s
     assert not np.any(slope.query) and not np.any(slope.key) and np.any(slope.value)
     scores = np.asarray(walk(parameters, tokens, config).layers.scores)
     assert 0.7 < np.std(scores[np.isfinite(scores)]) < 1.4
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 77])
+def test_the_inverse_of_a_unit_triangle_is_scipys(size):
+    rng = np.random.default_rng(size)
+    # Rows as long as those of keys of length one: the largest that the delta rule writes.
+    triangle = np.tril(rng.uniform(-1, 1, (3, size, size)), -1) + np.eye(size)
+    with jax.enable_x64(True):
+        found = inverse_of_unit_triangle(jnp.asarray(triangle))
+    expected = np.stack([scipy.linalg.solve_triangular(x, np.eye(size), lower=True) for x in triangle])
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+    alike = jnp.tril(jnp.ones((size, size)))  # the same key all along: differences of neighbors
+    np.testing.assert_array_equal(inverse_of_unit_triangle(alike), np.eye(size) - np.eye(size, k=-1))
