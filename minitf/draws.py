@@ -2,7 +2,7 @@
 
 XLA compiles each random array by itself, about half a second each on a CPU: a small model of thirty weights would
 take longer to begin than to train. The numbers are those of ``jax.random``, whose generator makes each one from a
-key and the number of its place (``jax_threefry_partitionable``), and so the same wherever they are made.
+key and the number of its place (``jax_threefry_partitionable``): the same, up to rounding, wherever they are made.
 """
 
 import math

@@ -201,7 +201,7 @@ def recall(pairs: int = 6, keys: int = 16) -> Task:
         length=length,
         batch=32,
         steps=3000,
-        quick_steps=600,
+        quick_steps=800,
         draw=draw,
         held_out=draw(_key("recall"), HELD_OUT),
         measure="accuracy",
