@@ -5,7 +5,7 @@ are mixed under it whatever the text now says. So a model keeps everything but t
 what the association's dependence on the data was worth (Hassid et al. 2022, PAPA; Tay et al. 2021).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,8 @@ Pattern = Float[Array, "layer batch head query key"]
 Mask = Bool[Array, "layer head"]
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# What replacements are made of, and what they are compared with.
+READ = ("layers.resid_pre", "layers.scores", "layers.pattern", "logits")
 
 
 @struct.dataclass
@@ -203,6 +205,11 @@ def in_order(order: Int[np.ndarray, " place"], fraction: float, layers: int) -> 
     chosen = np.zeros(len(order), bool)
     chosen[order[: round(fraction * len(order))]] = True
     return jnp.asarray(chosen.reshape(layers, -1))
+
+
+def every_share(orders: Mapping[str, Int[np.ndarray, " place"]], layers: int) -> Bool[Array, "mask _ _"]:
+    """Masks of every share of the heads in :data:`FRACTIONS`, order by order, for :func:`with_heads_replaced`."""
+    return jnp.stack([in_order(order, share, layers) for order in orders.values() for share in FRACTIONS])
 
 
 def with_heads_replaced(

@@ -54,10 +54,9 @@ def page_of_model(template: Path, report: Path, data: Any, model: Pretrained, na
 
     The template also gets ``family``, ``model`` (its configuration), ``parameters`` (how many), ``version``.
     """
-    scripts = {"report": script(report.read_text(encoding="utf-8")), "plotly": script(get_plotlyjs())}
     return render(
         template,
-        scripts,
+        drawn_by(report),
         data,
         family=model.family,
         name=name,
@@ -66,6 +65,11 @@ def page_of_model(template: Path, report: Path, data: Any, model: Pretrained, na
         version=__version__,
         **values,
     )
+
+
+def drawn_by(report: Path) -> dict[str, Markup]:
+    """The scripts of a page that plotly and our own script, in that file, draw."""
+    return {"report": script(report.read_text(encoding="utf-8")), "plotly": script(get_plotlyjs())}
 
 
 def script(text: str) -> Markup:

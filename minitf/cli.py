@@ -242,13 +242,11 @@ class Ablate:
         with told_to_people():
             names = {f.name for f in dataclasses.fields(job.AblateConfig)}
             config = job.AblateConfig(**{k: v for k, v in vars(self).items() if k in names})
-        if self.quiet:
-            job.run(config, self.out, overwrite=self.overwrite, resume=self.resume)
-            return 0
-        with Console(stderr=True).status("ablating") as status:
+        with Console(stderr=True, quiet=self.quiet).status("ablating") as status:
             told = status.update
             report = job.run(config, self.out, overwrite=self.overwrite, resume=self.resume, say=told)
-        print(f"Report: {report.resolve()}")
+        if not self.quiet:
+            print(f"Report: {report.resolve()}")
         return 0
 
     def after_interrupt(self) -> str:

@@ -83,6 +83,12 @@ DOWNLOADS = {
 }
 
 
+def identity(texts: Corpus) -> dict[str, str]:
+    """What a text is, so that no run goes on with another one under the same name."""
+    digest = hashlib.sha256(json.dumps([texts.train, texts.validation]).encode()).hexdigest()
+    return {"text_source": texts.source, "text_sha256": digest[:16]}
+
+
 def read_paths(paths: Iterable[str | os.PathLike[str]]) -> Corpus:
     """A corpus of the given files and folders. Folders are searched all the way down, in sorted order.
 

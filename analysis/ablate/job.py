@@ -25,7 +25,6 @@ from minitf.pretrained import Pretrained, load
 from minitf.record import record
 
 RANDOM_ORDERS = 2
-READ = ("layers.resid_pre", "layers.scores", "layers.pattern", "logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,7 @@ def measure(
     What is found of a replacement is kept in the folder ``kept_in``, if any, and read where it is there.
     """
     parameters, config = model.parameters, model.config
-    kept = jax.jit(lambda p, t: record(walk(p, t, config), READ))
+    kept = jax.jit(lambda p, t: record(walk(p, t, config), association.READ))
     say("the intact model")
     intact, of_data = kept(parameters, tokens), kept(parameters, data)
     as_it_is = association.quality(intact.logits, tokens, intact.logits)
@@ -184,8 +183,8 @@ def _shares(
     """For each order, the quality at every share of the heads."""
     config = model.config
     orders = association.orders(np.asarray(heads.loss), range(seed, seed + RANDOM_ORDERS))
-    masks = [association.in_order(order, share, config.layers) for order in orders.values() for share in FRACTIONS]
-    found = association.with_heads_replaced(model.parameters, tokens, pattern, jnp.stack(masks), metric, config)
+    masks = association.every_share(orders, config.layers)
+    found = association.with_heads_replaced(model.parameters, tokens, pattern, masks, metric, config)
     together = association.as_quality(found)
     shares = {name: np.asarray(value).reshape(len(orders), -1) for name, value in vars(together).items()}
     return {order: {name: values[i] for name, values in shares.items()} for i, order in enumerate(orders)}

@@ -4,7 +4,6 @@ A cell is kept as soon as it is done, so an interrupted run goes on with the nex
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -24,8 +23,8 @@ from minitf.analysis.mixer_study.replaced import Replaced, replace_all
 from minitf.analysis.mixer_study.rows import QUICK, ROWS, model_for, possible
 from minitf.analysis.mixer_study.tasks import Task
 from minitf.analysis.page_parts import script_json
-from minitf.analysis.run_folder import Problem, check_run_folder, open_run_folder, told_to_people
-from minitf.analysis.stages import Stages, noticing_interrupts
+from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people
+from minitf.analysis.stages import Stages, noticing_interrupts, writing_results
 from minitf.files import write_atomically
 from minitf.train import corpus
 from minitf.train.loop import Report
@@ -105,12 +104,12 @@ def run(
         with progress.stage("tasks"), told_to_people():
             texts = corpus.read_paths(config.text) if config.text else corpus.python_documentation()
             every = study_tasks.every_task(texts)
-        recorded = {**_plain(config), "text_source": texts.source, "text_sha256": _digest(texts)}
+        recorded = {**_plain(config), **corpus.identity(texts)}
         check_run_folder(out, recorded, overwrite=overwrite, resume=resume)
         folder = open_run_folder(out, recorded, overwrite=overwrite, resume=resume)
         tasks = {name: every[name] for name in TASKS if name in config.tasks}
         stages = Stages(folder / "arrays", progress, interrupted, config.seed)
-        try:
+        with writing_results(folder):
             cells, replaced = _train(config, tasks, stages)
             claims = study_claims.claims(cells, replaced, tasks)
             with progress.stage("report"):
@@ -119,11 +118,6 @@ def run(
                 write_atomically(folder / "mixers.json", (json.dumps(found, indent=1) + "\n").encode())
                 write_atomically(folder / "report.html", page(found, cells, tasks, claims, recorded).encode())
             return claims
-        except OSError as error:
-            raise Problem(
-                f"the results could not be written to {folder}: {error}. What was finished is there; when this is "
-                "put right, the same command with --resume goes on."
-            ) from error
 
 
 def _train(
@@ -189,7 +183,3 @@ def _plain(config: StudyConfig) -> dict[str, Any]:
         "rates": config.rates,
         "seeds": config.seed_count,
     }
-
-
-def _digest(texts: corpus.Corpus) -> str:
-    return hashlib.sha256(json.dumps([texts.train, texts.validation]).encode()).hexdigest()[:16]

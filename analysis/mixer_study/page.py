@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plotly.offline import get_plotlyjs
 
 from minitf import __version__
 from minitf.analysis import page_parts
@@ -104,13 +103,9 @@ def page(
         }
         for name, task in tasks.items()
     }
-    scripts = {
-        "report": page_parts.script((HERE / "study.js").read_text(encoding="utf-8")),
-        "plotly": page_parts.script(get_plotlyjs()),
-    }
     return page_parts.render(
         HERE / "study.html.j2",
-        scripts,
+        page_parts.drawn_by(HERE / "study.js"),
         {**found, "associations": shown},
         claims=claims,
         settings=[(name, str(value)) for name, value in settings.items()],

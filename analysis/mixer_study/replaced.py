@@ -1,7 +1,7 @@
 """What the trained models of softmax attention lose when their association is replaced, task by task."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from minitf.walk import Walk
 
 MEASURED = 64  # sequences; for means over data as many others
 RANDOM_ORDERS = 2
-READ = ("layers.resid_pre", "layers.scores", "layers.pattern", "logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ def replace_all(
     measured = jax.tree.map(lambda x: x[:MEASURED], task.held_out)
     data = task.draw(jax.random.fold_in(jax.random.key(seed), 1), MEASURED).tokens
     metric = _metric(task, measured)
-    kept = jax.jit(lambda p, t: record(walk(p, t, config), READ))
+    kept = jax.jit(lambda p, t: record(walk(p, t, config), association.READ))
     seeds = jax.tree.leaves(parameters)[0].shape[0]
     found = []
     for number in range(seeds):
@@ -98,14 +97,8 @@ def _one_seed(
         pattern = jax.jit(replace, static_argnums=2)(intact, data, config, key)
         heads = np.asarray(association.by_head(parameters, intact, pattern, metric, config))
         harm = -heads if task.measure == "accuracy" else heads
-        masks = _masks(harm, config)
+        masks = association.every_share(association.orders(harm, range(RANDOM_ORDERS)), config.layers)
         together = association.with_heads_replaced(parameters, tokens, pattern, masks, metric, config)
         values.append(np.asarray(together).reshape(-1, len(FRACTIONS)))
         alone.append(heads)
     return np.stack(values), np.stack(alone), np.asarray(metric(intact.logits))
-
-
-def _masks(harm: np.ndarray, config: ModelConfig) -> Array:
-    """The heads to replace, for every order and share in it."""
-    orders: Sequence[np.ndarray] = list(association.orders(harm, range(RANDOM_ORDERS)).values())
-    return jnp.stack([association.in_order(o, share, config.layers) for o in orders for share in FRACTIONS])

@@ -5,7 +5,6 @@ goes on where it stopped and a diverged one keeps what there was.
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import jax
 
 from minitf.analysis.claims import Claim, save_claims
-from minitf.analysis.run_folder import Problem, check_run_folder, open_run_folder, told_to_people
+from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people
 from minitf.analysis.scan_snap import synthetic
 from minitf.analysis.scan_snap import text as text_runs
 from minitf.analysis.scan_snap.joma import JomaResults, run_joma
@@ -26,7 +25,7 @@ from minitf.analysis.scan_snap.results import MediumPanel, ScanSnapResults, Smal
 from minitf.analysis.scan_snap.synthetic_claims import fig6_rows, medium_claims, row_sum_claims, small_claims
 from minitf.analysis.scan_snap.text_claims import text_claims
 from minitf.analysis.scan_snap.theory_claims import theory_claims
-from minitf.analysis.stages import Stages, noticing_interrupts
+from minitf.analysis.stages import Stages, noticing_interrupts, writing_results
 from minitf.files import write_atomically
 from minitf.train import corpus
 from minitf.train.loop import History, Report
@@ -110,20 +109,15 @@ def run(
     """
     with Progress(quiet) as progress, noticing_interrupts() as interrupted:
         texts = _read_text(config, progress)
-        recorded = {**dataclasses.asdict(config), **_identity(texts)}
+        recorded = {**dataclasses.asdict(config), **corpus.identity(texts)}
         check_run_folder(out, recorded, overwrite=overwrite, resume=resume)
         # Before anything is trained, so that too little text is told at once.
         with progress.stage("text: vocabulary"), told_to_people():
             prepared = text_runs.prepare(texts, config.vocabulary)
         folder = open_run_folder(out, recorded, overwrite=overwrite, resume=resume)
-        try:
+        with writing_results(folder):
             stages = Stages(folder / "arrays", progress, interrupted, config.seed)
             return _stages(config, stages, folder, prepared, recorded)
-        except OSError as error:
-            raise Problem(
-                f"the results could not be written to {folder}: {error}. What was finished is there; when this is "
-                "put right, the same command with --resume goes on."
-            ) from error
 
 
 def _stages(
@@ -231,12 +225,6 @@ def _read_text(config: ScanSnapConfig, progress: Progress) -> corpus.Corpus:
             with progress.stage("text: download"):
                 return corpus.download(config.text[0])
         return corpus.read_paths(config.text)
-
-
-def _identity(texts: corpus.Corpus) -> dict[str, str]:
-    """What the text was, so that no run goes on with another one under the same name."""
-    digest = hashlib.sha256(json.dumps([texts.train, texts.validation]).encode()).hexdigest()
-    return {"text_source": texts.source, "text_sha256": digest[:16]}
 
 
 def _claim_order(c: Claim) -> tuple:
