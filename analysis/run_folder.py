@@ -12,8 +12,11 @@ from typing import Any
 from minitf.files import write_atomically
 
 CONFIG = "config.json"
-FOLDERS = ("arrays", "figures")
-FILES = ("report.html", "claims.json", "fig6.json", "ablate.json", "mixers.json", CONFIG)
+FOLDERS = ("arrays", "figures", "checkpoints", "data", "model", "models")
+FILES = (
+    *("report.html", "claims.json", "fig6.json", "ablate.json", "mixers.json", CONFIG),
+    *("config.toml", "data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"),
+)
 
 
 class Problem(ValueError):

@@ -295,10 +295,11 @@ def _declare_layers(config: ModelConfig, sizes: Mapping[str, int]) -> Layer | tu
     def stacked(one: Declaration) -> Declaration:
         return dataclasses.replace(one, axes=(("layer", config.layers), *one.axes))
 
-    return jax.tree.map(stacked, Make(config, sizes).layer(), is_leaf=_is_declaration)
+    return jax.tree.map(stacked, Make(config, sizes).layer(), is_leaf=is_declaration)
 
 
-def _is_declaration(x: Any) -> bool:
+def is_declaration(x: Any) -> bool:
+    """Where a tree of declarations ends, for ``jax.tree.map``."""
     return isinstance(x, Declaration)
 
 
@@ -310,7 +311,7 @@ def initialize(config: ModelConfig, key: Key[Array, ""], dtype: Any = jnp.float3
 # Outside of any jit it is one program, not one for each weight; inside, as if written there.
 @partial(jax.jit, static_argnames=("config", "dtype"), inline=True)
 def _initialize(key: Key[Array, ""], *, config: ModelConfig, dtype: Any) -> Parameters:
-    declarations, tree = jax.tree.flatten(declare(config), is_leaf=_is_declaration)
+    declarations, tree = jax.tree.flatten(declare(config), is_leaf=is_declaration)
     keys = [jax.random.fold_in(key, number) for number in range(len(declarations))]
     chance = [number for number, d in enumerate(declarations) if d.random]
     sizes = [math.prod(declarations[number].shape) for number in chance]
@@ -364,7 +365,7 @@ def output_map(layer: Layer) -> tuple[Weight | None, Weight | None]:
 
 def count(config: ModelConfig) -> int:
     """Number of parameters."""
-    return sum(math.prod(d.shape) for d in jax.tree.leaves(declare(config), is_leaf=_is_declaration))
+    return sum(math.prod(d.shape) for d in jax.tree.leaves(declare(config), is_leaf=is_declaration))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -20,7 +20,7 @@ from safetensors.numpy import save as to_safetensors
 
 from minitf import tokenizer as tokenizers
 from minitf.config import ModelConfig
-from minitf.families import bert, bloom, gpt2, gpt_neox, llama, llama2c, llama2c_tokenizer, tokenizer_json
+from minitf.families import bert, bloom, gpt2, gpt_neox, llama, llama2c, llama2c_tokenizer, native, tokenizer_json
 from minitf.families.mapping import Family, read, write
 from minitf.families.weights import INDEX, ONE, open_folder, read_json, shards
 from minitf.files import write_atomically
@@ -46,7 +46,7 @@ _GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
 class Pretrained:
     """A model with its weights.
 
-    ``family`` is the ``model_type`` of its config.json, or "llama2c". ``tokenizer`` has ``encode``, ``decode`` and
+    ``family`` is the ``model_type`` of its config.json ("minitf": our own), or "llama2c". ``tokenizer`` has ``encode``, ``decode`` and
     ``n_vocab``: a ``tiktoken.Encoding`` for GPT-2's, llama2.c's own, or that of the folder's tokenizer.json
     (:class:`minitf.families.tokenizer_json.JsonTokenizer`). It is None where there is none, or where the package
     ``tokenizers``, which runs the last, is not installed.
@@ -105,7 +105,7 @@ def load(
 def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     """Write config.json and model.safetensors, which ``transformers`` loads with the same logits.
 
-    Each tensor is written in the dtype in which it is. Tokenizer and settings for generation are not written.
+    The family "minitf" is our own: any configuration, for :func:`load` alone. Each tensor is written in the dtype in which it is. Tokenizer and settings for generation are not written.
 
     Raises:
         ValueError: the folder holds a model already; the family has no such configuration; parameters that do not
@@ -117,12 +117,15 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
             "transformers does not know llama2.c's rotary pairs: convert with minitf.families.llama2c.as_llama, "
             "and save that as the family 'llama'"
         )
-    family = _family(pretrained.family, "family")
+    family = None if pretrained.family == native.NAME else _family(pretrained.family, "family")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder")
     there = [path.name for name in ("config.json", INDEX, "*.safetensors", "*.bin") for path in folder.glob(name)]
     if there:
         raise ValueError(f"{folder} holds a model already ({there[0]}); choose another folder")
+    if family is None:
+        native.save(folder, config, pretrained.parameters)
+        return
     settings = family.json(config)
     lost = _differences(config, family.config(settings))
     if lost:
@@ -143,6 +146,9 @@ def _load_folder(folder: Path, dtype: Any) -> Pretrained:
         raise ValueError(f"{folder} has no config.json, without which the model is not known")
     settings = read_json(file)
     name = settings.get("model_type")
+    if name == native.NAME:
+        config = native.config_of(settings)
+        return Pretrained(native.NAME, config, native.read(config, folder, dtype), _vocabulary(folder, config))
     try:
         family = _family(name, "model_type")
         if settings.get("quantization_config"):

@@ -4,11 +4,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import struct
 from jaxtyping import Array, Float
 
-from minitf.parameters import path_name
+from minitf import ModelConfig
+from minitf.parameters import Declaration, declare, is_declaration, path_name
+from minitf.train.config import OptimizerSettings
+from minitf.train.fourbit import adamw_4bit
 
 Rate = float | Float[Array, ""] | Callable[[Any], Any]
 
@@ -68,3 +73,144 @@ def by_part(make: Callable[[Rate], optax.GradientTransformation], rates: Rates) 
         return jax.tree_util.tree_map_with_path(lambda path, _: part_of(path), parameters)
 
     return optax.partition({"decoder": make(rates.decoder), "attention": make(rates.attention)}, labels)
+
+
+def share_of_rate(count: Any, settings: OptimizerSettings, steps: int) -> Array:
+    """The schedule: which share of the rate step ``count`` (from 0) has; it rises first, then falls to ``final``."""
+    count = jnp.asarray(count, jnp.float32)
+    risen = jnp.minimum(1.0, (count + 1) / max(settings.warm_up, 1))
+    done = jnp.clip((count - settings.warm_up) / max(steps - settings.warm_up, 1), 0.0, 1.0)
+    if settings.schedule == "constant":
+        return risen
+    if settings.schedule == "wsd":
+        cool = max(settings.cool_down * steps, 1.0)
+        done = jnp.clip((count - (steps - cool)) / cool, 0.0, 1.0)
+    if settings.schedule == "cosine":
+        done = (1 - jnp.cos(jnp.pi * done)) / 2
+    return risen * (1 - (1 - settings.final) * done)
+
+
+def from_settings(
+    settings: OptimizerSettings, config: ModelConfig, steps: int, seed: int = 0
+) -> optax.GradientTransformation:
+    """The optimizer that the settings describe, for a model's parameters and a number of steps.
+
+    The settings' numbers may be traced. Raises ValueError for a combination that there is not.
+    """
+    s = settings
+    rate = lambda count: s.rate * share_of_rate(count, s, steps)
+    betas, mask = (s.momentum, s.second_momentum), _decaying(config, s.decay)
+    decay = {"weight_decay": s.weight_decay, "mask": mask}
+    match s.name:
+        case "sgd":
+            inner = optax.chain(optax.add_decayed_weights(s.weight_decay, mask), optax.sgd(rate, momentum=s.momentum))
+        case "adam":
+            inner = optax.adam(rate, *betas, s.epsilon)
+        case "adamw":
+            inner = optax.adamw(rate, *betas, s.epsilon, **decay)
+        case "lion":
+            inner = optax.lion(rate, *betas, **decay)
+        case "adafactor":
+            inner = optax.chain(
+                optax.adafactor(rate, multiply_by_parameter_scale=False, momentum=s.momentum or None),
+                decayed(rate, s.weight_decay, mask),
+            )
+        case "muon":
+            inner = _muon(s, config, steps, mask)
+        case _:
+            inner = _of_few_bits(s, rate, mask, seed)
+    return clipped(inner, s.clip) if s.clip else inner
+
+
+def _decaying(config: ModelConfig, which: str) -> Callable[[Any], Any]:
+    """Which weights decay: by their declaration, matrices alone, or all."""
+
+    def mask(parameters: Any) -> Any:
+        if which == "all":
+            return jax.tree.map(lambda _: True, parameters)
+        return jax.tree.map(lambda d, _: len(_own_axes(d)) >= 2, declare(config), parameters, is_leaf=is_declaration)
+
+    return mask
+
+
+def _own_axes(declaration: Declaration) -> list[str]:
+    return [name for name, _ in declaration.axes if name != "layer"]
+
+
+def decayed(
+    rate: Callable[[Any], Any], weight_decay: float, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Decoupled weight decay alone, after any other transformation: ``update - rate * weight_decay * parameter``."""
+    return optax.masked(_pull(rate, weight_decay), mask)
+
+
+def _pull(rate: Callable[[Any], Any], weight_decay: float) -> optax.GradientTransformation:
+    def update(updates: Any, count: Any, parameters: Any) -> tuple[Any, Any]:
+        by = rate(count) * weight_decay
+        return jax.tree.map(lambda u, p: u - by * p, updates, parameters), count + 1
+
+    return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
+
+
+def muon_axes(config: ModelConfig) -> Any:
+    """Of every weight inside a layer that is a linear map, which axes it sums over and which it makes; else None.
+
+    Layers are a batch of matrices, and so no axis of either kind; heads belong to one map (Jordan et al. 2024).
+    """
+
+    def axes(path: tuple[Any, ...], declaration: Declaration) -> Any:
+        own = _own_axes(declaration)
+        if not path_name(path).startswith("layers.") or len(own) < 2:
+            return None
+        first = len(declaration.axes) - len(own)
+        places = tuple(range(first, len(declaration.axes)))
+        middle = len(places) - 1 if own[-1] == "width" else 1
+        return optax.contrib.MuonDimensionNumbers(places[:middle], places[middle:])
+
+    return jax.tree_util.tree_map_with_path(axes, declare(config), is_leaf=is_declaration)
+
+
+def _muon(
+    s: OptimizerSettings, config: ModelConfig, steps: int, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Muon for the linear maps inside the layers, AdamW for the rest."""
+    axes = muon_axes(config)
+
+    def labels(parameters: Any) -> Any:
+        return jax.tree.map(
+            lambda numbers, _: "rest" if numbers is None else "muon",
+            axes,
+            parameters,
+            is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers),
+        )
+
+    share = lambda count: share_of_rate(count, s, steps)
+    matrices = optax.contrib.muon(
+        lambda count: s.muon_rate * share(count),
+        beta=0.95,
+        weight_decay=s.weight_decay,
+        muon_weight_dimension_numbers=axes,
+    )
+    rest = optax.adamw(
+        lambda count: s.rate * share(count), s.momentum, s.second_momentum, s.epsilon,
+        weight_decay=s.weight_decay, mask=mask,
+    )
+    return optax.partition({"muon": matrices, "rest": rest}, labels)
+
+
+def _of_few_bits(
+    s: OptimizerSettings, rate: Callable[[Any], Any], mask: Callable[[Any], Any], seed: int
+) -> optax.GradientTransformation:
+    return adamw_4bit(
+        rate,
+        s.momentum,
+        s.second_momentum,
+        s.epsilon,
+        weight_decay=s.weight_decay,
+        mask=mask,
+        bits=8 if s.name == "adamw_8bit" else 4,
+        second="factored" if s.name == "adamw_4bit_factor" else s.second,
+        signed_scale=s.signed_scale,
+        stochastic=s.stochastic,
+        seed=seed,
+    )

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Column
 
@@ -20,17 +21,23 @@ class Progress:
     """A context in which stages show how far they are; silent when ``quiet``.
 
     In a terminal every stage has a bar, which stays when it is done; 80 columns are enough. Where lines cannot be
-    drawn over (a file, a pipe), a stage has a line when it is done, and one a minute before.
+    drawn over (a file, a pipe), a stage has a line when it is done, and one a minute before. ``remaining`` shows how
+    long a stage will take instead of how long it took.
     """
 
     def __init__(
-        self, quiet: bool, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        quiet: bool,
+        *,
+        remaining: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console(stderr=True, quiet=quiet)
         self._clock = clock
         self._bars: Bars | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal and not quiet:
-            self._bars = _bars(self._console)
+            self._bars = _bars(self._console, remaining)
 
     def __enter__(self) -> "Progress":
         if self._bars is not None:
@@ -48,12 +55,15 @@ class Progress:
         self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def stage(self, title: str, steps: int | None = None) -> Iterator[Report]:
+    def stage(
+        self, title: str, steps: int | None = None, *, first: int = 0, per_step: float = 1.0, unit: str = "steps/s"
+    ) -> Iterator[Report]:
         """One stage; call the yielded function with the step and the loss, if the stage has any steps.
 
-        When the step falls, a further program of the same stage has begun to count anew.
+        When the step falls, a further program of the same stage has begun to count anew. ``first`` steps were taken
+        before; speed is told in ``unit``, of which a step has ``per_step``.
         """
-        state = _State(title, steps, self._clock)
+        state = _State(title, steps, self._clock, first, per_step, unit)
         bar = None if self._bars is None else self._bars.add_task(title, total=steps, state=state.short())
         lines = 0
 
@@ -76,10 +86,19 @@ class Progress:
 class _State:
     """How far a stage is."""
 
-    def __init__(self, title: str, steps: int | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        title: str,
+        steps: int | None,
+        clock: Callable[[], float],
+        first: int = 0,
+        per_step: float = 1.0,
+        unit: str = "steps/s",
+    ) -> None:
         self.title, self.steps, self.loss = title, steps, math.nan
         self._clock, self._began = clock, clock()
-        self._base = self._last = 0
+        self._base, self._last, self._before = 0, first, first
+        self._per_step, self._unit = per_step, unit
         self._first: tuple[int, float] | None = None  # steps and seconds when the first chunk was done
 
     @property
@@ -101,9 +120,12 @@ class _State:
 
     def _rate(self) -> str:
         # The first chunk took its time to compile; it counts only while there is no other.
-        steps, since = self._first if self._first and self.done > self._first[0] else (0, 0.0)
-        rate = (self.done - steps) / max(self.seconds - since, 1e-9)
-        return f"{rate:.0f} steps/s" if rate >= 9.95 else f"{rate:.1f} steps/s"
+        steps, since = self._first if self._first and self.done > self._first[0] else (self._before, 0.0)
+        rate = self._per_step * (self.done - steps) / max(self.seconds - since, 1e-9)
+        for size, mark in ((1e6, "M"), (1e4, "k")):
+            if rate >= size and self._unit != "steps/s":
+                return f"{rate / (1e3 if mark == 'k' else 1e6):.3g}{mark} {self._unit}"
+        return f"{rate:.0f} {self._unit}" if rate >= 9.95 else f"{rate:.1f} {self._unit}"
 
     def short(self, finished: bool = False) -> str:
         """For beside the bar: 25 characters at most, loss and rate each in their place."""
@@ -118,13 +140,17 @@ class _State:
         return f"{self.title}: {', '.join(told)}"
 
 
-def _bars(console: Console) -> Bars:
+def _bars(console: Console, remaining: bool) -> Bars:
     """Columns whose widths add up to 80 with the spaces between them."""
+    column = Column(width=7, no_wrap=True)
+    timed: ProgressColumn = TimeElapsedColumn(table_column=column)
+    if remaining:
+        timed = TimeRemainingColumn(elapsed_when_finished=True, table_column=column)
     return Bars(
         TextColumn("{task.description}", markup=False, table_column=Column(width=22, no_wrap=True)),
         BarColumn(bar_width=16, table_column=Column(width=16)),
         TaskProgressColumn(text_format_no_percentage="", table_column=Column(width=4, no_wrap=True)),
         TextColumn("{task.fields[state]}", markup=False, table_column=Column(width=25, no_wrap=True)),
-        TimeElapsedColumn(table_column=Column(width=7, no_wrap=True)),
+        timed,
         console=console,
     )

@@ -1,0 +1,69 @@
+"""What was measured, a line of JSON for each stretch of steps: readable while the run goes on, and after it died.
+
+A line that a killed run did not finish is dropped when the run goes on, and so are lines of steps that it takes
+again.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STEPS_IN_A_LINE = 10
+
+
+class Log:
+    """A file of lines, each a JSON object with a ``step``; numbers that are not finite are null."""
+
+    def __init__(self, file: Path, step: int) -> None:
+        """Go on from ``step``: later lines are dropped. Raises OSError."""
+        self.file = file
+        kept = [line for line in read(file) if line["step"] <= step]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(_line(line) for line in kept)
+        if not file.exists() or file.read_text("utf-8") != text:
+            file.write_text(text, "utf-8")
+
+    def add(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Append, and hand it to the operating system, which keeps it when the run is killed. Raises OSError."""
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write("".join(map(_line, lines)))
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; none where there is no file."""
+    if not file.exists():
+        return []
+    lines = []
+    for line in file.read_text("utf-8", errors="replace").splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            lines.append(found)
+    return lines
+
+
+def lines_of(first: int, measures: dict[str, np.ndarray], done: int) -> Iterator[dict[str, Any]]:
+    """Lines of the steps ``first`` to ``done``: means over ten steps each, of each model's ``[..., step]``."""
+    for start in range(first, done, STEPS_IN_A_LINE):
+        end = min(start + STEPS_IN_A_LINE, done)
+        means = {name: np.mean(values[..., start - first : end - first], axis=-1) for name, values in measures.items()}
+        yield {"step": end, "steps": end - start, **means}
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps({name: _plain(value) for name, value in values.items()}) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if np.isfinite(value) else None
+    return value

@@ -1,0 +1,118 @@
+"""The report of a training run: curves, what the walk looked like on the way, samples, settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from minitf import __version__
+from minitf.analysis import page_parts
+from minitf.analysis.training.log import read
+from minitf.analysis.training.prepared import Prepared
+from minitf.analysis.training.statistics import LABELS
+from minitf.parameters import count
+from minitf.train import trainer
+from minitf.train.config import TrainConfig
+from minitf.train.settings import as_tables
+
+HERE = Path(__file__).parent
+SHOWN_SAMPLES = 8
+MOST_POINTS = 2000
+
+
+def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
+    """The page of a run folder, as HTML text."""
+    lines = read(out / "metrics.jsonl")
+    data = {
+        "training": _curve(lines, "loss"),
+        "gradient": _curve(lines, "gradient_norm"),
+        "validation": _curve(lines, "validation_loss"),
+        "accuracy": _curve(lines, "validation_accuracy"),
+        "references": ready.references,
+        "models": names_of(config),
+        "statistics": _statistics(out / "statistics.safetensors", trainer.models_of(config).batched),
+        "unit": "squared error" if ready.program.objective == "regression" else "nats a target",
+    }
+    samples = read(out / "samples.jsonl")
+    shown = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, SHOWN_SAMPLES).astype(int))] if samples else []
+    settings = [(f"{group}.{name}", str(value)) for group, fields in as_tables(config).items() for name, value in fields.items()]
+    return page_parts.render(
+        HERE / "training.html.j2",
+        page_parts.drawn_by(HERE / "training.js"),
+        data,
+        conclusions=conclusions(data, lines),
+        samples=shown,
+        settings=settings,
+        source=ready.source,
+        model=ready.program.model,
+        parameters=f"{count(ready.program.model):,}",
+        many=len(data["models"]),
+        version=__version__,
+    )
+
+
+def names_of(config: TrainConfig) -> list[str]:
+    """Of each model what makes it different: its seed, its swept numbers."""
+    models = trainer.models_of(config)
+    numbers = [
+        [f"{name.rpartition('.')[2]} {values[i]:.3g}" for name, values in models.hyper.items()]
+        for i in range(len(models.seeds))
+    ]
+    return [", ".join([f"seed {seed}", *rest]) for seed, rest in zip(models.seeds, numbers, strict=True)]
+
+
+def _curve(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Steps, and values ``[model][step]``."""
+    kept = [line for line in lines if name in line]
+    # Of a long run some lines are enough to draw.
+    kept = kept[:: max(len(kept) // MOST_POINTS, 1)]
+    values = np.array([np.atleast_1d(np.array(line[name], np.float64)) for line in kept])
+    return {"step": [line["step"] for line in kept], "values": values.T if kept else []}
+
+
+def _statistics(file: Path, batched: bool) -> dict[str, Any]:
+    """By name: steps, label, axes, and the mean over models, ``[record, ...]``."""
+    if not file.exists():
+        return {}
+    arrays = safetensors.numpy.load_file(file)
+    steps = arrays.pop("step")
+    found = {}
+    for name, values in arrays.items():
+        label, axes = LABELS["rank" if name.startswith("rank_") else name]
+        if name.startswith("rank_"):
+            label = f"{label}: {name.removeprefix('rank_')}"
+        mean = values.mean(axis=1) if batched else values
+        found[name] = {"label": label, "axes": axes, "step": steps, "values": mean}
+    return found
+
+
+def conclusions(data: Mapping[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+    """What the numbers say, in sentences."""
+    found = []
+    unit = data["unit"]
+    training, validation, accuracy = (np.array(data[name]["values"]) for name in ("training", "validation", "accuracy"))
+    if training.size:
+        found.append(f"Training loss, from {_mean(training[:, 0])} to {_mean(training[:, -1])} ({unit}).")
+    if validation.size:
+        best = np.nanmin(validation, axis=1)
+        found.append(
+            f"On data that was not trained on, {_mean(validation[:, -1])}"
+            + (f" (at best {_mean(best)})" if np.nanmean(best) < 0.995 * np.nanmean(validation[:, -1]) else "")
+            + (f", {_mean(100 * accuracy[:, -1])} % right." if unit != "squared error" else ".")
+        )
+    for name, value in data["references"].items():
+        found.append(f"To compare: {name}, {value:.3f}.")
+    rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+    if rates:
+        found.append(f"{np.median(rates):,.0f} tokens a second.")
+    shares = [line["utilization"] for line in lines if line.get("utilization")]
+    if shares:
+        found.append(f"{np.median(shares):.1%} of what the devices could multiply at most.")
+    return found
+
+
+def _mean(values: np.ndarray) -> str:
+    mean = f"{np.nanmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} (between {np.nanmin(values):.3f} and {np.nanmax(values):.3f})"

@@ -1,0 +1,165 @@
+"""A configuration made ready to train: its data or task, its model, and what it is measured on."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from minitf import ModelConfig
+from minitf.config import from_plain
+from minitf.train import tasks
+from minitf.train.batch import Batch, masked, next_token
+from minitf.train.config import TrainConfig
+from minitf.train.loader import Loader, chunk, spread_windows
+from minitf.train.step import Program
+from minitf.train.symbols import Data, prepare
+from minitf.train.trainer import Windows, in_parts, models_of
+from minitf.vocabulary import Vocabulary
+
+# Sequences of held-out data that are looked at for statistics.
+LOOKED_AT = 16
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs.
+
+    Attributes:
+        program: what trains.
+        length: positions of a sequence.
+        windows: tokens of steps, for each seed; None where data is made on the device.
+        held_out: ``[part, batch, position]``, to measure on.
+        looked_at: a few of them ``[batch, position]``, for statistics.
+        vocabulary: what tokens are; None for a task.
+        spell: tokens -> text, for people.
+        source: one sentence on the data.
+        identity: what the data is.
+        references: losses that need no model, by name.
+    """
+
+    program: Program
+    length: int
+    windows: Windows | None
+    held_out: Batch
+    looked_at: Batch
+    vocabulary: Vocabulary | None
+    spell: Callable[[Int[np.ndarray, " token"]], str]
+    source: str
+    identity: dict[str, Any]
+    references: dict[str, float]
+
+
+def prepared(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> Prepared:
+    """Make everything ready; data that is read from files is kept in ``folder``.
+
+    Raises ValueError for a task, files or a model that cannot be, in a sentence for people.
+    """
+    if config.task:
+        return _of_task(config)
+    data = prepare(config.data, folder, say)
+    return _of_data(config, data)
+
+
+def _of_task(config: TrainConfig) -> Prepared:
+    settings = dict(config.task)
+    task = tasks.make(str(settings.pop("name", "")), settings)
+    kind = config.objective.kind or task.objective
+    if (kind == "regression") != (task.objective == "regression") or kind == "masked_token":
+        raise ValueError(f"objective.kind is {kind!r}; the task {config.task['name']} is for {task.objective!r}")
+    model = model_of(config, task.vocabulary, task.length)
+    held_out = task.held_out()
+    return Prepared(
+        program=Program(config, model, kind, draw=task.draw),
+        length=task.length,
+        windows=None,
+        held_out=in_parts(held_out, min(config.training.batch, len(held_out.tokens))),
+        looked_at=jax.tree.map(lambda x: x[:LOOKED_AT], held_out),
+        vocabulary=None,
+        spell=task.spell,
+        source=f"the task {config.task['name']}",
+        identity={},
+        references=task.references(),
+    )
+
+
+def _of_data(config: TrainConfig, data: Data) -> Prepared:
+    kind = config.objective.kind or "next_token"
+    if kind not in ("next_token", "masked_token"):
+        raise ValueError(f"objective.kind is {kind!r}; files are for next_token or masked_token")
+    is_masked = kind == "masked_token"
+    model = model_of(config, data.vocabulary.size + is_masked, None, causal=not is_masked)
+    length, size = model.length, config.training.batch
+    mask_token = data.vocabulary.size
+
+    def as_batch(window: Any, key: Any) -> Batch:
+        if is_masked:
+            return masked(window[:, :-1], key, config.objective.mask_share, mask_token)
+        return next_token(window)
+
+    loaders = [
+        Loader(
+            data.train.ids,
+            length,
+            size,
+            seed=seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for seed in models_of(config).different_seeds
+    ]
+    windows = spread_windows(data.validation.ids, length, size * config.keep.evaluation_batches)
+    held_out = as_batch(jax.numpy.asarray(windows), jax.random.key(0))
+    return Prepared(
+        program=Program(config, model, kind, as_batch=as_batch),
+        length=length,
+        windows=lambda first, steps: np.stack([chunk(loader, first, steps) for loader in loaders]),
+        held_out=in_parts(held_out, min(size, len(windows))),
+        looked_at=jax.tree.map(lambda x: x[:LOOKED_AT], held_out),
+        vocabulary=data.vocabulary,
+        spell=data.vocabulary.decode,
+        source=data.source,
+        identity=dict(data.identity),
+        references={"tokens' frequencies": _frequencies(data)},
+    )
+
+
+def _frequencies(data: Data) -> float:
+    """The loss on validation data of answering with each token's share of the training data, nats a token."""
+    most = 10_000_000
+    seen = np.bincount(data.train.ids[:most], minlength=data.vocabulary.size) + 1.0
+    asked = np.bincount(data.validation.ids[:most], minlength=data.vocabulary.size)
+    return float(-np.sum(asked * np.log(seen / seen.sum())) / asked.sum())
+
+
+def model_of(config: TrainConfig, vocabulary: int, length: int | None, causal: bool = True) -> ModelConfig:
+    """The model of a run, with what its data says where the configuration is silent.
+
+    Raises ValueError where it cannot hold the data.
+    """
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    fields = {"vocabulary": vocabulary, "causal": causal, **({} if length is None else {"length": length})}
+    fields |= config.model
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise ValueError(f"there is no model.{unknown[0]}; a model has {', '.join(sorted(known))}")
+    mixer = fields.get("mixer")
+    if mixer is not None:
+        many = mixer if isinstance(mixer, list | tuple) else [mixer]
+        named = [{"kind": one} if isinstance(one, str) else one for one in many]
+        fields["mixer"] = named if isinstance(mixer, list | tuple) else named[0]
+    try:
+        model = from_plain(fields)
+    except TypeError as error:
+        raise ValueError(f"model: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
+    if model.vocabulary < vocabulary:
+        raise ValueError(f"model.vocabulary is {model.vocabulary}; the data has {vocabulary} tokens")
+    if length is not None and model.length < length:
+        raise ValueError(f"model.length is {model.length}; the task's sequences have {length} positions")
+    return model

@@ -1,0 +1,64 @@
+"""What a step of training reads: tokens, and what the model should have answered at each position."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+
+NO_TARGET = -1
+
+# Of the chosen positions (Devlin et al. 2019): shares that show the mask, and a random token; the rest, the truth.
+SHOWN_MASKED = 0.8
+SHOWN_RANDOM = 0.1
+
+
+@struct.dataclass
+class Batch:
+    """Sequences and their targets, position by position.
+
+    ``tokens`` is int32 ``[batch, position]``. ``targets`` has the same axes: int32, where -1 (`NO_TARGET`) counts
+    for nothing, or float32 for regression, where NaN counts for nothing. ``inputs`` is None, or float32
+    ``[batch, position, vocabulary]``: mixtures of tokens, which stand in place of tokens (what enters the model is
+    ``inputs @ embedding``, so that a one-hot mixture is its token, and any real vector can be read). (Under
+    ``vmap`` and ``scan`` leaves have more axes and may be placeholders, so they have no type here.)
+    """
+
+    tokens: Any
+    targets: Any
+    inputs: Any = None
+
+
+def next_token(window: Int[Array, "batch length_plus_one"]) -> Batch:
+    """Every token of the window but the last, and as its target the one after it."""
+    return Batch(tokens=window[:, :-1].astype(jnp.int32), targets=window[:, 1:].astype(jnp.int32))
+
+
+def masked(
+    tokens: Int[Array, "batch position"],
+    key: Key[Array, ""],
+    share: float | Float[Array, ""],
+    mask_token: int,
+) -> Batch:
+    """Each position is chosen with probability ``share``; the targets are the true tokens of the chosen ones.
+
+    Of the chosen positions 80 % show ``mask_token``, 10 % a uniformly random token below it, and 10 % what they
+    held (Devlin et al. 2019, BERT). ``mask_token`` is the first id after those of the data.
+
+    Raises ValueError, when traced, for a share outside (0, 1], and for a ``mask_token`` below 1.
+    """
+    if isinstance(share, int | float) and not 0 < share <= 1:
+        raise ValueError(f"share is {share}; the share of positions to be guessed must be above 0 and at most 1")
+    if mask_token < 1:
+        raise ValueError(f"mask_token is {mask_token}; it must be the first id after the data's, so at least 1")
+    of_choice, of_fate, of_token = jax.random.split(key, 3)
+    chosen = jax.random.bernoulli(of_choice, share, tokens.shape)
+    fate = jax.random.uniform(of_fate, tokens.shape)
+    random = jax.random.randint(of_token, tokens.shape, 0, mask_token)
+    instead = jnp.where(fate < SHOWN_MASKED + SHOWN_RANDOM, random, tokens)
+    instead = jnp.where(fate < SHOWN_MASKED, mask_token, instead)
+    return Batch(
+        tokens=jnp.where(chosen, instead, tokens).astype(jnp.int32),
+        targets=jnp.where(chosen, tokens, NO_TARGET).astype(jnp.int32),
+    )

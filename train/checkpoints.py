@@ -1,0 +1,134 @@
+"""Checkpoints by Orbax: written beside the training, whole or not at all; the newest is where a run goes on.
+
+A step's folder appears under its name only when everything in it is on disk, so a run that is killed at any moment,
+in the middle of a write too, finds the one before.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from minitf.train.config import KeepSettings
+
+Tree = Any
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a folder. Use it as a context: leaving it waits until all is written.
+
+    Raises:
+        ValueError: the folder cannot be written, now or later (a full disk); what was kept before stays.
+    """
+
+    def __init__(self, folder: Path, keep: KeepSettings, steps: int) -> None:
+        self.folder = folder.absolute()
+        policies = checkpoint_managers.preservation_policy
+        kept: list[Any] = [policies.LatestN(keep.last)]
+        if keep.every:
+            kept.append(policies.EveryNSteps(keep.every))
+        if keep.dynamics:
+            kept.append(policies.CustomSteps(dynamics_steps(steps)))
+        # Of what it does, it tells at length; of what it cannot do, it raises.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+            create=True,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise ValueError(f"{self.folder} cannot be used for checkpoints: {error}") from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps of which there are whole checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Tree) -> None:
+        """Begin to write; training may go on, and may give the state's memory away."""
+        if step in self._manager.all_steps():
+            return
+        if jax.default_backend() == "cpu":
+            # On a CPU Orbax would write from the memory that the next steps write to.
+            state = jax.tree.map(jnp.copy, state)
+        with self._told():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        with self._told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def restore(self, like: Tree, step: int | None = None) -> tuple[int, Tree]:
+        """The newest state (or that of a step), and its step.
+
+        ``like`` has its shapes and dtypes, and, on several devices, where its parts lie: not necessarily where
+        they lay when it was written.
+
+        Raises:
+            ValueError: there is none, or it is damaged; then the older ones are named.
+        """
+        there = self.steps()
+        if not there or (step is not None and step not in there):
+            raise ValueError(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
+        step = there[-1] if step is None else step
+        try:
+            return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except Exception as error:  # what Orbax and TensorStore raise of damaged files has no common type
+            raise ValueError(self._damaged(step, there, error)) from error
+
+    def _damaged(self, step: int, there: Iterable[int], error: Exception) -> str:
+        older = [one for one in there if one < step]
+        what = (
+            f"Remove that folder, and the same command goes on from step {older[-1]}."
+            if older
+            else "There is no older one: begin anew in another folder, or with --overwrite."
+        )
+        why = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        return f"the checkpoint {self.folder / str(step)} cannot be read: {why}. {what}"
+
+    def _told(self) -> "_Told":
+        return _Told(self.folder)
+
+
+class _Told:
+    """Makes what goes wrong while writing a sentence for people."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            raise ValueError(
+                f"a checkpoint could not be written to {self._folder}: {error}. Those before it are whole; when "
+                "this is put right, the same command goes on from the newest."
+            ) from error
+
+
+def dynamics_steps(steps: int) -> list[int]:
+    """Steps 0, 1, 2, 4, ... 512, then every 1000, and the last: where Pythia's checkpoints are (Biderman et al. 2023)."""
+    doubled = [0, *(2**power for power in range(10))]
+    return sorted({*(step for step in (*doubled, *range(1000, steps, 1000)) if step < steps), steps})

@@ -1,0 +1,29 @@
+"""Adam whose two moments take four bits a weight (Li, Chen and Zhu, NeurIPS 2023), as an optax transformation.
+
+``codebooks`` are the levels that a code stands for, ``packing`` puts two codes in a byte, ``quantized`` is a tensor
+as codes and scales, ``layout`` says which tensor a weight of a model is, and ``adam`` is the transformation.
+"""
+
+from minitf.train.fourbit.adam import (
+    Adam4BitState,
+    Moments,
+    adamw_4bit,
+    scale_by_adam_4bit,
+    state_bytes,
+)
+from minitf.train.fourbit.codebooks import Codebook, dynamic_exponent, linear
+from minitf.train.fourbit.quantized import Quantized, dequantize, quantize
+
+__all__ = [
+    "Adam4BitState",
+    "Codebook",
+    "Moments",
+    "Quantized",
+    "adamw_4bit",
+    "dequantize",
+    "dynamic_exponent",
+    "linear",
+    "quantize",
+    "scale_by_adam_4bit",
+    "state_bytes",
+]

@@ -1,0 +1,150 @@
+"""Windows of a token file in random order, none twice in an epoch; any step's batch can be had at any time.
+
+In each epoch the stream is cut anew, from a random offset on, in windows of ``length`` inputs, so that windows end
+elsewhere each time. Their order is a pseudorandom permutation that is computed place by place (grain's
+``index_shuffle``), so nothing is kept and a run that goes on at step k needs nothing but k.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int, Int32, Integer
+
+ROUNDS = 4  # of grain's block cipher, as its own datasets have it
+MOST_WINDOWS = 2**32  # it counts in 32 bits
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Batches of windows of a token stream; `batch` is a pure function of the seed and the step.
+
+    Attributes:
+        ids: the tokens, in memory or on disk; only the windows asked for are read.
+        length: inputs of a window, which has one token more.
+        batch_size: windows in a step, of all processes together.
+        seed: of the order and the offsets.
+        process_index, process_count: this process makes the process_index-th of so many equal parts of each batch.
+
+    Raises:
+        ValueError: a number out of its range, by name; fewer tokens than one window.
+    """
+
+    ids: Integer[np.ndarray, " token"]
+    length: int
+    batch_size: int
+    seed: int = 0
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in {"length": 1, "batch_size": 1, "seed": 0, "process_count": 1}.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"process_index is {self.process_index}; with {self.process_count} processes it goes from 0 to "
+                f"{self.process_count - 1}"
+            )
+        if self.batch_size % self.process_count:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; {self.process_count} processes cannot take equal parts of it"
+            )
+        _check_length(len(self.ids), self.length)
+        if self.windows > MOST_WINDOWS:
+            raise ValueError(
+                f"length is {self.length}; that cuts the {len(self.ids)} tokens in {self.windows} windows, and "
+                f"{MOST_WINDOWS} are the most"
+            )
+
+    @property
+    def windows(self) -> int:
+        """Windows in an epoch: as many as there are wherever the first one starts."""
+        return max(len(self.ids) // self.length - 1, 1)
+
+    @property
+    def offsets(self) -> int:
+        """At how many places an epoch's first window may start."""
+        return min(self.length, len(self.ids) - self.windows * self.length)
+
+    def batch(self, step: int) -> Int32[np.ndarray, "part length_plus_one"]:
+        """This process's windows of a step, int32 [batch_size / process_count, length + 1].
+
+        Steps follow each other through the epochs: a batch may hold the last windows of one and the first of the
+        next.
+        """
+        part = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * part
+        places = self.starts(np.arange(first, first + part))[:, None] + np.arange(self.length + 1)
+        return np.asarray(self.ids[places], np.int32)
+
+    def starts(self, indices: Int[np.ndarray, " window"]) -> Int[np.ndarray, " window"]:
+        """Where windows start in the stream; ``indices`` count all windows of all epochs in their order."""
+        # Imported only here: it takes 0.3 s.
+        from grain.experimental import index_shuffle  # noqa: PLC0415
+
+        starts = np.zeros(len(indices), np.int64)
+        epochs, places = np.divmod(indices, self.windows)
+        for epoch in np.unique(epochs):
+            of_epoch = np.random.SeedSequence([self.seed, int(epoch)])
+            offset = np.random.default_rng(of_epoch).integers(self.offsets)
+            key = int(of_epoch.generate_state(1)[0])
+            for index in np.flatnonzero(epochs == epoch):
+                window = index_shuffle(int(places[index]), max_index=self.windows - 1, seed=key, rounds=ROUNDS)
+                starts[index] = offset + window * self.length
+        return starts
+
+
+def chunk(loader: Loader, first_step: int, steps: int) -> Int32[np.ndarray, "step part length_plus_one"]:
+    """The batches of ``steps`` steps from ``first_step`` on, stacked."""
+    return np.stack([loader.batch(step) for step in range(first_step, first_step + steps)])
+
+
+def chunks(
+    loader: Loader, first_step: int, steps: int, *, end: int | None = None
+) -> Iterator[Int32[np.ndarray, "step part length_plus_one"]]:
+    """The batches from ``first_step`` on, ``steps`` at a time, int32 [steps, batch, length + 1], up to ``end``.
+
+    The last chunk is shorter when ``steps`` do not divide them; without an ``end`` there is no last. While one is
+    used, a thread makes the next one. Raises ValueError for ``steps`` below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a chunk must have at least 1")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+    size = lambda first: steps if end is None else min(steps, end - first)
+    try:
+        first = first_step
+        following = pool.submit(chunk, loader, first, size(first)) if size(first) > 0 else None
+        while following is not None:
+            ready = following.result()
+            first += steps
+            following = pool.submit(chunk, loader, first, size(first)) if size(first) > 0 else None
+            yield ready
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def spread_windows(
+    ids: Integer[np.ndarray, " token"], length: int, most: int
+) -> Int32[np.ndarray, "window length_plus_one"]:
+    """At most ``most`` windows of the stream, evenly spread and always the same: for validation.
+
+    When the stream has fewer, they are all its consecutive windows; neighbors then share one token, so that every
+    token but the first is a target once. Raises ValueError for fewer tokens than one window, and ``most`` below 1.
+    """
+    _check_length(len(ids), length)
+    if most < 1:
+        raise ValueError(f"most is {most}; at least 1 window is needed")
+    every = (len(ids) - 1) // length
+    count = min(most, every)
+    starts = np.arange(count) * every // count * length
+    return np.asarray(ids[starts[:, None] + np.arange(length + 1)], np.int32)
+
+
+def _check_length(tokens: int, length: int) -> None:
+    if tokens < length + 1:
+        raise ValueError(
+            f"The data is too short: it has {tokens} tokens, and one window of length {length} (and the token "
+            f"after it) needs {length + 1}. Give more data or a shorter window."
+        )

@@ -1,0 +1,228 @@
+"""Settings as plain tables, the same in a TOML file and as ``group.field=value`` on a command line."""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from minitf.train.config import SWEPT, TrainConfig
+
+PRESETS = Path(__file__).parent / "presets"
+# Groups whose fields depend on what is named in them; those who read them check them.
+OPEN = ("model", "task", "sweep")
+
+
+def preset_names() -> list[str]:
+    """The names of all presets."""
+    return sorted(file.stem for file in PRESETS.glob("*.toml"))
+
+
+def about_preset(name: str) -> str:
+    """What a preset trains: the comment that its file begins with."""
+    text = (PRESETS / f"{name}.toml").read_text("utf-8")
+    lines = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+    return " ".join(lines)
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's tables. Raises ValueError for a name that is none."""
+    if name not in preset_names():
+        raise ValueError(f"there is no preset {name!r}{_near(name, preset_names())}; there are "
+                         f"{', '.join(preset_names())}")
+    return read_toml(PRESETS / f"{name}.toml")
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The tables of a file; with ``preset = "name"`` in it, laid over that preset's.
+
+    Raises ValueError naming the file: missing, unreadable, not TOML.
+    """
+    try:
+        tables = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not TOML: {error}") from error
+    base = tables.pop("preset", None)
+    return tables if base is None else laid_over(read_preset(str(base)), tables)
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables ``below``, with what ``above`` says in place of what they say.
+
+    Another task's settings, or another mixer's, are not mixed with those there were.
+    """
+    joined = dict(below)
+    for group, fields in above.items():
+        known = joined.get(group)
+        if not isinstance(known, Mapping) or not isinstance(fields, Mapping):
+            joined[group] = fields
+        elif group == "task" and fields.get("name", known.get("name")) != known.get("name"):
+            joined[group] = dict(fields)
+        else:
+            joined[group] = {**known, **fields}
+    return joined
+
+
+def from_words(words: Iterable[str]) -> dict[str, Any]:
+    """The tables that ``group.field=value`` words say; values are as in TOML, and bare words are text.
+
+    Raises ValueError for a word of another form.
+    """
+    tables: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        group, dot, key = name.partition(".")
+        if not (equals and dot and key and group):
+            raise ValueError(f"{word!r} is no setting; write group.field=value, such as optimizer.rate=3e-4")
+        tables.setdefault(group, {})[key] = _value(text)
+    return tables
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def sweep_from(words: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """What ``optimizer.rate=1e-4:1e-2:8`` (eight, evenly spaced in their logarithm) or ``=1e-3,3e-3`` asks for.
+
+    ``lr`` stands for ``optimizer.rate``. Raises ValueError for what cannot be swept or read.
+    """
+    found: dict[str, tuple[float, ...]] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        name = {"lr": "optimizer.rate", "rate": "optimizer.rate"}.get(name, name)
+        if name not in SWEPT:
+            raise ValueError(f"{name!r} cannot be swept{_near(name, SWEPT)}; what can is {', '.join(SWEPT)}")
+        found[name] = _swept_values(word, text)
+    return found
+
+
+def _swept_values(word: str, text: str) -> tuple[float, ...]:
+    try:
+        if ":" in text:
+            low, high, count = text.split(":")
+            first, last, many = float(low), float(high), int(count)
+            if not (0 < first < math.inf and 0 < last < math.inf and many >= 2):
+                raise ValueError
+            step = math.log(last / first) / (many - 1)
+            return tuple(float(f"{first * math.exp(step * i):.6g}") for i in range(many))
+        return tuple(float(value) for value in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"{word!r} is no sweep; write optimizer.rate=1e-4:1e-2:8 for eight values from 1e-4 to 1e-2, or the "
+            "values with commas"
+        ) from None
+
+
+def as_config(tables: Mapping[str, Any]) -> TrainConfig:
+    """The checked configuration of plain tables.
+
+    Raises ValueError for a group or field that does not exist (with the nearest that does), or a value of another
+    type or out of range.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    groups: dict[str, Any] = {}
+    for group, fields in tables.items():
+        if group not in hints:
+            raise ValueError(f"there is no group {group!r}{_near(group, hints)}; there are {', '.join(hints)}")
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"{group} is {fields!r}; it must be a table of settings")
+        if group == "sweep":
+            groups[group] = {name: _fitted(f"sweep.{name}", v, tuple[float, ...]) for name, v in fields.items()}
+            wrong = [name for name in groups[group] if name not in SWEPT]
+            if wrong:
+                raise ValueError(f"{wrong[0]!r} cannot be swept; what can is {', '.join(SWEPT)}")
+        else:
+            groups[group] = dict(fields) if group in OPEN else _settings(group, fields, hints[group])
+    return TrainConfig(**groups)
+
+
+def _settings(group: str, fields: Mapping[str, Any], kind: type) -> Any:
+    hints = typing.get_type_hints(kind)
+    for name in fields:
+        if name not in hints:
+            raise ValueError(f"there is no {group}.{name}{_near(name, hints)}; {group} has {', '.join(hints)}")
+    values = {name: _fitted(f"{group}.{name}", value, hints[name]) for name, value in fields.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{group}.{error}") from error
+
+
+def _fitted(name: str, value: Any, kind: Any) -> Any:
+    """A value as its field's type has it."""
+    options = get_args(kind)
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _fitted(name, value, next(one for one in options if one is not type(None)))
+    if get_origin(kind) is Literal:
+        if value not in options:
+            raise ValueError(f"{name} is {value!r}{_near(str(value), options)}; choose one of {', '.join(options)}")
+        return value
+    if get_origin(kind) is tuple:
+        many = value if isinstance(value, list | tuple) else [value]
+        return tuple(_fitted(name, one, options[0]) for one in many)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, float, bool, str) and type(value) is not kind:
+        raise ValueError(f"{name} is {value!r}; it must be {_TYPES[kind]}")
+    return value
+
+
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def as_tables(config: TrainConfig) -> dict[str, Any]:
+    """The whole configuration as plain tables, such as JSON and TOML can hold; :func:`as_config` reads it."""
+    plain = {group: dict(vars(value)) if dataclasses.is_dataclass(value) else dict(value)
+             for group, value in vars(config).items()}
+    without_none = {
+        group: {name: _listed(value) for name, value in fields.items() if value is not None}
+        for group, fields in plain.items()
+    }
+    return {group: fields for group, fields in without_none.items() if fields or group not in OPEN}
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(one) for one in value] if isinstance(value, tuple | list) else value
+
+
+def as_toml(tables: Mapping[str, Any]) -> str:
+    """Tables as a TOML file, to be read with ``--config``."""
+    parts = []
+    for group, fields in tables.items():
+        lines = [f"{_key(name)} = {_toml(value)}" for name, value in fields.items()]
+        parts.append("\n".join([f"[{group}]", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(name)} = {_toml(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else f"{value}".replace("infinity", "inf")
+    # JSON's numbers, truth values and text are TOML's too (text once it holds no bare delete character).
+    return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
+def _near(word: str, known: Iterable[Any]) -> str:
+    close = difflib.get_close_matches(word, [str(one) for one in known], 1)
+    return f" (did you mean {close[0]}?)" if close else ""

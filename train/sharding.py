@@ -1,0 +1,103 @@
+"""Where arrays lie on a mesh of devices, from how weights were declared: one line of settings, no second code path.
+
+The mesh has three axes. ``data`` divides the batch. ``fsdp`` divides the batch too, and the width of every weight
+and of what the optimizer keeps of it (gathered where it is used: Zhao et al. 2023). ``tensor`` divides heads, hidden
+neurons and the vocabulary (Shoeybi et al. 2019). XLA does the rest; one device is a mesh of one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from minitf import ModelConfig
+from minitf.parameters import Declaration, declare, is_declaration, path_name
+from minitf.train.config import MeshSettings
+
+Tree = Any
+DIVIDED = {
+    **dict.fromkeys(("head", "key_value_head", "hidden", "vocabulary"), "tensor"),
+    "width": "fsdp",
+}
+BATCH = ("data", "fsdp")
+
+
+def mesh_of(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh. Raises ValueError where there are not as many devices as it needs."""
+    devices = jax.devices() if devices is None else devices
+    if settings.devices > len(devices):
+        raise ValueError(
+            f"the mesh needs {settings.data} x {settings.fsdp} x {settings.tensor} = {settings.devices} devices, and "
+            f"there {'is' if len(devices) == 1 else 'are'} {len(devices)}; make mesh.data, mesh.fsdp or mesh.tensor smaller"
+        )
+    shape = (settings.data, settings.fsdp, settings.tensor)
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3,
+                         devices=list(devices)[: settings.devices])
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def of_windows(mesh: Mesh) -> NamedSharding:
+    """Of ``[seed, step, batch, length + 1]``: every device has its sequences."""
+    return NamedSharding(mesh, P(None, None, BATCH, None))
+
+
+def of_weight(declaration: Declaration, mesh: Mesh) -> P:
+    """How a weight is divided: each mesh axis at most once, and only axes that it divides evenly."""
+    taken: set[str] = set()
+    names: list[str | None] = []
+    for axis, size in declaration.axes:
+        name = DIVIDED.get(axis)
+        fits = name is not None and name not in taken and size % mesh.shape[name] == 0
+        names.append(name if fits else None)
+        if fits:
+            taken.add(str(name))
+    return P(*names)
+
+
+def of_parameters(config: ModelConfig, mesh: Mesh) -> Tree:
+    """The division of every weight, in the shape of the parameters."""
+    return jax.tree.map(lambda d: of_weight(d, mesh), declare(config), is_leaf=is_declaration)
+
+
+def of_state(state: Tree, config: ModelConfig, mesh: Mesh, batched: bool) -> Tree:
+    """Where each array of a training state lies.
+
+    What has a weight's name at the end of its own and its shape (moments, means) is divided as that weight is. What
+    was made of it in another shape (codes, scales) is divided along those leading axes that are the weight's. The
+    rest is whole everywhere. Many models side by side are not divided.
+    """
+    if batched:
+        return jax.tree.map(lambda _: everywhere(mesh), state)
+    declared = {path_name(path): d for path, d in
+                jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=is_declaration)}
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        of = max((w for w in declared if f".{name}.".find(f".{w}.") >= 0), key=len, default=None)
+        if of is None:
+            return everywhere(mesh)
+        return NamedSharding(mesh, _like(leaf.shape, declared[of], mesh))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _like(shape: tuple[int, ...], declaration: Declaration, mesh: Mesh) -> P:
+    spec = of_weight(declaration, mesh)
+    if shape == declaration.shape:
+        return spec
+    same = 0
+    while same < min(len(shape), len(declaration.shape)) and shape[same] == declaration.shape[same]:
+        same += 1
+    return P(*spec[:same])
+
+
+def placed(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """An array of this process's part of the batch, as one of all processes."""
+    return jax.make_array_from_process_local_data(where, array)

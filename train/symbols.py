@@ -1,0 +1,349 @@
+"""Any sequences of symbols as data to train on: read, split, numbered, written once, and opened where they lie."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Integer
+
+from minitf.files import write_atomically
+from minitf.tokenizer import gpt2_encoding, load_encoding, train_encoding
+from minitf.train.corpus import python_documentation
+from minitf.train.symbol_files import (
+    fasta_documents,
+    not_a_name,
+    not_a_number,
+    source_files,
+    table_columns,
+    table_documents,
+    text_documents,
+    token_array,
+    token_documents,
+)
+from minitf.train.token_file import Tokens, open_tokens, sha256_of, token_writer
+from minitf.train.vocabulary import (
+    FILE,
+    RANKS_FILE,
+    Bytes,
+    Characters,
+    Ids,
+    Names,
+    Pieces,
+    Vocabulary,
+    bins_of,
+    load_vocabulary,
+    numbers,
+)
+
+# To be raised when the same files and settings would give other tokens than before.
+PREPARED_FORMAT = "minitf data 1"
+MOST_CHARACTERS = 4096
+MOST_NAMES = 65_536
+BPE_PIECES = 4096
+BPE_CHARACTERS = 50_000_000  # that a BPE is trained on, at most
+BIN_ROWS = 1_000_000  # that the limits of bins come from, at most
+CHARACTERS_BETWEEN_SENTENCES = 100_000_000
+
+Format = Literal["text", "fasta", "csv", "tokens"]
+Document = str | Integer[np.ndarray, " token"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which files to train on, and how their symbols are numbered.
+
+    Raises:
+        ValueError: a value that is out of its range, or says nothing about the format, by name.
+    """
+
+    format: Format = "text"  # of the files: fasta has DNA or proteins, csv tables, tokens are numbers already
+    paths: tuple[str, ...] = ()  # files and folders; none: the documentation of this Python, as text
+    encoding: str = ""  # bytes, characters, bpe, gpt2, symbols (csv: a cell is a token), a rank file; "": as usual
+    vocabulary: int = 0  # bpe: pieces to train, 0 for 4096; tokens: how many there are, 0 for up to the largest
+    columns: tuple[str, ...] = ()  # csv: which are read, by their header; none: the only one
+    bins: int = 0  # csv: columns are numbers, cut in so many bins with as many rows in each; 0: they are text
+    delimiter: str = ""  # csv: between cells; "" for a comma, and a tab in files named .tsv
+    raw: Literal["uint16", "uint32"] = "uint16"  # tokens: the numbers in files other than .npy, little-endian
+    validation: float = 0.1  # share of the documents that is not trained on
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(Format):
+            raise ValueError(f"format is {self.format!r}; it must be one of {', '.join(get_args(Format))}")
+        if not self.paths and self.format != "text":
+            raise ValueError(f"paths is empty; name the files of the format {self.format}")
+        if not 0 < self.validation < 0.5:
+            raise ValueError(f"validation is {self.validation}; it must be above 0 and below 0.5")
+        if self.bins and not 2 <= self.bins <= MOST_NAMES:
+            raise ValueError(f"bins is {self.bins}; it must be from 2 to {MOST_NAMES}, or 0 for none")
+        if self.vocabulary < 0:
+            raise ValueError(f"vocabulary is {self.vocabulary}; it must be at least 0")
+        if len(self.delimiter) > 1:
+            raise ValueError(f"delimiter is {self.delimiter!r}; it must be a single character")
+        self._check_meaning()
+
+    def _check_meaning(self) -> None:
+        for name in ("columns", "bins", "delimiter"):
+            if getattr(self, name) and self.format != "csv":
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which only csv has, not {self.format}")
+        if self.encoding == "symbols" and self.format != "csv":
+            raise ValueError("encoding is 'symbols', which only csv has: try 'characters'")
+        if self.encoding and self.bins:
+            raise ValueError(f"encoding is {self.encoding!r}; with bins, numbers are encoded by their bins")
+        if self.encoding in ("bytes", "characters", "bpe") and self.format == "tokens":
+            raise ValueError(
+                f"encoding is {self.encoding!r}; tokens are encoded already: name what they came from (gpt2, or a "
+                "rank file), or nothing"
+            )
+        if self.vocabulary and self.format != "tokens" and self.encoding != "bpe":
+            raise ValueError(
+                f"vocabulary is {self.vocabulary}, which only the encoding bpe and the format tokens have"
+            )
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a model is trained and validated on.
+
+    Attributes:
+        train, validation: token files.
+        vocabulary: what the tokens are.
+        source: one sentence on where they come from.
+        identity: what they are, so that no run goes on with other data.
+    """
+
+    train: Tokens
+    validation: Tokens
+    vocabulary: Vocabulary
+    source: str
+    identity: Mapping[str, Any]
+
+
+def prepare(settings: DataSettings, folder: Path, say: Say | None = None) -> Data:
+    """The data of these settings, from ``folder`` when it is there already, else read, encoded and written there.
+
+    The files are read once or twice, a document at a time. Each document is on the side that its SHA-256 says, so
+    equal ones are on the same. A folder that was made of the same files (by name, size and time of change) with
+    the same settings is used again when its tokens are as they were written. ``say`` is told what takes its time.
+
+    The usual encoding: of text bytes; of FASTA and cells of tables characters; of tokens what they are. Alphabets
+    and symbols are found in all of the data; a BPE and bins are made from the training documents, of which the
+    first 50 million characters or million rows are enough.
+
+    Raises ValueError for files that cannot be read as what they should be, and when one side would be empty.
+    """
+    say = say or (lambda sentence: None)
+    files = source_files(settings.paths)
+    recipe = _recipe(settings, files)
+    kept = _kept(folder, recipe, say)
+    if kept is not None:
+        return kept
+    read = lambda doing: _reported(_documents(settings, files), doing, say)
+    vocabulary = _learn(settings, files, read)
+    folder.mkdir(parents=True, exist_ok=True)
+    # What is half made, or half replaced, is no data: this file is written last.
+    (folder / "data.json").unlink(missing_ok=True)
+    (folder / RANKS_FILE).unlink(missing_ok=True)
+    vocabulary.save(folder)
+    source = _sentence(settings, files, vocabulary)
+    made_from = {"source": source, "settings": dataclasses.asdict(settings)}
+    _write(folder, vocabulary, read("Encoding"), settings.validation, made_from)
+    told = {"recipe": recipe, "source": source, "identity": _identity(folder)}
+    write_atomically(folder / "data.json", (json.dumps(told, indent=2) + "\n").encode())
+    made = _kept(folder, recipe, say)
+    if made is None:
+        raise ValueError(f"The data in {folder} changed while it was made: let one program at a time write there.")
+    return made
+
+
+def on_validation_side(document: Document, share: float) -> bool:
+    """Whether a document is for validation, of which its SHA-256 alone decides."""
+    data = document.encode() if isinstance(document, str) else document.astype("<u4").tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < share * 2**64
+
+
+def _documents(settings: DataSettings, files: list[Path]) -> Iterator[Document]:
+    if not files:
+        texts = python_documentation()
+        return (f"{document.rstrip()}\n\n" for document in texts.train + texts.validation)
+    if settings.format == "fasta":
+        return fasta_documents(files)
+    if settings.format == "csv":
+        names = settings.encoding == "symbols"
+        check = not_a_number if settings.bins else not_a_name if names else None
+        series = bool(settings.bins) or names
+        return table_documents(files, settings.columns, settings.delimiter, check, series=series)
+    return token_documents(files, settings.raw) if settings.format == "tokens" else text_documents(files)
+
+
+def _learn(settings: DataSettings, files: list[Path], read: Callable[[str], Iterator[Any]]) -> Vocabulary:
+    """The encoding, as far as it follows from the data: from all of it, or from the training documents."""
+    training = lambda: _training(read("Learning the encoding"), settings.validation)
+    encoding = settings.encoding or {"text": "bytes", "tokens": "ids"}.get(settings.format, "characters")
+    if settings.bins:
+        columns = table_columns(files[0], settings.columns, settings.delimiter)
+        return bins_of(columns, _first_rows(training(), len(columns)), settings.bins)
+    if encoding == "ids":
+        return Ids(settings.vocabulary or 1 + max(int(token_array(file, settings.raw).max()) for file in files))
+    if encoding == "bpe":
+        return Pieces(train_encoding(_beginning(training()), settings.vocabulary or BPE_PIECES))
+    if encoding in ("characters", "symbols"):
+        return _listed(encoding, read(f"Finding the {encoding}"))
+    return _given(encoding)
+
+
+def _given(encoding: str) -> Vocabulary:
+    if encoding == "bytes":
+        return Bytes()
+    if encoding == "gpt2":
+        return Pieces(gpt2_encoding())
+    if not Path(encoding).exists():
+        raise ValueError(
+            f"encoding is {encoding!r}, which is neither bytes, characters, bpe, gpt2 or symbols, nor a file: a "
+            "rank file, or the folder of a vocabulary"
+        )
+    return load_vocabulary(Path(encoding)) if Path(encoding).is_dir() else Pieces(load_encoding(encoding))
+
+
+def _listed(encoding: str, documents: Iterator[str]) -> Vocabulary:
+    if encoding == "characters":
+        return Characters("".join(_found(map(set, documents), MOST_CHARACTERS, "characters", "bytes or bpe")))
+    lines = (text.removesuffix("\n").split("\n") for text in documents)
+    return Names(tuple(_found(lines, MOST_NAMES, "symbols", "characters or bpe")))
+
+
+def _found(groups: Iterable[Iterable[str]], most: int, what: str, instead: str) -> list[str]:
+    found: set[str] = set()
+    for group in groups:
+        found.update(group)
+        if len(found) > most:
+            raise ValueError(f"the data has more than {most} different {what}: use the encoding {instead}")
+    return sorted(found)
+
+
+def _training(documents: Iterable[Document], share: float) -> Iterator[Any]:
+    kept = (document for document in documents if not on_validation_side(document, share))
+    first = next(kept, None)
+    if first is None:
+        raise ValueError(_cannot_be_split(share, "training"))
+    return itertools.chain([first], kept)
+
+
+def _first_rows(documents: Iterable[str], columns: int) -> np.ndarray:
+    blocks, held = [], 0
+    for document in documents:
+        blocks.append(numbers(document, columns))
+        held += len(blocks[-1])
+        if held >= BIN_ROWS:
+            break
+    return np.concatenate(blocks)[:BIN_ROWS]
+
+
+def _beginning(documents: Iterable[str]) -> Iterator[str]:
+    held = 0
+    for document in documents:
+        if held >= BPE_CHARACTERS:
+            return
+        yield document
+        held += len(document)
+
+
+def _write(
+    folder: Path, vocabulary: Vocabulary, documents: Iterable[Document], share: float, made_from: Mapping[str, Any]
+) -> None:
+    count = {True: 0, False: 0}
+    with (
+        token_writer(folder / "train.tokens", vocabulary.size, made_from) as train,
+        token_writer(folder / "validation.tokens", vocabulary.size, made_from) as validation,
+    ):
+        for document in documents:
+            side = on_validation_side(document, share)
+            ids = vocabulary.encode(document) if isinstance(document, str) else document
+            (validation if side else train)(ids)
+            count[side] += len(ids)
+        for side, name in ((True, "validation"), (False, "training")):
+            if not count[side]:
+                raise ValueError(_cannot_be_split(share, name))
+
+
+def _cannot_be_split(share: float, side: str) -> str:
+    return (
+        f"the data cannot be split into training and validation: with a share of {share} for validation (by the "
+        f"hash of each document) no document is for {side}. Give more data, or another share."
+    )
+
+
+def _reported(documents: Iterable[Document], doing: str, say: Say) -> Iterator[Document]:
+    held, told = 0, CHARACTERS_BETWEEN_SENTENCES
+    for document in documents:
+        yield document
+        held += len(document)
+        if held >= told:
+            say(f"{doing}: {held / 1e6:.0f} million symbols so far")
+            told += CHARACTERS_BETWEEN_SENTENCES
+
+
+def _recipe(settings: DataSettings, files: list[Path]) -> dict[str, Any]:
+    """Everything that the tokens depend on, as JSON gives it back."""
+    found: list[Any] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    if not files:
+        texts = python_documentation()
+        found = [hashlib.sha256(json.dumps([texts.train, texts.validation]).encode()).hexdigest()]
+    ranks = Path(settings.encoding) if settings.encoding else None
+    used = [ranks / FILE, ranks / RANKS_FILE] if ranks and ranks.is_dir() else [ranks] if ranks else []
+    encoding = [sha256_of(file) for file in used if file.is_file()]
+    recipe = {
+        "format": PREPARED_FORMAT,
+        "settings": dataclasses.asdict(settings),
+        "files": found,
+        "encoding_sha256": encoding,
+    }
+    return json.loads(json.dumps(recipe))
+
+
+def _kept(folder: Path, recipe: Mapping[str, Any], say: Say) -> Data | None:
+    """The data in a folder, when it is that of the recipe and not damaged."""
+    try:
+        told = json.loads((folder / "data.json").read_bytes())
+        if told["recipe"] != recipe:
+            return None
+        data = Data(
+            open_tokens(folder / "train.tokens"),
+            open_tokens(folder / "validation.tokens"),
+            load_vocabulary(folder),
+            told["source"],
+            told["identity"],
+        )
+        if _identity(folder) != told["identity"]:
+            raise ValueError(f"The vocabulary in {folder} is not the one that its tokens were written with.")
+        return data
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        say(f"{error} The data in {folder} is made anew.")
+        return None
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name in ("train.tokens", "validation.tokens"):
+        digest.update(open_tokens(folder / name, check=False).sha256.encode())
+    for name in (FILE, RANKS_FILE):
+        if (folder / name).is_file():
+            digest.update(sha256_of(folder / name).encode())
+    return {"data_sha256": digest.hexdigest()[:16]}
+
+
+def _sentence(settings: DataSettings, files: list[Path], vocabulary: Vocabulary) -> str:
+    if not files:
+        return f"{python_documentation().source}, {vocabulary.size} different tokens"
+    count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
+    size = sum(file.stat().st_size for file in files)
+    named = ", ".join(settings.paths)
+    return f"{named} ({settings.format}, {count}, {size} bytes), {vocabulary.size} different tokens"
