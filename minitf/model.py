@@ -147,9 +147,7 @@ def run_layers(
 
     # In a loop the two passes share nothing anyway; unrolled, a barrier keeps XLA from sharing what was to be made anew.
     body = jax.checkpoint(layer, prevent_cse=unroll != 1) if rematerialize else layer  # type: ignore[attr-defined]
-    end, (walked, states) = jax.lax.scan(
-        body, start, (weights, edit, states), length=config.layers, unroll=unroll
-    )
+    end, (walked, states) = jax.lax.scan(body, start, (weights, edit, states), length=config.layers, unroll=unroll)
     return end, walked, states
 
 

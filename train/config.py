@@ -6,17 +6,19 @@ A preset is such a file (``train/presets/*.toml``). Every number is checked befo
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from minitf.train.symbols import DataSettings
 
 Objective = Literal["next_token", "masked_token", "classification", "regression"]
+# A number that may differ between models which train in one program, and is then traced.
+Number = Annotated[Any, float]
 OptimizerName = Literal[
     *("sgd", "adam", "adamw", "lion", "muon", "adafactor", "adamw_8bit", "adamw_4bit", "adamw_4bit_factor")
 ]
 
 
-def _at_least(settings: Any, least: float, *names: str) -> None:
+def _at_least(settings: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if _is_number(value) and not least <= value < float("inf"):
@@ -70,8 +72,8 @@ class ObjectiveSettings:
     """
 
     kind: Objective | None = None  # the task's own, or the next token
-    label_smoothing: float = 0.0  # share of the target that is spread over all tokens
-    z_loss: float = 0.0  # weight of the squared log of the softmax's sum (PaLM)
+    label_smoothing: Number = 0.0  # share of the target that is spread over all tokens
+    z_loss: Number = 0.0  # weight of the squared log of the softmax's sum (PaLM)
     mask_share: float = 0.15  # masked_token: share of positions to be guessed
     dropout: float = 0.0  # on the start of the walk and on every step
     attention_dropout: float = 0.0  # on the associations
@@ -92,18 +94,18 @@ class OptimizerSettings:
     """
 
     name: OptimizerName = "adamw"
-    rate: float = 1e-3
-    momentum: float = 0.9  # beta1; sgd's velocity
-    second_momentum: float = 0.95  # beta2
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1  # decoupled, times the rate
+    rate: Number = 1e-3
+    momentum: Number = 0.9  # beta1; sgd's velocity
+    second_momentum: Number = 0.95  # beta2
+    epsilon: Number = 1e-8
+    weight_decay: Number = 0.1  # decoupled, times the rate
     decay: Literal["matrices", "all"] = "matrices"  # what decays: norms' gains and biases are spared, or not
     clip: float = 1.0  # largest norm of the gradient; 0 for any
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warm_up: int = 100  # steps over which the rate rises to its value
     cool_down: float = 0.2  # wsd: the share of all steps, at the end, in which the rate falls
     final: float = 0.1  # share of the rate that is left at the end
-    muon_rate: float = 0.02  # muon: of the matrices inside the layers; ``rate`` is that of all other weights
+    muon_rate: Number = 0.02  # muon: of the matrices inside the layers; ``rate`` is that of all other weights
     average: float = 0.0  # decay of a running mean of the weights, kept beside them; 0 for none
     second: Literal["rank1_linear", "block_linear", "block_de0"] = "rank1_linear"  # adamw_4bit: second moments
     signed_scale: bool = False  # adamw_4bit, adamw_8bit: scales carry the sign of the largest value

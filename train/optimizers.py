@@ -103,7 +103,9 @@ def from_settings(
     decay = {"weight_decay": s.weight_decay, "mask": mask}
     match s.name:
         case "sgd":
-            inner = optax.chain(optax.add_decayed_weights(s.weight_decay, mask), optax.sgd(rate, momentum=s.momentum))
+            inner = optax.chain(
+                optax.add_decayed_weights(s.weight_decay, mask), optax.sgd(rate, momentum=s.momentum)
+            )
         case "adam":
             inner = optax.adam(rate, *betas, s.epsilon)
         case "adamw":
@@ -128,7 +130,9 @@ def _decaying(config: ModelConfig, which: str) -> Callable[[Any], Any]:
     def mask(parameters: Any) -> Any:
         if which == "all":
             return jax.tree.map(lambda _: True, parameters)
-        return jax.tree.map(lambda d, _: len(_own_axes(d)) >= 2, declare(config), parameters, is_leaf=is_declaration)
+        return jax.tree.map(
+            lambda d, _: len(_own_axes(d)) >= 2, declare(config), parameters, is_leaf=is_declaration
+        )
 
     return mask
 
@@ -192,8 +196,12 @@ def _muon(
         muon_weight_dimension_numbers=axes,
     )
     rest = optax.adamw(
-        lambda count: s.rate * share(count), s.momentum, s.second_momentum, s.epsilon,
-        weight_decay=s.weight_decay, mask=mask,
+        lambda count: s.rate * share(count),
+        s.momentum,
+        s.second_momentum,
+        s.epsilon,
+        weight_decay=s.weight_decay,
+        mask=mask,
     )
     return optax.partition({"muon": matrices, "rest": rest}, labels)
 

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from minitf.train.config import SWEPT, TrainConfig
 
@@ -34,8 +34,9 @@ def about_preset(name: str) -> str:
 def read_preset(name: str) -> dict[str, Any]:
     """A preset's tables. Raises ValueError for a name that is none."""
     if name not in preset_names():
-        raise ValueError(f"there is no preset {name!r}{_near(name, preset_names())}; there are "
-                         f"{', '.join(preset_names())}")
+        raise ValueError(
+            f"there is no preset {name!r}{_near(name, preset_names())}; there are {', '.join(preset_names())}"
+        )
     return read_toml(PRESETS / f"{name}.toml")
 
 
@@ -149,7 +150,7 @@ def as_config(tables: Mapping[str, Any]) -> TrainConfig:
 
 
 def _settings(group: str, fields: Mapping[str, Any], kind: type) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     for name in fields:
         if name not in hints:
             raise ValueError(f"there is no {group}.{name}{_near(name, hints)}; {group} has {', '.join(hints)}")
@@ -163,13 +164,17 @@ def _settings(group: str, fields: Mapping[str, Any], kind: type) -> Any:
 def _fitted(name: str, value: Any, kind: Any) -> Any:
     """A value as its field's type has it."""
     options = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return _fitted(name, value, options[1])
     if get_origin(kind) in (typing.Union, types.UnionType):
         if value is None:
             return None
         return _fitted(name, value, next(one for one in options if one is not type(None)))
     if get_origin(kind) is Literal:
         if value not in options:
-            raise ValueError(f"{name} is {value!r}{_near(str(value), options)}; choose one of {', '.join(options)}")
+            raise ValueError(
+                f"{name} is {value!r}{_near(str(value), options)}; choose one of {', '.join(options)}"
+            )
         return value
     if get_origin(kind) is tuple:
         many = value if isinstance(value, list | tuple) else [value]
@@ -186,8 +191,10 @@ _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 def as_tables(config: TrainConfig) -> dict[str, Any]:
     """The whole configuration as plain tables, such as JSON and TOML can hold; :func:`as_config` reads it."""
-    plain = {group: dict(vars(value)) if dataclasses.is_dataclass(value) else dict(value)
-             for group, value in vars(config).items()}
+    plain = {
+        group: dict(vars(value)) if dataclasses.is_dataclass(value) else dict(value)
+        for group, value in vars(config).items()
+    }
     without_none = {
         group: {name: _listed(value) for name, value in fields.items() if value is not None}
         for group, fields in plain.items()
@@ -216,11 +223,11 @@ def _toml(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else f"{value}".replace("infinity", "inf")
     # JSON's numbers, truth values and text are TOML's too (text once it holds no bare delete character).
-    return json.dumps(value).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
 
 
 def _near(word: str, known: Iterable[Any]) -> str:

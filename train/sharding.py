@@ -5,7 +5,7 @@ and of what the optimizer keeps of it (gathered where it is used: Zhao et al. 20
 neurons and the vocabulary (Shoeybi et al. 2019). XLA does the rest; one device is a mesh of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,8 +34,12 @@ def mesh_of(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mes
             f"there {'is' if len(devices) == 1 else 'are'} {len(devices)}; make mesh.data, mesh.fsdp or mesh.tensor smaller"
         )
     shape = (settings.data, settings.fsdp, settings.tensor)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3,
-                         devices=list(devices)[: settings.devices])
+    return jax.make_mesh(
+        shape,
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=list(devices)[: settings.devices],
+    )
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
@@ -48,13 +52,13 @@ def of_windows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, None, BATCH, None))
 
 
-def of_weight(declaration: Declaration, mesh: Mesh) -> P:
-    """How a weight is divided: each mesh axis at most once, and only axes that it divides evenly."""
+def of_weight(declaration: Declaration, sizes: Mapping[str, int]) -> P:
+    """How a weight is divided by a mesh of these sizes: each mesh axis once at most, and only where it fits evenly."""
     taken: set[str] = set()
     names: list[str | None] = []
     for axis, size in declaration.axes:
         name = DIVIDED.get(axis)
-        fits = name is not None and name not in taken and size % mesh.shape[name] == 0
+        fits = name is not None and name not in taken and size % sizes[name] == 0
         names.append(name if fits else None)
         if fits:
             taken.add(str(name))
@@ -63,7 +67,7 @@ def of_weight(declaration: Declaration, mesh: Mesh) -> P:
 
 def of_parameters(config: ModelConfig, mesh: Mesh) -> Tree:
     """The division of every weight, in the shape of the parameters."""
-    return jax.tree.map(lambda d: of_weight(d, mesh), declare(config), is_leaf=is_declaration)
+    return jax.tree.map(lambda d: of_weight(d, mesh.shape), declare(config), is_leaf=is_declaration)
 
 
 def of_state(state: Tree, config: ModelConfig, mesh: Mesh, batched: bool) -> Tree:
@@ -75,8 +79,10 @@ def of_state(state: Tree, config: ModelConfig, mesh: Mesh, batched: bool) -> Tre
     """
     if batched:
         return jax.tree.map(lambda _: everywhere(mesh), state)
-    declared = {path_name(path): d for path, d in
-                jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=is_declaration)}
+    declared = {
+        path_name(path): d
+        for path, d in jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=is_declaration)
+    }
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
@@ -89,7 +95,7 @@ def of_state(state: Tree, config: ModelConfig, mesh: Mesh, batched: bool) -> Tre
 
 
 def _like(shape: tuple[int, ...], declaration: Declaration, mesh: Mesh) -> P:
-    spec = of_weight(declaration, mesh)
+    spec = of_weight(declaration, mesh.shape)
     if shape == declaration.shape:
         return spec
     same = 0

@@ -87,15 +87,24 @@ def text_documents(files: Sequence[Path]) -> Iterator[str]:
     """
     size = _document_size(files, 1, TEXT_CHARACTERS)
     for file in files:
-        held, length = [], 0
-        for line in _lines(file, 4 * size):
-            held.append(line)
-            length += len(line)
-            if length >= 4 * size or (length >= size and not line.strip()):
-                yield "".join(held)
-                held, length = [], 0
-        if held:
-            yield "".join(held).removesuffix("\n") + "\n"
+        last = ""
+        for document in _cut_text(file, size):
+            if last:
+                yield last
+            last = document
+        yield last.removesuffix("\n") + "\n"
+
+
+def _cut_text(file: Path, size: int) -> Iterator[str]:
+    held, length = [], 0
+    for line in _lines(file, 4 * size):
+        held.append(line)
+        length += len(line)
+        if length >= 4 * size or (length >= size and not line.strip()):
+            yield "".join(held)
+            held, length = [], 0
+    if held:
+        yield "".join(held)
 
 
 def fasta_documents(files: Sequence[Path]) -> Iterator[str]:
@@ -119,9 +128,7 @@ def fasta_documents(files: Sequence[Path]) -> Iterator[str]:
             if not skipping:
                 letters = "".join(line.split()).upper()
                 if not re.fullmatch("[A-Z*.-]*", letters):
-                    raise ValueError(
-                        f"{file}, line {number}: {line[:60].rstrip()!r} is not a sequence of letters."
-                    )
+                    raise ValueError(f"{file}, line {number}: {line[:60].rstrip()!r} is no sequence of letters.")
                 held += letters
                 while len(held) > size:
                     yield held[:size]

@@ -22,7 +22,7 @@ from minitf.files import write_atomically
 
 FORMAT = "minitf tokens 1"
 LARGEST_VOCABULARY = 2**31  # ids are int32 in memory
-CHECK_BYTES = 1 << 24
+CHECK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def token_writer(
 
 def write_tokens(
     path: str | os.PathLike[str],
-    arrays: Iterable[Integer[np.ndarray, " token"]],
+    arrays: Iterable[Integer[np.ndarray, " _"]],
     *,
     vocabulary: int,
     made_from: Mapping[str, Any] | None = None,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from minitf.train import sharding
-from minitf.train.batch import Batch
+from minitf.train.batch import NO_TARGET, Batch
 from minitf.train.objective import sums
 from minitf.train.config import ObjectiveSettings, TrainConfig
 from minitf.train.step import Measures, Program, State, in_precision, side_by_side
@@ -224,7 +224,9 @@ def evaluator(program: Program, mesh: Mesh, batched: bool) -> Callable[[Tree, Ba
         return jax.tree.map(jnp.sum, jax.lax.map(of_part, batches))
 
     def of_all(parameters: Tree, batches: Batch) -> Tree:
-        return jax.lax.map(lambda one: of_one(one, batches), parameters) if batched else of_one(parameters, batches)
+        return (
+            jax.lax.map(lambda one: of_one(one, batches), parameters) if batched else of_one(parameters, batches)
+        )
 
     one = sharding.everywhere(mesh)
     measured = jax.jit(of_all, out_shardings=one)
@@ -241,11 +243,11 @@ def in_parts(batch: Batch, size: int) -> Batch:
     """A batch of any size as ``[part, size, position]``; what fills up the last part has targets that do not count."""
     many = batch.tokens.shape[0]
     parts = -(-many // size)
-    nothing = np.nan if jnp.issubdtype(batch.targets.dtype, jnp.floating) else -1
+    nothing = np.nan if np.issubdtype(batch.targets.dtype, np.floating) else NO_TARGET
 
-    def cut(x: Array, fill: Any) -> Array:
+    def cut(x: Any, fill: Any) -> np.ndarray:
         rest = [(0, parts * size - many), *((0, 0),) * (x.ndim - 1)]
-        return jnp.pad(x, rest, constant_values=fill).reshape(parts, size, *x.shape[1:])
+        return np.pad(np.asarray(x), rest, constant_values=fill).reshape(parts, size, *x.shape[1:])
 
     return Batch(
         tokens=cut(batch.tokens, 0),

@@ -97,22 +97,26 @@ class Characters:
         return len(self.alphabet)
 
     @cached_property
-    def _codes(self) -> Integer[np.ndarray, " character"]:
-        return _code_points(self.alphabet)
+    def _token_of(self) -> Int32[np.ndarray, " code"]:
+        """The token of each code point, -1 where there is none; the last stands for all that are larger."""
+        codes = _code_points(self.alphabet)
+        table = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
+        table[codes] = np.arange(self.size)
+        return table
 
     def encode(self, text: str) -> Int32[np.ndarray, " token"]:
         """One token for each character."""
         codes = _code_points(text)
-        places = np.minimum(np.searchsorted(self._codes, codes), self.size - 1).astype(np.int32)
-        unknown = np.unique(codes[self._codes[places] != codes])
-        if unknown.size:
+        tokens = self._token_of[np.minimum(codes, len(self._token_of) - 1)]
+        if tokens.size and tokens.min() < 0:
+            unknown = np.unique(codes[tokens < 0])
             named = ", ".join(repr(chr(code)) for code in unknown[:10].tolist())
             more = f" and {unknown.size - 10} more" if unknown.size > 10 else ""
             raise ValueError(
                 f"the characters {named}{more} are not in the alphabet of {self.size} characters that was found "
                 "in the data"
             )
-        return places
+        return tokens
 
     def decode(self, ids: Iterable[Any]) -> str:
         """The characters."""

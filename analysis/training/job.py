@@ -49,7 +49,9 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
     """
     with told_to_people():
         mesh = sharding.mesh_of(config.mesh)
-    settings = {f"{group}.{name}": value for group, fields in as_tables(config).items() for name, value in fields.items()}
+    settings = {
+        f"{group}.{name}": value for group, fields in as_tables(config).items() for name, value in fields.items()
+    }
     held = {name: value for name, value in settings.items() if name.partition(".")[0] not in FREE}
     open_run_folder(out, held, overwrite=overwrite, resume=not overwrite)
     write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
@@ -107,15 +109,21 @@ class Training:
         if not done:
             self.due(0, state)
         stops = [step for step in self.stops() if step > done]
-        with noticing_signals() as asked, self.progress.stage(
-            "training", steps, first=done, per_step=self.tokens, unit="tok/s"
-        ) as report:
-            state = self.through(trainer.run(self.programs, state, done, stops, self.ready.windows, self.mesh),
-                                 state, report, asked)
+        with (
+            noticing_signals() as asked,
+            self.progress.stage("training", steps, first=done, per_step=self.tokens, unit="tok/s") as report,
+        ):
+            state = self.through(
+                trainer.run(self.programs, state, done, stops, self.ready.windows, self.mesh), state, report, asked
+            )
         self.finish(state)
 
     def through(
-        self, calls: Iterator[Taken], state: State, report: Callable[[int, float], None], asked: Callable[[], int | None]
+        self,
+        calls: Iterator[Taken],
+        state: State,
+        report: Callable[[int, float], None],
+        asked: Callable[[], int | None],
     ) -> State:
         """Every call; what one measured is read when the next is under way, so that the device never waits."""
         stops, waiting, began = set(self.stops()), None, time.monotonic()
@@ -135,8 +143,10 @@ class Training:
 
     def told(self, taken: Taken, began: float, report: Callable[[int, float], None]) -> float:
         """Read, write and show what a call measured. Raises Diverged where training must stop."""
-        measures = {name: np.asarray(value)[..., : taken.done - taken.first] for name, value in
-                    vars(taken.measures).items()}
+        measures = {
+            name: np.asarray(value)[..., : taken.done - taken.first]
+            for name, value in vars(taken.measures).items()
+        }
         now = time.monotonic()
         lines = list(lines_of(taken.first, measures, taken.done))
         rate = (taken.done - taken.first) / max(now - began, 1e-9)
@@ -166,7 +176,9 @@ class Training:
         size = self.config.training.batch
         for model in np.flatnonzero(~by_model.all(axis=1)):
             step = first + int(np.argmin(by_model[model]))
-            what = where.format("its loss or gradient is not a finite number", step, step * size, (step + 1) * size - 1)
+            what = where.format(
+                "its loss or gradient is not a finite number", step, step * size, (step + 1) * size - 1
+            )
             if model not in self.was_told:
                 self.progress.note(f"model {model}: {what}; such steps change nothing")
             self.was_told.add(int(model))
@@ -174,7 +186,11 @@ class Training:
             kept = self.checkpoints.steps()
             raise Diverged(
                 f"training stopped: {what}. "
-                + (f"The last good checkpoint is of step {kept[-1]}, in {self.checkpoints.folder}. " if kept else "")
+                + (
+                    f"The last good checkpoint is of step {kept[-1]}, in {self.checkpoints.folder}. "
+                    if kept
+                    else ""
+                )
                 + "Choose a smaller optimizer.rate or a longer optimizer.warm_up, or training.when_not_finite=skip."
             )
 
@@ -211,8 +227,14 @@ class Training:
         many = min(self.config.keep.sample_tokens, config.length - len(prompt))
         one = jax.tree.map(lambda x: x[0], weights) if self.batched else weights
         # Tokens that only fill up the vocabulary have never been seen.
-        made = generate(one, [prompt], config, steps=many, sampling=Sampling(temperature=0.8, top_k=50),
-                        key=jax.random.fold_in(jax.random.key(self.config.training.seed), step))
+        made = generate(
+            one,
+            [prompt],
+            config,
+            steps=many,
+            sampling=Sampling(temperature=0.8, top_k=50),
+            key=jax.random.fold_in(jax.random.key(self.config.training.seed), step),
+        )
         ids = np.asarray(made.tokens[0])[: len(prompt) + many]
         return [{"step": step, "text": vocabulary.decode(ids[ids < vocabulary.size])}]
 
@@ -220,7 +242,9 @@ class Training:
         """End in order, as a signal asked."""
         self.checkpoints.wait()
         if asked == signal.SIGTERM:
-            raise Terminated(f"terminated after step {step}; everything is kept, and the same command goes on from there.")
+            raise Terminated(
+                f"terminated after step {step}; everything is kept, and the same command goes on from there."
+            )
         raise KeyboardInterrupt
 
     def finish(self, state: State) -> None:

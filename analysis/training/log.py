@@ -51,7 +51,9 @@ def lines_of(first: int, measures: dict[str, np.ndarray], done: int) -> Iterator
     """Lines of the steps ``first`` to ``done``: means over ten steps each, of each model's ``[..., step]``."""
     for start in range(first, done, STEPS_IN_A_LINE):
         end = min(start + STEPS_IN_A_LINE, done)
-        means = {name: np.mean(values[..., start - first : end - first], axis=-1) for name, values in measures.items()}
+        means = {
+            name: np.mean(values[..., start - first : end - first], axis=-1) for name, values in measures.items()
+        }
         yield {"step": end, "steps": end - start, **means}
 
 

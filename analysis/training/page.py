@@ -36,8 +36,16 @@ def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
         "unit": "squared error" if ready.program.objective == "regression" else "nats a target",
     }
     samples = read(out / "samples.jsonl")
-    shown = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, SHOWN_SAMPLES).astype(int))] if samples else []
-    settings = [(f"{group}.{name}", str(value)) for group, fields in as_tables(config).items() for name, value in fields.items()]
+    shown = (
+        [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, SHOWN_SAMPLES).astype(int))]
+        if samples
+        else []
+    )
+    settings = [
+        (f"{group}.{name}", str(value))
+        for group, fields in as_tables(config).items()
+        for name, value in fields.items()
+    ]
     return page_parts.render(
         HERE / "training.html.j2",
         page_parts.drawn_by(HERE / "training.js"),
@@ -92,7 +100,9 @@ def conclusions(data: Mapping[str, Any], lines: list[dict[str, Any]]) -> list[st
     """What the numbers say, in sentences."""
     found = []
     unit = data["unit"]
-    training, validation, accuracy = (np.array(data[name]["values"]) for name in ("training", "validation", "accuracy"))
+    training, validation, accuracy = (
+        np.array(data[name]["values"]) for name in ("training", "validation", "accuracy")
+    )
     if training.size:
         found.append(f"Training loss, from {_mean(training[:, 0])} to {_mean(training[:, -1])} ({unit}).")
     if validation.size:

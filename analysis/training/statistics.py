@@ -70,8 +70,10 @@ def weight_ranks(parameters: Parameters, config: ModelConfig) -> dict[str, Float
         middle = weight.ndim - 1 if own[-1] == "width" else 2
         shape = (weight.shape[0], int(jnp.size(weight[0]) // _size(weight.shape[middle:])), -1)
         matrix = in_statistics_dtype(weight).reshape(shape)
-        gram = matrix @ jnp.swapaxes(matrix, -1, -2) if shape[1] <= matrix.shape[2] else (
-            jnp.swapaxes(matrix, -1, -2) @ matrix
+        gram = (
+            matrix @ jnp.swapaxes(matrix, -1, -2)
+            if shape[1] <= matrix.shape[2]
+            else (jnp.swapaxes(matrix, -1, -2) @ matrix)
         )
         total, square = jnp.trace(gram, axis1=-2, axis2=-1), jnp.sum(gram**2, axis=(-2, -1))
         name = path_name(path).rpartition(".")[2]

@@ -32,8 +32,11 @@ def noticing_signals() -> Iterator[Callable[[], int | None]]:
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     ours = []
     if threading.current_thread() is threading.main_thread():
-        ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler
-                or signal.getsignal(number) == handler]
+        ours = [
+            number
+            for number, handler in usual.items()
+            if signal.getsignal(number) is handler or signal.getsignal(number) == handler
+        ]
     before = {number: signal.signal(number, notice) for number in ours}
     try:
         yield lambda: asked

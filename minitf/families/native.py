@@ -39,7 +39,8 @@ def config_of(settings: dict[str, Any]) -> ModelConfig:
 def read(config: ModelConfig, folder: Path, dtype: Any) -> Parameters:
     """The weights of a folder. Raises ValueError for a missing, unknown, misshapen or non-finite one, by name."""
     declared = {
-        path_name(path): d for path, d in jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=is_declaration)
+        path_name(path): d
+        for path, d in jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=is_declaration)
     }
     found = open_folder(folder)
     odd = sorted(set(found) ^ set(declared))

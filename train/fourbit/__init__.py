@@ -1,7 +1,8 @@
 """Adam whose two moments take four bits a weight (Li, Chen and Zhu, NeurIPS 2023), as an optax transformation.
 
-``codebooks`` are the levels that a code stands for, ``packing`` puts two codes in a byte, ``quantized`` is a tensor
-as codes and scales, ``layout`` says which tensor a weight of a model is, and ``adam`` is the transformation.
+``codebooks`` are the levels that a code stands for, ``packing`` puts two codes in a byte, ``quantized`` is a
+tensor as codes and scales, ``layout`` says which tensors a weight of a model is, ``moments`` is the step of one
+weight, and ``adam`` the transformation.
 """
 
 from minitf.train.fourbit.adam import (

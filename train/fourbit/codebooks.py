@@ -7,7 +7,6 @@ Li, Chen and Zhu, NeurIPS 2023, appendix E.2, whose numbers these are; the dynam
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -54,9 +53,7 @@ class Codebook:
         magnitude = _count_below(jnp.abs(x), positive[:-1])
         return self.zero + jnp.where(x < 0, -magnitude, magnitude) + (x > positive[-1]).astype(jnp.float32)
 
-    def stochastic(
-        self, x: Float[Array, "*shape"], uniform: Float[Array, "*shape"]
-    ) -> Float[Array, "*shape"]:
+    def stochastic(self, x: Float[Array, "*shape"], uniform: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The code of a neighboring level, chosen by ``uniform`` numbers in [0, 1) so that its mean is ``x``.
 
         Below the lowest level and above the highest there is one neighbor, and the mean is that level.
@@ -81,16 +78,16 @@ def _count_below(x: Array, thresholds: np.ndarray) -> Array:
         return jnp.searchsorted(jnp.asarray(thresholds), x, side="left").astype(jnp.float32)
     count = jnp.zeros(x.shape, jnp.float32)
     for threshold in thresholds:
-        count = count + (x > threshold).astype(jnp.float32)
+        count = count + jnp.where(x > threshold, 1.0, 0.0)
     return count
 
 
 def dynamic_exponent(bits: int = 4, *, signed: bool, zero: bool = True) -> Codebook:
     """Levels that are dense near 0: E zeros, an indicator bit and F bits of a fraction within decade ``10^-E``.
 
-    A level is the middle of one of the ``2^F`` equal parts of [.1, 1], times ``10^-E``; all bits zero are 0, and the
-    code left over is 1, which has no negative. Without ``zero`` (DE-0) the smallest positive level stands for 0
-    too.
+    A level is the middle of one of the ``2^F`` equal parts of [.1, 1], times ``10^-E``; all bits zero are 0, and
+    the code left over is 1, which has no negative. Without ``zero`` (DE-0) the smallest positive level stands in
+    the place of 0 too.
 
     Raises ValueError when ``bits`` is neither 4 nor 8, or for signed levels without 0.
     """
@@ -99,7 +96,8 @@ def dynamic_exponent(bits: int = 4, *, signed: bool, zero: bool = True) -> Codeb
         raise ValueError("signed levels without 0 are not known: a first moment of 0 must stay 0; leave zero=True")
     fractions = bits - 1 - signed
     positive: list[float] = []
-    for zeros in range(fractions + 1):
+    # Unsigned, the code of the most zeros is that of the level 1; signed, that of minus 0 is.
+    for zeros in range(fractions + signed):
         edges = np.linspace(0.1, 1.0, 2 ** (fractions - zeros) + 1)
         positive += list(10.0**-zeros * (edges[1:] + edges[:-1]) / 2)
     positive.sort()

@@ -1,7 +1,8 @@
-"""Which tensors a weight of a model is: layers that are stacked, heads that are folded, slices that fit in a cache."""
+"""Which tensors a weight of a model is: layers are stacked, heads are folded; and slices that fit in a cache."""
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ LEAST_SLICE_NUMBERS = 2**13
 
 @dataclass(frozen=True)
 class Layout:
-    """A weight as ``layers`` tensors of one shape. ``stacked`` is False for a weight that is one tensor by itself."""
+    """A weight as ``layers`` tensors of one shape; ``stacked`` is False where it is one tensor by itself."""
 
     stacked: bool
     layers: int
@@ -28,14 +29,14 @@ class Layout:
 def layers_stacked(path: Path, leaf: Any) -> bool:
     """Whether a weight's first axis is that of the layers: in minitf it is, in ``layers`` that are not a tuple."""
     parts = path_name(path).split(".")
-    return any(part == "layers" and not after.isdigit() for part, after in zip(parts, parts[1:], strict=False))
+    return any(part == "layers" and not after.isdigit() for part, after in pairwise(parts))
 
 
 def heads_folded(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that rank-1 scales see of one layer's weight: heads and their widths are one axis.
 
-    ``[width, head, head_width]`` is a matrix from the stream, ``[head, head_width, width]`` (``output``) one to it, and
-    a bias ``[head, head_width]`` is a vector. Other weights are what they are.
+    ``[width, head, head_width]`` is a matrix from the stream, ``[head, head_width, width]`` (``output``) one to
+    it, and a bias ``[head, head_width]`` is a vector. Other weights are what they are.
     """
     parts = path_name(path).split(".")
     if "attention" not in parts or parts[-1] == "table":

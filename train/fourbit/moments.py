@@ -1,8 +1,9 @@
 """One step of Adam on one weight whose moments are codes: decode, take in the gradient, move, code.
 
-A weight is ``layers`` tensors of one shape. Where it is large and the device a CPU, slices of a tensor's first axis
-take the step one after another and in place: the gradient becomes the update. All that is needed from the other slices
-are the largest numbers of the columns (rank 1) or their means (factored), which a pass before collects.
+A weight is ``layers`` tensors of one shape. Where it is large and the device a CPU, slices of a tensor's first
+axis take the step one after another and in place: the gradient becomes the update. All that is needed from the
+other slices are the largest numbers of the columns (rank 1) or their means (factored), which a pass before
+collects.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from minitf.train.fourbit.quantized import (
 
 @struct.dataclass
 class Moments:
-    """Of one weight: ``mean`` of gradients and ``square``, of their squares; float32 arrays or :class:`Quantized`."""
+    """Of one weight: ``mean`` of gradients and ``square``, of their squares; float32 or :class:`Quantized`."""
 
     mean: Any
     square: Any
@@ -217,7 +218,7 @@ def _advance(
     else:
         square = _averaged(_squares(part, old, s), blocks * blocks, s.b2, finite)
         if scale == "block":
-            rows = block_scales(square, False)
+            rows = jnp.max(square, axis=-1)
             inverse = inverted(rows)[..., None]
         else:
             rows = largest_along(from_blocks(square, shape), 0)

@@ -1,8 +1,8 @@
 """Tensors in blocks, and two codes of four bits in a byte.
 
 A block is consecutive numbers of the flattened tensor. Where its last axis is a multiple of the block, a tensor
-``[..., width]`` is ``[..., block, number]``, and how its leading axes lie on devices is kept; any other is flattened,
-filled up with zeros, and ``[block, number]``.
+``[..., width]`` is ``[..., block, number]``, and how its leading axes lie on devices is kept; any other is
+flattened, filled up with zeros, and ``[block, number]``.
 """
 
 import math
@@ -41,8 +41,8 @@ def from_blocks(blocks: Float[Array, "*blocks number"], shape: tuple[int, ...]) 
 def pack(codes: Num[Array, "*blocks number"], bits: int) -> UInt8[Array, "*blocks byte"]:
     """Codes as bytes. Of four bits, a block's first half has the low ones, the second half the high ones.
 
-    Halves, not neighbors, share a byte: both are consecutive in memory. Raises ValueError for an odd block of codes
-    of four bits.
+    Halves, not neighbors, share a byte: both are consecutive in memory. Raises ValueError for an odd block of
+    codes of four bits.
     """
     if bits == 8:
         return codes.astype(jnp.uint8)

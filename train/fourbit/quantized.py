@@ -1,8 +1,8 @@
 """A tensor as codes and scales: a number is its code's level times its scale.
 
-A scale is the largest magnitude of a block, or (rank 1, for numbers that are not negative) the least, over the axes,
-of the largest number that shares the number's place on that axis: ``min_r mu_r[i_r]``. Li, Chen and Zhu, NeurIPS 2023,
-sections 3 and 4; the idea of the second is that of SM3 (Anil et al., NeurIPS 2019).
+A scale is the largest magnitude of a block, or (rank 1, for numbers that are not negative) the least, over the
+axes, of the largest number that shares the number's place on that axis: ``min_r mu_r[i_r]``. Li, Chen and Zhu,
+NeurIPS 2023, sections 3 and 4; the idea of the second is that of SM3 (Anil et al., NeurIPS 2019).
 """
 
 from functools import reduce
@@ -61,7 +61,12 @@ def quantize(
 
 
 def dequantize(
-    quantized: Quantized, shape: tuple[int, ...], codebook: Codebook, *, block: int = 128, scale: ScaleKind = "block"
+    quantized: Quantized,
+    shape: tuple[int, ...],
+    codebook: Codebook,
+    *,
+    block: int = 128,
+    scale: ScaleKind = "block",
 ) -> Float[Array, "*shape"]:
     """The tensor of this shape that :func:`quantize` was given, up to rounding; float32."""
     return from_blocks(decoded_blocks(quantized, codebook, block, scale), shape)
@@ -83,7 +88,7 @@ def block_scales(blocks: Float[Array, "*blocks number"], signed: bool) -> Float[
     return jnp.where(most >= -least, most, least) if signed else jnp.maximum(most, -least)
 
 
-def axis_maxima(x: Float[Array, "*shape"]) -> tuple[Float[Array, " place"], ...]:
+def axis_maxima(x: Float[Array, "*shape"]) -> tuple[Float[Array, " _"], ...]:
     """For each axis, the largest number at each of its places."""
     return tuple(largest_along(x, axis) for axis in range(x.ndim))
 
@@ -93,12 +98,12 @@ def largest_along(x: Float[Array, "*shape"], axis: int) -> Float[Array, " place"
     return jnp.max(x, axis=tuple(other for other in range(x.ndim) if other != axis))
 
 
-def rank1(maxima: tuple[Float[Array, " place"], ...]) -> Float[Array, "..."]:
+def rank1(maxima: tuple[Float[Array, " _"], ...]) -> Float[Array, "..."]:
     """The scale of every number from the largest ones of the axes: the least of its places'."""
     return reduce(jnp.minimum, _along_axes(maxima))
 
 
-def inverse_rank1(maxima: tuple[Float[Array, " place"], ...]) -> Float[Array, "..."]:
+def inverse_rank1(maxima: tuple[Float[Array, " _"], ...]) -> Float[Array, "..."]:
     """One over :func:`rank1`, finite. A number is 0 where any of its places' maxima is."""
     return reduce(jnp.maximum, _along_axes(tuple(inverted(largest) for largest in maxima)))
 
@@ -110,4 +115,7 @@ def inverted(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def _along_axes(vectors: tuple[Array, ...]) -> list[Array]:
     order = len(vectors)
-    return [vector.reshape(*(-1 if axis == other else 1 for other in range(order))) for axis, vector in enumerate(vectors)]
+    return [
+        vector.reshape(*(-1 if axis == other else 1 for other in range(order)))
+        for axis, vector in enumerate(vectors)
+    ]

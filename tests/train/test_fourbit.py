@@ -1,0 +1,462 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization, struct
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitf import ModelConfig
+from minitf.parameters import initialize
+from minitf.train import fourbit
+from minitf.train.fourbit import layout, quantized
+from minitf.train.fourbit.adam import adamw_4bit, scale_by_adam_4bit, state_bytes
+from minitf.train.fourbit.quantized import dequantize
+
+BLOCK = 16
+KINDS = ("rank1_linear", "block_linear", "block_de0", "factored")
+FIRST = fourbit.dynamic_exponent(signed=True)
+LEVELS = {
+    "rank1_linear": fourbit.linear(),
+    "block_linear": fourbit.linear(),
+    "block_de0": fourbit.dynamic_exponent(signed=False, zero=False),
+}
+
+
+def few_bits(second="rank1_linear", **settings):
+    """All weights quantized, in small blocks."""
+    return scale_by_adam_4bit(**({"smallest": 0, "block": BLOCK, "second": second} | settings))
+
+
+def weights():
+    """1-D, 2-D, 3-D, of odd sizes, with whole blocks along the last axis, stacked, and none."""
+    shapes = {
+        "vector": (75,),
+        "matrix": (12, 32),
+        "odd": (7, 11),
+        "order_three": (3, 5, 16),
+        "none": None,
+        "layers": {"wide": (2, 6, 16), "odd": (3, 5, 7)},
+    }
+    return jax.tree.map(lambda s: jnp.zeros(s), shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def gradients(step, like=None, seed=0):
+    """Of very unlike sizes, as rows and columns of a model's are."""
+    flat, tree = jax.tree.flatten(weights() if like is None else like)
+    rng = np.random.default_rng([seed, step])
+    drawn = []
+    for number, leaf in enumerate(flat):
+        sizes = np.random.default_rng(number)
+        drawn_leaf = rng.normal(size=leaf.shape)
+        for axis, size in enumerate(leaf.shape):
+            drawn_leaf *= np.exp(sizes.normal(size=size)).reshape(-1, *[1] * (leaf.ndim - 1 - axis))
+        drawn.append(jnp.asarray(drawn_leaf, jnp.float32))
+    return tree.unflatten(drawn)
+
+
+def trained(optimizer, steps, like=None, seed=0):
+    """The last update and state."""
+    state, update, step = optimizer.init(weights() if like is None else like), None, jax.jit(optimizer.update)
+    for number in range(steps):
+        update, state = step(gradients(number, like, seed), state)
+    return update, state
+
+
+def same(one, other):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
+# What the algorithm says, in numpy, one tensor at a time.
+
+
+def reference_codes(x, levels):
+    """By looking at all levels."""
+    return np.abs(x[..., None] - np.asarray(levels, np.float32)).argmin(axis=-1)
+
+
+def reference_blocks(x):
+    flat = np.pad(x.reshape(-1), (0, -x.size % BLOCK))
+    return flat.reshape(-1, BLOCK)
+
+
+def reference_scales(x, kind):
+    """Of every number, and those that are kept."""
+    if kind.startswith("block") or x.ndim == 1:
+        kept = np.abs(reference_blocks(x)).max(axis=1)
+        return np.repeat(kept, BLOCK)[: x.size].reshape(x.shape)
+    scale = np.full(x.shape, np.inf, np.float32)
+    for index in np.ndindex(*x.shape):
+        scale[index] = min(np.take(x, i, axis=axis).max() for axis, i in enumerate(index))
+    return scale
+
+
+class Reference:
+    def __init__(self, shape, kind):
+        self.kind, self.t = kind, 0
+        self.m, self.v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        if self.factored:
+            self.rows, self.columns = np.zeros(shape[0]), np.zeros(shape[1])
+
+    @property
+    def factored(self):
+        return self.kind == "factored" and self.m.ndim > 1
+
+    def step(self, g):
+        f, one = np.float32, lambda b: np.float32(1 - b)
+        self.t += 1
+        m = f(0.9) * self.m + one(0.9) * g
+        if self.factored:
+            self.rows = 0.999 * self.rows + 0.001 * (g.astype(float) ** 2).mean(axis=1)
+            self.columns = 0.999 * self.columns + 0.001 * (g.astype(float) ** 2).mean(axis=0)
+            v = np.outer(self.rows, self.columns) / self.rows.mean()
+        else:
+            v = f(0.999) * self.v + one(0.999) * (g * g)
+        self.m_codes, self.m = self.coded(m, FIRST.levels, "block")
+        if not self.factored:
+            levels = LEVELS.get(self.kind, LEVELS["block_linear"]).levels
+            self.v_codes, self.v = self.coded(v, levels, self.kind)
+        return m / (1 - 0.9**self.t) / (np.sqrt(v / (1 - 0.999**self.t)) + 1e-8)
+
+    @staticmethod
+    def coded(x, levels, kind):
+        scale = reference_scales(x, kind)
+        codes = reference_codes(x / np.where(scale == 0, 1, scale), levels)
+        if levels[0] == levels[1]:  # DE-0 has a level twice, of which the second is for what is above it
+            codes += (codes == 0) & (x > levels[0] * scale)
+        return codes, (np.asarray(levels, np.float32)[codes] * scale).astype(np.float32)
+
+
+def codes_of(packed, size):
+    """Of one tensor: a block's first half is in the low bits."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1).reshape(-1)[:size]
+
+
+def tensors(tree):
+    """Leaves by name, stacked ones layer by layer."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, fourbit.Moments)):
+        name = jax.tree_util.keystr(path)
+        layers = {"wide": 2, "odd": 3}[path[-1].key] if "layers" in name else None
+        for i in range(layers or 1):
+            found[f"{name}{i}"] = jax.tree.map(lambda x, i=i: np.asarray(x[i] if layers else x), leaf)  # noqa: B023
+    return found
+
+
+@pytest.mark.parametrize("second", KINDS)
+def test_after_twenty_steps_all_codes_are_those_of_a_search_among_the_levels(second):
+    # An order-three tensor is a matrix when factored, as the reference knows them.
+    fold = lambda path, shape: (15, 16) if second == "factored" and shape == (3, 5, 16) else shape
+    optimizer = few_bits(second, matrix=fold)
+    state, step = optimizer.init(weights()), jax.jit(optimizer.update)
+    references = {name: Reference(fold(None, x.shape), second) for name, x in tensors(weights()).items()}
+    for number in range(20):
+        update, state = step(gradients(number), state)
+        expected = {n: r.step(np.reshape(tensors(gradients(number))[n], r.m.shape)) for n, r in references.items()}
+    assert len(references) == 9
+    for name, moments in tensors(state.moments).items():
+        reference = references[name]
+        assert np.array_equal(codes_of(moments.mean.codes, reference.m.size), reference.m_codes.reshape(-1)), name
+        if reference.factored:
+            assert moments.square.scales[0] == pytest.approx(reference.rows, rel=1e-5)
+            assert moments.square.scales[1] == pytest.approx(reference.columns, rel=1e-5)
+        else:
+            codes = codes_of(moments.square.codes, reference.v.size)
+            assert np.array_equal(codes, reference.v_codes.reshape(-1)), name
+        # With the same codes, what is left is the rounding of some ten operations in float32.
+        assert tensors(update)[name].reshape(-1) == pytest.approx(expected[name].reshape(-1), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("second", KINDS)
+def test_slices_one_after_another_take_the_step_of_the_whole(second, monkeypatch):
+    like = {"matrix": jnp.zeros((24, 32)), "layers": {"wide": jnp.zeros((2, 12, 16)), "odd": jnp.zeros((3, 5, 7))}}
+    update, state = trained(few_bits(second), 4, like)
+    monkeypatch.setattr(layout, "SLICE_NUMBERS", 50)
+    monkeypatch.setattr(layout, "LEAST_SLICE_NUMBERS", 0)
+    assert layout.slices(layout.Layout(True, 2, (12, 16)), BLOCK) == 4
+    sliced_update, sliced = trained(few_bits(second), 4, like)
+    if second != "factored":  # whose means are added up in another order
+        assert same(sliced, state)
+    # An update is below some 1 in size, and a mean that cancels has the rounding of what cancelled.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), sliced_update, update)
+
+
+def check_bits_of_small_weights(jit):
+    like = {"a": jnp.zeros((12, 32)), "b": jnp.zeros(75)}
+    ours, theirs = scale_by_adam_4bit(b2=0.95), optax.scale_by_adam(b2=0.95)
+    state, expected_state = ours.init(like), theirs.init(like)
+    for number in range(5):
+        update, state = jit(ours.update)(gradients(number, like), state)
+        expected, expected_state = jit(theirs.update)(gradients(number, like), expected_state)
+        assert same(update, expected)
+    assert same(jax.tree.map(lambda m: m.mean, state.moments, is_leaf=is_moments), expected_state.mu)
+    assert same(jax.tree.map(lambda m: m.square, state.moments, is_leaf=is_moments), expected_state.nu)
+
+
+def test_small_weights_are_moved_as_by_optax_bit_for_bit():
+    check_bits_of_small_weights(lambda f: f)
+
+
+@pytest.mark.optimized
+def test_small_weights_are_moved_as_by_optax_bit_for_bit_when_compiled():
+    check_bits_of_small_weights(jax.jit)
+
+
+def is_moments(x):
+    return isinstance(x, fourbit.Moments)
+
+
+def test_size_is_that_of_one_layer_and_excluded_weights_are_never_quantized():
+    state = scale_by_adam_4bit(smallest=95, exclude=lambda path, leaf: leaf.shape == (12, 32)).init(weights())
+    kinds = {name: isinstance(m.mean, fourbit.Quantized) for name, m in tensors_at(state.moments).items()}
+    # A layer of "wide" has 96 numbers, one of "odd" 35.
+    assert kinds == {
+        "['vector']": False,
+        "['matrix']": False,
+        "['odd']": False,
+        "['order_three']": True,
+        "['layers']['wide']": True,
+        "['layers']['odd']": False,
+    }
+
+
+def tensors_at(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_moments)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def decoded_squares(state, second="rank1_linear"):
+    kind = "rank1" if second.startswith("rank1") else "block"
+    name, shape = "['matrix']", (12, 32)
+    return np.asarray(
+        dequantize(tensors_at(state.moments)[name].square, shape, LEVELS[second], block=BLOCK, scale=kind)
+    )
+
+
+@pytest.mark.parametrize("second", list(LEVELS))
+def test_no_second_moment_is_zero_once_there_was_a_gradient(second):
+    like = {"matrix": jnp.zeros((12, 32))}
+    optimizer = few_bits(second)
+    one = {"matrix": jnp.zeros((12, 32)).at[3, 5].set(1e-3).at[7, 20].set(10.0)}
+    step = jax.jit(optimizer.update)
+    _, state = step(one, optimizer.init(like))
+    squares = decoded_squares(state, second)
+    if second == "rank1_linear":
+        reached = np.ix_([3, 7], [5, 20])
+    else:
+        reached = (np.array([3, 7])[:, None], np.array([range(16), range(16, 32)]))
+    assert np.all(squares[reached] > 0) and np.count_nonzero(squares) == squares[reached].size
+    for number in range(3):
+        _, state = step(gradients(number, like), state)
+    assert np.all(decoded_squares(state, second) > 0)
+
+
+@pytest.mark.parametrize("second", KINDS)
+def test_without_a_gradient_nothing_moves_and_all_moments_stay_exactly_zero(second):
+    optimizer = few_bits(second)
+    zero, step = weights(), jax.jit(optimizer.update)
+    update, state = step(zero, optimizer.init(zero))
+    update, state = step(zero, state)
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(update))
+    assert all(np.all(np.asarray(m.mean.scales[0]) == 0) for m in tensors_at(state.moments).values())
+    if second in LEVELS:
+        assert np.all(decoded_squares(state, second) == 0)
+
+
+def test_layers_are_treated_one_by_one():
+    stack = {"layers": {"w": jnp.zeros((3, 6, 16))}}
+    large = {"layers": {"w": gradients(0, stack)["layers"]["w"] * jnp.array([1.0, 1e3, 1.0])[:, None, None]}}
+    optimizer = few_bits()
+    step = jax.jit(optimizer.update)
+    update, _ = step(large, optimizer.init(stack))
+    for i in range(3):
+        one = {"w": large["layers"]["w"][i]}
+        alone, _ = step(one, optimizer.init(one))
+        assert np.array_equal(alone["w"], update["layers"]["w"][i])
+
+
+def test_heads_are_folded_so_that_rows_and_columns_are_those_of_a_map():
+    config = ModelConfig(vocabulary=11, layers=2, width=32, heads=4, length=8, biases=True)
+    shapes = jax.eval_shape(lambda: few_bits().init(initialize(config, jax.random.key(0))))
+    moments = shapes.moments.layers.attention
+    of = lambda m: [x.shape for x in m.square.scales]
+    assert of(moments.query) == [(2, 32), (2, 32)] and of(moments.output) == [(2, 32), (2, 32)]
+    assert of(moments.query_bias) == [(2, 2)]
+    assert of(shapes.moments.layers.feed_forward.into) == [(2, 32), (2, 128)]
+    assert of(shapes.moments.embedding) == [(11,), (32,)]
+
+
+def test_a_gradient_that_is_not_finite_shows_in_its_update_and_leaves_all_moments_alone():
+    for second in ("rank1_linear", "factored"):
+        optimizer = few_bits(second)
+        state, step = optimizer.init(weights()), jax.jit(optimizer.update)
+        _, state = step(gradients(0), state)
+        bad = jax.tree.map(
+            lambda g: g.reshape(-1).at[1].set(jnp.nan).at[5].set(jnp.inf).reshape(g.shape), gradients(1)
+        )
+        zero = jax.tree.map(lambda g: g.reshape(-1).at[1].set(0).at[5].set(0).reshape(g.shape), gradients(1))
+        update, after = step(bad, state)
+        other, _ = step(zero, state)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after))
+        for found, expected in zip(jax.tree.leaves(update), jax.tree.leaves(other), strict=True):
+            found, expected = np.asarray(found).reshape(-1), np.asarray(expected).reshape(-1)
+            assert np.array_equal(np.flatnonzero(np.isnan(found)), [1, 5])
+            if second != "factored":
+                assert np.array_equal(np.delete(found, [1, 5]), np.delete(expected, [1, 5]))
+
+
+def test_a_step_that_is_all_not_finite_leaves_moments_as_they_are():
+    optimizer = few_bits("block_linear", smallest=100)
+    _, state = trained(optimizer, 2)
+    step = jax.jit(optimizer.update)
+    _, after = step(jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), weights()), state)
+    assert same(
+        jax.tree.map(lambda m: m.square, after.moments, is_leaf=is_moments),
+        jax.tree.map(lambda m: m.square, state.moments, is_leaf=is_moments),
+    )
+    small = after.moments["layers"]["odd"], state.moments["layers"]["odd"]
+    assert same(*small)
+
+
+def test_within_apply_if_finite_such_a_step_did_not_happen():
+    optimizer = optax.apply_if_finite(few_bits(), 3)
+    like = {"matrix": jnp.zeros((12, 32)), "odd": jnp.zeros((7, 11))}
+    _, state = trained(optimizer, 2, like)
+    bad = gradients(2, like) | {"odd": jnp.full((7, 11), jnp.nan)}
+    update, after = jax.jit(optimizer.update)(bad, state)
+    assert same(after.inner_state, state.inner_state)
+    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(update))
+
+
+def test_within_multi_steps_only_the_real_update_is_coded():
+    inner, like = few_bits(), {"matrix": jnp.zeros((12, 32))}
+    optimizer = optax.MultiSteps(inner, 3)
+    state, step = optimizer.init(like), jax.jit(optimizer.update)
+    for number in range(3):
+        update, state = step(gradients(number, like), state)
+        if number < 2:
+            assert same(state.inner_opt_state, inner.init(like)) and np.all(np.asarray(update["matrix"]) == 0)
+    mean = jax.tree.map(lambda *g: sum(g) / 3, *(gradients(number, like) for number in range(3)))
+    expected, alone = inner.update(mean, inner.init(like))
+    assert int(state.inner_opt_state.count) == 1
+    # The mean is one of three numbers in another order.
+    np.testing.assert_allclose(update["matrix"], expected["matrix"], rtol=1e-5)
+    np.testing.assert_allclose(
+        state.inner_opt_state.moments["matrix"].mean.scales[0], alone.moments["matrix"].mean.scales[0], rtol=1e-5
+    )
+
+
+def test_runs_side_by_side_with_traced_seeds_and_rates_are_those_alone():
+    like = {"matrix": jnp.zeros((12, 32)), "layers": {"odd": jnp.zeros((3, 5, 7))}}
+
+    def run(seed, rate, gradient):
+        optimizer = adamw_4bit(rate, block=BLOCK, smallest=0, stochastic=True, seed=seed)
+        return optimizer.update(gradient, optimizer.init(like), like)
+
+    seeds, rates = jnp.arange(2), jnp.array([0.1, 0.7])
+    together = [gradients(0, like, seed) for seed in range(2)]
+    updates, states = jax.jit(jax.vmap(run))(seeds, rates, jax.tree.map(lambda *x: jnp.stack(x), *together))
+    alone = jax.jit(run)
+    for i in range(2):
+        update, state = alone(seeds[i], rates[i], together[i])
+        assert same(jax.tree.map(lambda x: x[i], states), state)  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, rtol=1e-6), updates, update)  # noqa: B023
+
+
+def test_rounding_at_random_is_a_function_of_seed_step_and_weight():
+    like = {"a": jnp.zeros((12, 32)), "b": jnp.zeros((12, 32))}
+    gradient = {name: gradients(0, {"a": like["a"]})["a"] for name in like}
+
+    @jax.jit
+    def codes(seed, steps=1):
+        optimizer = few_bits(stochastic=True, seed=seed)
+        state = optimizer.init(like).replace(count=jnp.int32(steps - 1))
+        return optimizer.update(gradient, state)[1].moments
+
+    assert same(codes(0), codes(0)) and same(codes(3), codes(jax.random.key(3)))
+    differ = lambda one, other: np.mean(np.asarray(one.mean.codes) != np.asarray(other.mean.codes)) > 0.1
+    assert differ(codes(0)["a"], codes(1)["a"])
+    assert differ(codes(0)["a"], codes(0)["b"])
+    assert differ(codes(0)["a"], codes(0, steps=2)["a"])
+
+
+@struct.dataclass
+class Inner:
+    matrix: object
+    nothing: object = None
+
+
+def test_any_tree_of_weights_is_stepped_with_its_state_given_away_and_read_back():
+    like = (Inner(jnp.ones((12, 32))), [Inner(jnp.ones(75)), None])
+    optimizer = adamw_4bit(
+        0.1, block=BLOCK, smallest=80, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+    )
+    state = optimizer.init(like)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    step = jax.jit(optimizer.update, donate_argnums=1)
+    _, state = step(like, state, like)
+    read = serialization.from_bytes(optimizer.init(like), serialization.to_bytes(state))
+    assert same(read, state)
+    update, after = step(like, state, like)
+    update_read, after_read = step(like, read, like)
+    assert same(update, update_read) and same(after, after_read)
+    # Equal gradients move by the rate, and what decays by a tenth of it more; 1 - .999 ** 2 cancels to 3e-5.
+    assert np.asarray(update[0].matrix) == pytest.approx(-0.11, rel=3e-5)
+    assert np.asarray(update[1][0].matrix) == pytest.approx(-0.1, rel=3e-5)
+
+
+def test_updates_have_the_dtype_of_gradients():
+    gradient = {"matrix": jnp.ones((12, 32), jnp.bfloat16), "small": jnp.ones(3, jnp.bfloat16)}
+    optimizer = few_bits(smallest=3)
+    update, state = optimizer.update(gradient, optimizer.init(gradient))
+    assert {x.dtype for x in jax.tree.leaves(update)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32", "uint8", "int32"}
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([2, 4, 10]), st.sampled_from([4, 8]))
+def test_bytes_are_those_of_the_formula(rows, columns, block, bits):
+    blocks = -(-rows * columns // block)
+    shape = {"matrix": jax.ShapeDtypeStruct((rows, columns), jnp.float32)}
+    of = lambda second: state_bytes(shape, few_bits(second, block=block, bits=bits))
+    count, mean = 4, blocks * (block * bits // 8 + 4)
+    assert of("block_linear") == count + 2 * mean
+    assert of("rank1_linear") == count + mean + blocks * block * bits // 8 + 4 * (rows + columns)
+    assert of("factored") == count + mean + 4 * (rows + columns)
+
+
+def test_the_moments_of_gpt2_take_the_share_of_the_paper():
+    config = ModelConfig(vocabulary=50257, layers=12, width=768, heads=12, length=1024, tied=True, biases=True)
+    shapes = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
+    whole = state_bytes(shapes, optax.scale_by_adam())
+    assert state_bytes(shapes, scale_by_adam_4bit()) / whole <= 0.135
+    assert state_bytes(shapes, scale_by_adam_4bit(second="factored")) / whole <= 0.07
+
+
+def test_a_signed_scale_keeps_the_largest_number_of_a_block_exactly():
+    x = -jnp.abs(gradients(0)["matrix"])
+    for signed, largest in ((True, 1.0), (False, 0.8875)):
+        coded = quantized.quantize(x, FIRST, block=BLOCK, signed_scale=signed)
+        back = np.asarray(dequantize(coded, x.shape, FIRST, block=BLOCK)).reshape(-1, BLOCK)
+        assert back.min(axis=1) == pytest.approx(largest * np.asarray(x).reshape(-1, BLOCK).min(axis=1), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given_setting", "says"),
+    [
+        ({"bits": 5}, "bits is 5; a code takes 4 or 8"),
+        ({"block": 7}, "block is 7; it must be an even number of at least 2"),
+        ({"smallest": -1}, "smallest is -1; it must be at least 0"),
+        ({"second": "rank2"}, "second is 'rank2'; it must be one of rank1_linear, .*"),
+    ],
+)
+def test_a_setting_without_meaning_is_refused(given_setting, says):
+    with pytest.raises(ValueError, match=says):
+        scale_by_adam_4bit(**given_setting)
+
+
+def test_a_shape_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"matrix makes \(5,\) of vector, whose shape \(75,\) has another size"):
+        few_bits(matrix=lambda path, shape: (5,)).init({"vector": jnp.zeros(75)})

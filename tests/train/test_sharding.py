@@ -1,0 +1,177 @@
+"""On a mesh of devices, or on several processes, a run computes what it does on one device."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitf import ModelConfig
+from minitf.parameters import declare
+from minitf.train import sharding
+from minitf.train.config import MeshSettings
+
+ROOT = Path(__file__).parents[2]
+
+COMMON = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from pathlib import Path
+from minitf import ModelConfig
+from minitf.train import sharding, trainer
+from minitf.train.batch import next_token
+from minitf.train.checkpoints import Checkpoints
+from minitf.train.config import KeepSettings
+from minitf.train.settings import as_config
+from minitf.train.step import Program
+
+MODEL = ModelConfig(vocabulary=16, layers=2, width=16, heads=8, length=8, biases=True)
+
+def windows(first, steps):
+    return np.stack([np.random.default_rng(step).integers(0, 16, (16, 9), np.int32) for step in range(first, first + steps)])[None]
+
+def program_of(mesh, **optimizer):
+    config = as_config({"training": {"steps": 6, "batch": 16, "steps_per_call": 3, "accumulate": 2, "unroll": 1},
+                        "optimizer": {"warm_up": 0, "rate": 0.01, "average": 0.9, **optimizer}, "mesh": mesh})
+    return Program(config, MODEL, "next_token", as_batch=lambda window, key: next_token(window))
+
+def compiled(mesh, **optimizer):
+    program = program_of(mesh, **optimizer)
+    devices = sharding.mesh_of(program.config.mesh)
+    return trainer.compiled(program, devices, 1e9, 8), devices
+
+def train(programs, devices, stops=(6,), kept=None, mine=windows):
+    done, state = kept.restore(programs.state) if kept and kept.steps() else (0, programs.start())
+    losses = []
+    for taken in trainer.run(programs, state, done, stops, mine, devices):
+        losses.append(np.asarray(taken.measures.loss)[: taken.done - taken.first])
+        state = taken.state
+    return state, np.concatenate(losses)
+"""
+
+SHARDED = (
+    COMMON
+    + """
+def assert_alike(state):
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-3, atol=1e-5)
+
+whole, losses = train(*compiled({}))
+last = None
+for data, fsdp, tensor in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2), (1, 2, 4), (2, 2, 2)]:
+    programs, devices = compiled({"data": data, "fsdp": fsdp, "tensor": tensor})
+    state, found = train(programs, devices)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    assert_alike(state)
+    weight = state.parameters.layers.feed_forward.into
+    moment = state.moments[1][0].mu.layers.feed_forward.into
+    assert weight.sharding == moment.sharding
+    assert weight.addressable_shards[0].data.size * fsdp * tensor == weight.size
+    if last is not None:  # what was written on one mesh is read on another
+        step, read = last.restore(programs.state)
+        assert step == 6
+        assert all(jax.tree.leaves(jax.tree.map(lambda x, like: x.sharding == like.sharding, read, programs.state)))
+        assert_alike(read)
+    last = Checkpoints(Path(sys.argv[1]) / f"{data}{fsdp}{tensor}", KeepSettings(), 6)
+    last.save(6, state)
+    last.wait()
+print("alike")
+"""
+)
+
+# Each of two processes has two devices and makes its own half of every batch; killed and begun again, they go on.
+TWO = (
+    COMMON
+    + """
+folder, port, number, end = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
+half = lambda first, steps: windows(first, steps)[:, :, 8 * number : 8 * (number + 1)]
+with Checkpoints(folder, KeepSettings(), 6) as kept:
+    state, losses = train(*compiled({"data": 2, "fsdp": 2}), stops=(end,), kept=kept, mine=half)
+    kept.save(end, state)
+    kept.wait()
+    print("losses", losses.tolist())
+    if end < 6:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+)
+
+
+def _environment(devices):
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false",
+        "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+
+
+def test_training_on_eight_devices_is_training_on_one(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, str(tmp_path)],
+        env=_environment(8),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "alike"
+
+
+def _two_processes(folder, end):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-c", TWO, str(folder), str(port)]
+    both = [
+        subprocess.Popen(
+            [*arguments, str(number), str(end)],
+            env=_environment(2),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    return [(process.communicate(timeout=300), process.returncode) for process in both]
+
+
+def _losses(output):
+    line = next(line for line in output.splitlines() if line.startswith("losses"))
+    return [float(number) for number in line.removeprefix("losses [").rstrip("]").split(",")]
+
+
+def test_two_processes_that_are_killed_go_on_as_one_would(tmp_path):
+    alone = subprocess.run(
+        [sys.executable, "-c", COMMON + "print('losses', train(*compiled({}))[1].tolist())"],
+        env=_environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    expected = _losses(alone.stdout)
+    for end, steps in ((3, slice(0, 3)), (6, slice(3, 6))):
+        for (output, errors), code in _two_processes(tmp_path / "kept", end):
+            assert code == (0 if end == 6 else -9), errors[-3000:]
+            assert _losses(output) == pytest.approx(expected[steps], rel=1e-5)
+
+
+def test_each_weight_is_divided_where_its_declaration_says_and_it_can_be():
+    config = ModelConfig(vocabulary=15, layers=2, width=16, heads=4, length=8)
+    mesh = sharding.mesh_of(MeshSettings())
+    spec = lambda declaration: sharding.of_weight(declaration, {"data": 2, "fsdp": 2, "tensor": 4})
+    declared = declare(config)
+    assert spec(declared.layers.attention.query) == sharding.P(None, "fsdp", "tensor", None)
+    assert spec(declared.layers.attention.output) == sharding.P(None, "tensor", None, "fsdp")
+    # 15 tokens cannot be divided by 4.
+    assert spec(declared.embedding) == sharding.P(None, "fsdp")
+    assert spec(declared.final_norm.gain) == sharding.P("fsdp")
+    assert mesh.shape == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"needs 2 x 3 x 4 = 24 devices, and there is 1"):
+        sharding.mesh_of(MeshSettings(2, 3, 4))

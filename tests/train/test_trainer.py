@@ -1,0 +1,55 @@
+"""The outer loop: calls that end at every stop, data that is ready in time, measures of any size of data."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minitf.train.batch import Batch
+from minitf.train.settings import as_config
+from minitf.train.trainer import _calls, in_parts, models_of, steps_per_call
+
+
+@given(st.integers(0, 50), st.lists(st.integers(1, 100), min_size=1, max_size=6, unique=True), st.integers(1, 30))
+def test_calls_follow_each_other_and_end_at_every_stop(done, stops, most):
+    stops = sorted(stops)
+    calls = list(_calls(done, stops, most))
+    places = [done, *(to for _, to in calls)]
+    assert [first for first, _ in calls] == places[:-1]
+    assert all(0 < to - first <= most for first, to in calls)
+    assert {stop for stop in stops if stop > done} <= set(places)
+    assert places[-1] == max(done, stops[-1])
+
+
+@given(st.integers(1, 20), st.integers(1, 7))
+def test_data_in_parts_is_all_of_it_and_what_fills_up_does_not_count(many, size):
+    batch = Batch(np.arange(many * 2).reshape(many, 2), np.ones((many, 2), np.int32))
+    parts = in_parts(batch, size)
+    assert parts.tokens.shape[1:] == (size, 2)
+    np.testing.assert_array_equal(np.asarray(parts.tokens).reshape(-1, 2)[:many], batch.tokens)
+    assert int(np.sum(parts.targets != -1)) == 2 * many
+    real = in_parts(Batch(batch.tokens, np.ones((many, 2)), np.ones((many, 2, 3))), size)
+    assert int(np.sum(~np.isnan(real.targets))) == 2 * many
+
+
+def test_every_seed_trains_with_every_combination_of_swept_numbers():
+    tables = {
+        "training": {"seed": 5, "seeds": 2},
+        "sweep": {"optimizer.rate": [1.0, 2.0], "optimizer.weight_decay": [0.0, 0.5, 1.0]},
+    }
+    models = models_of(as_config(tables))
+    assert models.seeds == (5,) * 6 + (6,) * 6
+    assert models.different_seeds == (5, 6)
+    assert models.batched
+    pairs = list(zip(models.hyper["optimizer.rate"], models.hyper["optimizer.weight_decay"], strict=True))
+    assert len(set(pairs[:6])) == 6
+    assert pairs[:6] == pairs[6:]
+    alone = models_of(as_config({}))
+    assert alone.seeds == (0,)
+    assert not alone.batched
+
+
+def test_a_call_takes_about_a_second_of_work_and_no_more_steps_than_there_are():
+    config = as_config({"training": {"steps": 40}})
+    assert steps_per_call(config, 1e15) == 1
+    assert steps_per_call(config, 1.0) == 40
+    assert steps_per_call(as_config({"training": {"steps": 40, "steps_per_call": 7}}), 1.0) == 7
