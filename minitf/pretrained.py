@@ -25,6 +25,8 @@ from minitf.families.mapping import Family, read, write
 from minitf.families.weights import INDEX, ONE, open_folder, read_json, shards
 from minitf.files import write_atomically
 from minitf.parameters import Parameters
+from minitf.vocabulary import FILE as VOCABULARY
+from minitf.vocabulary import Tokenizer, load_vocabulary
 
 # By the "model_type" of a config.json.
 FAMILIES: dict[str, Family] = {
@@ -148,7 +150,8 @@ def _load_folder(folder: Path, dtype: Any) -> Pretrained:
     name = settings.get("model_type")
     if name == native.NAME:
         config = native.config_of(settings)
-        return Pretrained(native.NAME, config, native.read(config, folder, dtype), _vocabulary(folder, config))
+        tokenizer = Tokenizer(load_vocabulary(folder)) if (folder / VOCABULARY).is_file() else None
+        return Pretrained(native.NAME, config, native.read(config, folder, dtype), tokenizer)
     try:
         family = _family(name, "model_type")
         if settings.get("quantization_config"):

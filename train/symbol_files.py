@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from minitf.train.token_file import description_of, open_tokens
-from minitf.train.vocabulary import is_number
+from minitf.vocabulary import is_number
 
 SNIFFED_BYTES = 1 << 16
 UNDECODABLE_SHARE = 0.1

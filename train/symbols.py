@@ -27,7 +27,7 @@ from minitf.train.symbol_files import (
     token_documents,
 )
 from minitf.train.token_file import Tokens, open_tokens, sha256_of, token_writer
-from minitf.train.vocabulary import (
+from minitf.vocabulary import (
     FILE,
     RANKS_FILE,
     Bytes,

@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 
 from minitf.train import sharding
 from minitf.train.batch import NO_TARGET, Batch
-from minitf.train.objective import sums
 from minitf.train.config import ObjectiveSettings, TrainConfig
+from minitf.train.objective import sums
 from minitf.train.step import Measures, Program, State, in_precision, side_by_side
 
 Tree = Any

@@ -1,4 +1,4 @@
-"""Tensors coded once: how far off what comes back is, for scales of large and small blocks, and of rows and columns.
+"""Tensors coded once: how far off what comes back is, for scales of blocks, and of rows and columns.
 
 The statistics are those of Li, Chen and Zhu (NeurIPS 2023), figures 1 to 3; the tensors are made up, and differ in
 where their large numbers stand.
@@ -56,7 +56,7 @@ PATTERNS = ("plain", "rows", "columns", "rows and columns")
 
 
 def first_moment(pattern: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A normal tensor, of which one row in 64, one column in all, or nothing is 60 times as large; and what is not."""
+    """A normal tensor, of which one row in 64, a column or nothing is 60 times as large; and where it is not."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(ROWS, COLUMNS))
     large = np.zeros(x.shape, bool)
@@ -76,7 +76,7 @@ def first_error(coding: Coding, pattern: str, seed: int = 0) -> tuple[float, flo
 
 
 def second_moment(pattern: str, seed: int = 0) -> Float[np.ndarray, "row column"]:
-    """Log-normal rows times log-normal columns times log-normal numbers; some rows or columns 1000 times as large."""
+    """Log-normal rows times columns times numbers; one row or column in 64 is 1000 times as large."""
     rng = np.random.default_rng(seed)
     rows, columns = (np.exp(s * rng.normal(size=n)) for n, s in ((ROWS, ROW_SPREAD), (COLUMNS, COLUMN_SPREAD)))
     if "rows" in pattern:
@@ -87,8 +87,9 @@ def second_moment(pattern: str, seed: int = 0) -> Float[np.ndarray, "row column"
 
 
 def second_error(coding: Coding, pattern: str, seed: int = 0) -> tuple[float, float]:
-    """How far off a step would be: the root mean square of log10 of h(decoded) / h(v), h(v) = 1 / (sqrt(v) + 1e-6);
-    and the share of numbers that become 0.
+    """How far off a step would be: root mean square of log10 of h(decoded) / h(v), h(v) = 1 / (sqrt(v) + 1e-6).
+
+    And the share of numbers that become 0.
     """
     v = second_moment(pattern, seed)
     back = coding.there_and_back(v)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+from jax.sharding import Mesh
 
 from minitf.analysis.flops import flops
 from minitf.analysis.run_folder import Diverged, Problem, open_run_folder, told_to_people
@@ -24,8 +25,8 @@ from minitf.analysis.training.prepared import Prepared, prepared
 from minitf.analysis.training.statistics import statistics
 from minitf.analysis.training.stopping import Terminated, noticing_signals
 from minitf.decode import Sampling, generate
+from minitf.families import native
 from minitf.files import write_atomically
-from minitf.pretrained import Pretrained, save
 from minitf.train import sharding, trainer
 from minitf.train.checkpoints import Checkpoints, dynamics_steps
 from minitf.train.config import TrainConfig
@@ -58,6 +59,22 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
     with Progress(quiet, remaining=True) as progress, told_to_people():
         ready = prepared(config, out / "data", progress.note)
         _check_data(out, ready)
+        if not _finished(config, out):
+            _train(config, ready, mesh, out, progress)
+    report = out / "report.html"
+    write_atomically(report, page(out, config, ready).encode())
+    return report
+
+
+def _finished(config: TrainConfig, out: Path) -> bool:
+    """Whether an earlier run took the last step and left its models."""
+    many = len(trainer.models_of(config).seeds)
+    folders = [out / "model"] if many == 1 else [out / "models" / str(number) for number in range(many)]
+    return all((folder / "config.json").exists() for folder in folders)
+
+
+def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress: Progress) -> None:
+    with told_to_people():
         work = flops(ready.program.gradient, *_shapes(ready))
         models = trainer.models_of(config)
         progress.note(_what(ready, models, work))
@@ -66,9 +83,6 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
             training = Training(config, ready, programs, mesh, models, checkpoints, out, progress, work)
             with _writing(out):
                 training.run()
-    report = out / "report.html"
-    write_atomically(report, page(out, config, ready).encode())
-    return report
 
 
 class Training:
@@ -172,7 +186,7 @@ class Training:
     def not_finite(self, first: int, finite: np.ndarray) -> None:
         """Tell people, or stop: of many models only when all of them are lost."""
         by_model = finite.reshape(-1, finite.shape[-1])
-        where = f"{{}} at step {{}} (sequences {{}} to {{}} of its data)"
+        where = "{} at step {} (sequences {} to {} of its data)"
         size = self.config.training.batch
         for model in np.flatnonzero(~by_model.all(axis=1)):
             step = first + int(np.argmin(by_model[model]))
@@ -210,7 +224,7 @@ class Training:
             self.log.add([{"step": step, **_of_validation(self.evaluate(weights, self.ready.held_out))}])
         if is_due(keep.statistics_every):
             self.looks.add(step, jax.tree.map(np.asarray, self.look(weights)))
-        if is_due(keep.sample_every) and self.ready.vocabulary is not None:
+        if is_due(keep.sample_every) and self.ready.vocabulary is not None and self.ready.program.model.causal:
             self.samples.add(self.sampled(step, weights))
         dynamics = keep.dynamics and step in dynamics_steps(steps)
         if ending or dynamics or step == steps or (step and is_due(keep.checkpoint_every)):
@@ -235,7 +249,7 @@ class Training:
             sampling=Sampling(temperature=0.8, top_k=50),
             key=jax.random.fold_in(jax.random.key(self.config.training.seed), step),
         )
-        ids = np.asarray(made.tokens[0])[: len(prompt) + many]
+        ids = np.array([*prompt, *np.asarray(made.tokens[0]).tolist()])
         return [{"step": step, "text": vocabulary.decode(ids[ids < vocabulary.size])}]
 
     def end(self, step: int, asked: int) -> None:
@@ -263,7 +277,7 @@ class Training:
             if self.ready.vocabulary is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.ready.vocabulary.save(folder)
-            save(folder, Pretrained("minitf", self.ready.program.model, one))
+            native.save(folder, self.ready.program.model, one)
 
 
 class Looks:

@@ -16,8 +16,7 @@ split = {"a": P("data"), "layers": {"w": P(None, "data")}, "odd": P("data")}
 place = lambda tree: jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, split)
 gradients = [jax.tree.map(lambda x: jax.random.normal(jax.random.key(i), x.shape), weights) for i in range(3)]
 
-for settings in ({"second": "rank1_linear"}, {"second": "block_linear"}, {"second": "block_de0", "stochastic": True},
-                 {"second": "factored"}):
+for settings in ({"second": "rank1_linear"}, {"second": "block_de0", "stochastic": True}, {"second": "factored"}):
     optimizer = adamw_4bit(0.1, smallest=0, **settings)
     step = jax.jit(optimizer.update)
 
@@ -35,7 +34,7 @@ for settings in ({"second": "rank1_linear"}, {"second": "block_linear"}, {"secon
         else:
             np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
     codes = apart[1][0].moments["a"].mean.codes
-    assert codes.sharding.spec[0] == "data" and len({s.device for s in codes.addressable_shards}) == 8, codes.sharding
+    assert codes.sharding.spec[0] == "data", codes.sharding
 print("alike")
 """
 

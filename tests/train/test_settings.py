@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitf.train.config import KeepSettings, MeshSettings, ObjectiveSettings, OptimizerSettings, TrainConfig
-from minitf.train.config import TrainingSettings
+from minitf.train.config import (
+    KeepSettings,
+    MeshSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    TrainConfig,
+    TrainingSettings,
+)
 from minitf.train.settings import (
     about_preset,
     as_config,

@@ -11,7 +11,7 @@ import pytest
 from minitf.train.symbol_files import text_documents, token_documents
 from minitf.train.symbols import DataSettings, on_validation_side, prepare
 from minitf.train.token_file import write_tokens
-from minitf.train.vocabulary import Bytes, Characters, load_vocabulary
+from minitf.vocabulary import Bytes, Characters, load_vocabulary
 
 SHARED = Path(os.environ.get("MINITF_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
 REAL = [SHARED / "data" / name for name in ("wikitext2/valid.txt", "tinyshakespeare/input.txt")]

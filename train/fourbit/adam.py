@@ -124,7 +124,7 @@ def scale_by_adam_4bit(
         count = optax.safe_increment(state.count)
         key = jax.random.fold_in(_key(seed), count) if stochastic else None
         leaves, tree = jax.tree_util.tree_flatten_with_path(gradients)
-        moments = tree.flatten_up_to(state.moments)
+        moments = jax.tree.leaves(state.moments, is_leaf=lambda x: isinstance(x, Moments))
         small = {n for n, old in enumerate(moments) if isinstance(old.mean, jax.Array)}
         # All at once, as optax does, whose last bits depend on that.
         done = dict(zip(sorted(small), _in_float32(leaves, moments, small, state.count, setting), strict=True))
@@ -134,7 +134,8 @@ def scale_by_adam_4bit(
                 done[number] = step(gradient, moments[number], count, own, layout(path, gradient), setting)
         ordered = [done[number] for number in range(len(leaves))]
         updates = [moved.astype(g.dtype) for (moved, _), (_, g) in zip(ordered, leaves, strict=True)]
-        return tree.unflatten(updates), Adam4BitState(count, tree.unflatten([new for _, new in ordered]))
+        kept = jax.tree.unflatten(tree, [new for _, new in ordered])
+        return jax.tree.unflatten(tree, updates), Adam4BitState(count, kept)
 
     return optax.GradientTransformation(init, update)
 

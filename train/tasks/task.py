@@ -1,5 +1,6 @@
 """What a synthetic task is, and what several of them need."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
@@ -59,6 +60,7 @@ def check_at_least(least: int, **settings: int) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
+@functools.lru_cache(maxsize=32)
 def drawn_once(draw: Callable[[Key[Array, ""], int], Batch], name: str) -> Batch:
     """A task's held-out sequences, from a key that is the same everywhere, in one compiled program."""
     key = jax.random.fold_in(jax.random.key(HELD_OUT_KEY), zlib.crc32(name.encode()))

@@ -332,3 +332,32 @@ def _utf8(text: str) -> bytes:
         raise ValueError(
             f"the text holds a lone surrogate, U+{ord(text[error.start]):04X}, which has no bytes"
         ) from None
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary with the methods of a ``tiktoken.Encoding`` that readers of a model use."""
+
+    vocabulary: Vocabulary
+    name: str = FILE
+
+    @property
+    def n_vocab(self) -> int:
+        """How many tokens there are."""
+        return self.vocabulary.size
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text. Raises ValueError naming what has none."""
+        return self.vocabulary.encode(text).tolist()
+
+    def decode(self, ids: Iterable[Any]) -> str:
+        """Their text; of tokens that only fill up a model's vocabulary, none."""
+        return self.vocabulary.decode([one for one in ids if one < self.vocabulary.size])
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """What one token stands for."""
+        if isinstance(self.vocabulary, Bytes):
+            return bytes([token])
+        if isinstance(self.vocabulary, Pieces):
+            return self.vocabulary.encoding.decode_single_token_bytes(token)
+        return self.vocabulary.decode([token]).encode()

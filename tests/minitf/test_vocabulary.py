@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitf.tokenizer import train_encoding
-from minitf.train.vocabulary import Bins, Bytes, Characters, Ids, Names, Pieces, bins_of, load_vocabulary, numbers
+from minitf.vocabulary import Bins, Bytes, Characters, Ids, Names, Pieces, bins_of, load_vocabulary, numbers
 
 TEXT = "the scan is slow and then attention snaps to distinct tokens while common ones fade, あ\n" * 20
 anything = st.text(st.characters(exclude_categories=["Cs"]))

@@ -1,0 +1,191 @@
+"""``minitf train`` as users run it: killed at any moment it loses nothing, and what it made can be walked."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    *("model.layers=1", "model.width=16", "model.heads=2", "model.length=16", "data.encoding=bytes"),
+    *("training.batch=4", "training.steps_per_call=3", "keep.checkpoint_every=6", "keep.evaluate_every=20"),
+    *("keep.statistics_every=20", "keep.sample_every=30", "keep.sample_tokens=8", "keep.prompt='The '"),
+    *("optimizer.average=0.9", "objective.dropout=0.1"),
+]
+STEPS = 120
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    words = random.Random(0)
+    lines = (" ".join(words.choice(["the", "cat", "sat", "on", "a", "mat"]) for _ in range(8)) for _ in range(800))
+    file.write_text("\n\n".join(lines))
+    return file
+
+
+def command(out, text, *more):
+    arguments = ["train", *SMALL, *more, "--text", str(text), "--steps", str(STEPS), "--out", str(out), "--quiet"]
+    return [sys.executable, "-m", "minitf", *arguments]
+
+
+CACHE = tempfile.TemporaryDirectory()
+
+
+def environment():
+    # Every start compiles the same programs: once is enough for all of them.
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def run(out, text, *more):
+    return subprocess.run(
+        command(out, text, *more), env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+def started(out, text):
+    return subprocess.Popen(command(out, text), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def killed(process):
+    process.kill()
+    process.communicate()
+
+
+def checkpoints(out):
+    folder = out / "checkpoints"
+    return {int(path.name) for path in folder.iterdir() if path.name.isdigit()} if folder.exists() else set()
+
+
+def wait_for(condition, process, seconds=240):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def weights(out):
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+def lines(out):
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in found]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = run(out, text)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_leaves_everything_it_says(whole):
+    assert (whole / "report.html").stat().st_size > 100_000
+    assert {line["step"] for line in lines(whole) if "validation_loss" in line} == {0, *range(20, 121, 20)}
+    assert max(line["step"] for line in lines(whole)) == STEPS
+    losses = [line["loss"] for line in lines(whole) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    arrays = safetensors.numpy.load_file(whole / "statistics.safetensors")
+    assert arrays["entropy"].shape == (7, 1, 2)
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 30, 60, 90, 120]
+    assert all(sample["text"].startswith("The ") for sample in samples)
+    assert checkpoints(whole) == {114, 120}
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(whole, text, tmp_path):
+    out, chance = tmp_path / "run", random.Random(os.urandom(8))
+    kills = []
+    # During the first steps, the middle and the end; the last time while a checkpoint is being written.
+    for least in (1, 30, 70):
+        process = started(out, text)
+        wait_for(lambda: any(step >= least for step in checkpoints(out)), process)  # noqa: B023
+        time.sleep(chance.uniform(0, 0.3))
+        killed(process)
+        kills.append(sorted(checkpoints(out)))
+    process = started(out, text)
+    writing = lambda: [path for path in (out / "checkpoints").iterdir() if not path.name.isdigit()]
+    wait_for(lambda: writing() or process.poll() is not None, process)
+    killed(process)
+    done = run(out, text)
+    assert done.returncode == 0, (kills, done.stderr)
+    assert weights(out) == weights(whole), kills
+    assert lines(out) == lines(whole), kills
+    assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    one, other = (safetensors.numpy.load_file(run / "statistics.safetensors") for run in (out, whole))
+    assert all((one[name] == other[name]).all() for name in other)
+
+
+def test_sigterm_and_ctrl_c_keep_everything_and_say_how_to_go_on(whole, text, tmp_path):
+    out = tmp_path / "run"
+    for number, code, told in (
+        (signal.SIGTERM, 143, "terminated after step"),
+        (signal.SIGINT, 130, "again to go on"),
+    ):
+        before = checkpoints(out)
+        process = started(out, text)
+        wait_for(lambda: checkpoints(out) - before, process)  # noqa: B023
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+        assert told in errors.decode()
+    done = run(out, text)
+    assert done.returncode == 0, done.stderr
+    assert weights(out) == weights(whole)
+
+
+def test_a_finished_run_is_finished_and_other_settings_are_refused(whole, text):
+    before = weights(whole)
+    again = run(whole, text)
+    assert again.returncode == 0
+    assert "Report:" in again.stdout
+    other = run(whole, text, "optimizer.rate=0.5")
+    assert other.returncode == 2
+    assert "optimizer.rate was 0.001 and is 0.5" in other.stderr
+    assert weights(whole) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(whole, text, tmp_path):
+    out = tmp_path / "run"
+    process = started(out, text)
+    wait_for(lambda: len(checkpoints(out)) >= 2, process)
+    killed(process)
+    newest = out / "checkpoints" / str(max(checkpoints(out)))
+    for file in newest.rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+    damaged = run(out, text)
+    assert damaged.returncode == 2
+    assert f"{newest} cannot be read" in damaged.stderr
+    assert f"goes on from step {min(checkpoints(out))}" in damaged.stderr
+    assert newest.exists()
+
+
+def test_the_trained_model_is_loaded_and_walked(whole, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "minitf", "walk", str(whole / "model"), "the cat", "--out", str(tmp_path / "walk")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "walk" / "report.html").exists()
