@@ -98,8 +98,8 @@ class Program:
     ) -> tuple[State, Measures]:
         """Step number ``step``, from 0.
 
-        A step whose loss or gradient is not finite changes nothing but the counts, so that no later one starts
-        from what is not a number.
+        With ``when_not_finite="skip"``, a step whose loss or gradient is not finite changes nothing but the counts, so
+        that no later one starts from what is not a number. (Else the run stops there, and need not pay for it.)
         """
         batch = self.batch(key, step, window)
         noise = jax.random.fold_in(jax.random.fold_in(key, NOISE), step)
@@ -112,11 +112,13 @@ class Program:
             # At first the mean of all so far, as if the decay were smaller.
             decay = jnp.minimum(self.config.optimizer.average, step / (step + 1.0))
             average = optax.tree.update_moment(parameters, average, decay, 1)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        after = (parameters, moments, average)
-        before = (state.parameters, state.moments, state.average)
-        parameters, moments, average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-        skipped = state.skipped + ~finite
+        skipped = state.skipped
+        if self.config.training.when_not_finite == "skip":
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            after = (parameters, moments, average)
+            before = (state.parameters, state.moments, state.average)
+            parameters, moments, average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+            skipped = skipped + ~finite
         return State(step + 1, parameters, moments, average, skipped), Measures(loss, norm)
 
     def gradient(

@@ -44,7 +44,7 @@ def bench_fourbit(
     sides = {name: _stepping(o, weights, seed) for name, o in {**optimizers, "optax": theirs}.items()}
     measured = bench.interleaved(sides, rounds, say)
     size = sum(weight.size for weight in weights.values())
-    note = f"{len(shapes)} weights, {size / 1e6:.2f} million numbers, float32; one program, weights and state given away, gradients not"
+    note = f"{size / 1e6:.2f} million numbers in {len(shapes)} weights, float32; weights and state are given away"
     rows = [
         bench.cost_row(f"AdamW step: {name}", "optax.adamw", measured[name], measured["optax"], "ms", note)
         for name in optimizers

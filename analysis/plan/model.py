@@ -1,0 +1,403 @@
+"""What a training step needs on one device of a mesh, on paper: bytes, operations, communication.
+
+Formulas of a configuration and the sizes of a mesh; nothing is compiled. Symbols in them: ``rows`` are the positions
+of one part of the batch on one device, ``c`` the bytes of a number in the computation (4, or 2 in bfloat16), and a
+size divided by the mesh has a prime in the comments: F' = hidden / tensor.
+
+The state is counted leaf by leaf as :mod:`minitf.train.sharding` divides it. What a layer keeps for the way back is
+counted as Korthikanti et al. (2022, section 4) do, but for this model's own arrays. Communication is that of
+Megatron-LM (Shoeybi et al. 2019, section 3; Narayanan et al. 2021, section 3) over ``tensor``, of ZeRO's third stage
+(Rajbhandari et al. 2020, section 7) over ``fsdp``, and an all-reduce of gradients over ``data``.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from minitf import ModelConfig, initialize
+from minitf.analysis.plan.devices import Device
+from minitf.mixers import Softmax
+from minitf.mixers.softmax import _block
+from minitf.parameters import Declaration, declare, is_declaration
+from minitf.train import sharding
+from minitf.train.batch import Batch
+from minitf.train.config import MeshSettings, Objective, TrainConfig
+from minitf.train.objective import CHUNK_NUMBERS, sums
+from minitf.train.step import FEW_LAYERS, State, in_precision
+
+FLOAT32 = 4
+AXES = ("data", "fsdp", "tensor")
+# Arrays of [rows, hidden] that autodiff keeps: bytes of each number, c of them counted as such, the others as they are.
+HIDDEN_KEPT = {"none": (0, 0), "relu": (1, 1), "gelu": (4, 0), "gelu_tanh": (6, 0), "swiglu": (6, 0)}
+# Those left where XLA makes again what is cheap: what a product made, an exponential of it, what a product reads.
+HIDDEN_FUSED = {"none": (0, 0), "relu": (1, 1), "gelu": (3, 0), "gelu_tanh": (3, 0), "swiglu": (4, 0)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a plan depends on, but for devices.
+
+    Attributes:
+        config: the whole run's.
+        model: what is trained.
+        objective: what is minimized.
+        state: shapes of the training state; of many models with a leading axis.
+        models: how many train; side by side they are not divided.
+        seeds: how many different ones.
+        windows: whether data comes from outside.
+        operations: of a step of one model, as counted.
+    """
+
+    config: TrainConfig
+    model: ModelConfig
+    objective: Objective
+    state: State
+    models: int
+    seeds: int
+    windows: bool
+    operations: float
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number in the computation: c."""
+        return jnp.dtype(self.config.training.precision).itemsize
+
+    @property
+    def at_once(self) -> int:
+        """Models side by side in memory."""
+        return min(self.config.training.at_once or self.models, self.models)
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether layers are compiled one by one, and not as a loop."""
+        return (self.config.training.unroll or (self.layers if self.layers <= FEW_LAYERS else 1)) >= self.layers
+
+    @property
+    def layers(self) -> int:
+        """How many."""
+        return self.model.layers
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        parameters, moments, average: of the state: weights in float32, what the optimizer keeps, the running mean.
+        counts: the state's numbers, and those of the program's inputs.
+        windows: tokens of one call of the program; those of the next wait beside.
+        gradients: of all weights, in float32; of several parts a sum is kept beside.
+        copies: weights in the precision of the computation, where that is another.
+        gathered: weights of a layer, whole over ``fsdp``: this one's, the next one's, and this one's gradient.
+        kept: activations that all layers keep for the way back.
+        loss: logits of one chunk, their exponentials, their gradient.
+        layer: what the way back through one layer holds besides.
+        update: updates, and the new weights (and mean) beside the old until the step is known to be finite.
+        temporary: the most of it all, beside inputs, at any time of a step.
+    """
+
+    parameters: int
+    moments: int
+    average: int
+    counts: int
+    windows: int
+    gradients: int
+    copies: int
+    gathered: int
+    kept: int
+    loss: int
+    layer: int
+    update: int
+    temporary: int
+
+    @property
+    def arguments(self) -> int:
+        """What the program's inputs need."""
+        return self.parameters + self.moments + self.average + self.counts + self.windows
+
+    @property
+    def total(self) -> int:
+        """All of it, with the windows of the next call."""
+        return self.arguments + self.windows + self.temporary
+
+
+def devices_of(mesh: MeshSettings) -> AbstractMesh:
+    """The mesh, without devices."""
+    return AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES)
+
+
+def state_bytes(run: Run, mesh: MeshSettings) -> dict[str, int]:
+    """Bytes of the state's parts on each device: the sizes of the shards that the run's own rules give."""
+    abstract: Any = devices_of(mesh)
+    placed = sharding.of_state(run.state, run.model, abstract, run.models > 1)
+    shard = lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+    sizes = jax.tree.map(shard, run.state, placed)
+    return {name: sum(jax.tree.leaves(part)) for name, part in vars(sizes).items()}
+
+
+def window_bytes(run: Run, mesh: MeshSettings, steps: int) -> int:
+    """Of a call of so many steps, int32 ``[seed, step, batch, length + 1]``."""
+    if not run.windows:
+        return 0
+    rows = run.config.training.batch // (mesh.data * mesh.fsdp)
+    return run.seeds * steps * rows * (run.model.length + 1) * 4
+
+
+def is_fused(run: Run, device: Device | None) -> bool:
+    """Whether cuDNN's attention computes the association, and never stores it."""
+    m = run.model
+    usual = m.attention == "query_key" and m.position != "alibi" and m.attend_self and not _window(m)
+    fits = run.config.training.precision == "bfloat16" and m.head_size % 8 == 0 and m.head_size <= 128
+    unread = not run.config.objective.attention_dropout and _is_softmax(m)
+    return device is not None and device.kind == "gpu" and usual and fits and unread
+
+
+def _is_softmax(model: ModelConfig) -> bool:
+    return model.mixer is None or isinstance(model.mixer, Softmax)
+
+
+def _window(model: ModelConfig) -> int:
+    return model.mixer.window if isinstance(model.mixer, Softmax) else 0
+
+
+def has_formula(model: ModelConfig) -> bool:
+    """Whether :func:`kept_of_layer` is of this model: one with softmax attention of the usual kind."""
+    return _is_softmax(model) and model.attention == "query_key" and not _window(model)
+
+
+def seen_keys(model: ModelConfig, length: int) -> tuple[int, int]:
+    """Pairs of positions that are computed, and keys that are read: causal queries are taken in blocks.
+
+    A block of ``s`` queries that ends at ``e`` has ``s e`` pairs and reads ``e`` keys.
+    """
+    size = min(_block(length, model), length)
+    ends = [min(first + size, length) for first in range(0, length, size)]
+    return sum((end - first) * end for first, end in zip([0, *ends], ends, strict=False)), sum(ends)
+
+
+def kept_of_layer(
+    model: ModelConfig, sequences: int, length: int, number: int, tensor: int, fused: bool, looped: bool
+) -> int:
+    """Bytes that one layer keeps for the way back (``has_formula(model)``), on one device.
+
+    In a loop all that autodiff asks for, of every position:
+
+    * 8 D + 8 for each norm (its rows less their mean, and divided, float32; two scales), 4 D + 8 of l2
+    * D c for what each of the two sub-layers reads
+    * (H' + 2 G') h c for queries, keys and values, H' h c for the heads' mixtures
+    * n F' c of the feed-forward, n by its kind (``HIDDEN_KEPT``)
+
+    and of every head 4 + c for each pair of positions (exponentials in float32, the pattern), 9 for each query. A
+    fused attention keeps 4 bytes for each query instead. Layers one by one keep less: XLA makes again what is
+    cheap, so a norm keeps the stream, D c, and the feed-forward what ``HIDDEN_FUSED`` says.
+    """
+    m, c, rows = model, number, sequences * length
+    heads, groups = _over(m.heads, tensor), _over(m.groups, tensor)
+    hidden = _over(m.hidden_size, tensor)
+    pairs, keys = seen_keys(m, length)
+    sublayers = 1 if m.feed_forward == "none" else 2
+    norms = 0 if m.norm == "none" else sublayers
+    norm = (4 if m.norm == "l2" else 8) * m.width + 8 if looped else m.width * c + 8
+    counted, others = (HIDDEN_KEPT if looped else HIDDEN_FUSED)[m.feed_forward]
+    read = keys if looped and not fused else length
+    row = norms * norm + sublayers * m.width * c + 2 * heads * m.head_size * c + hidden * (counted * c + others)
+    if m.query_key_norm:
+        row += (heads + groups) * (8 * m.head_size + 8)
+    association = 4 * length if fused else (FLOAT32 + c) * pairs + 9 * length
+    per_sequence = 2 * groups * m.head_size * c * read + heads * association
+    return rows * row + sequences * per_sequence
+
+
+def _over(size: int, devices: int) -> int:
+    """A size divided by so many devices, where it can be."""
+    return size // devices if size % devices == 0 else size
+
+
+def kept_by_autodiff(run: Run, sequences: int, rematerialize: bool) -> int:
+    """The same of all layers, for any mixer: what the gradient's own trace keeps, without weights."""
+    model, length = run.model, run.model.length
+    parameters = jax.eval_shape(lambda: initialize(model, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((sequences, length), np.int32)
+    dtype = jnp.dtype(run.config.training.precision)
+
+    def loss(weights: Any, tokens: Any) -> Any:
+        batch = Batch(tokens, tokens)
+        # Rows one at a time: their logits are no part of what layers keep.
+        settings = dataclasses.replace(run.config.objective, chunk=1)
+        found = sums(in_precision(weights, dtype), batch, model, "next_token", settings, rematerialize=rematerialize)
+        return found.loss
+
+    kept = jax.eval_shape(lambda w, t: jax.vjp(lambda one: loss(one, t), w)[1], parameters, tokens)
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return max(size(kept) - sum(x.size for x in jax.tree.leaves(parameters)) * run.number, 0)
+
+
+def logit_bytes(run: Run, sequences: int, whole: int, tensor: int) -> int:
+    """Logits of a chunk (c), their exponentials (float32), their gradient (c), of the vocabulary's part.
+
+    Chunks are of positions of all sequences: ``whole`` is their number on all devices.
+    """
+    m, rows = run.model, run.config.objective.chunk or max(CHUNK_NUMBERS // run.model.vocabulary, 1)
+    positions = m.length if rows >= whole * m.length else min(max(rows // whole, 1), m.length)
+    if run.objective == "classification" and m.causal:
+        positions = 1
+    return sequences * positions * _over(m.vocabulary, tensor) * (2 * run.number + FLOAT32)
+
+
+def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device | None) -> Memory:
+    """What one device of the mesh holds, of calls of ``steps`` steps whose batch is taken in ``parts``.
+
+    The most at any time of a step is the largest of: everything kept, and the loss; everything kept (or, layer by
+    layer, gradients in its place), and one layer's way back; gradients, updates and new weights.
+    """
+    m, c, t = run.model, run.number, mesh.tensor
+    state, windows = state_bytes(run, mesh), window_bytes(run, mesh, steps)
+    gradients = state["parameters"] // run.models * run.at_once
+    numbers = gradients // FLOAT32
+    whole = run.config.training.batch // parts
+    sequences = max(whole // (mesh.data * mesh.fsdp), 1)
+    rows, rematerialize = sequences * m.length, run.config.training.rematerialize
+    fused = is_fused(run, device)
+    stream = rows * m.width * c
+    if has_formula(m):
+        one = lambda looped: kept_of_layer(m, sequences, m.length, c, t, fused, looped)
+        again = one(False)
+        kept = m.layers * (stream if rematerialize else one(not run.unrolled))
+    else:
+        kept = kept_by_autodiff(run, sequences, rematerialize)
+        again = kept_by_autodiff(run, sequences, False) // m.layers
+    # Start and end of the walk, and what is unembedded.
+    kept += 3 * stream + dropout_bytes(run, sequences)
+    layer = 2 * stream
+    if rematerialize:
+        layer += again
+    elif not run.unrolled:
+        # A loop keeps its arrays to the end: gradients of the feed-forward's, of scores and patterns, come on top.
+        pairs = 0 if fused else sequences * _over(m.heads, t) * seen_keys(m, m.length)[0]
+        layer += 2 * (rows * _over(m.hidden_size, t) + pairs) * c
+    loss = logit_bytes(run, sequences, whole, t)
+    copies = 0 if c == FLOAT32 else numbers * c
+    gathered = 3 * largest_gathered(m, t) * c if mesh.fsdp > 1 and run.models == 1 else 0
+    summed = gradients if parts > 1 else 0
+    many = run.at_once
+    kept, loss, layer = many * kept, many * loss, many * layer
+    back = max(kept, gradients) if run.unrolled else kept + gradients
+    update = gradients * (3 if run.config.optimizer.average else 2)
+    temporary = max(
+        copies + gathered + summed + kept + loss, copies + gathered + summed + back + layer, gradients + update
+    )
+    return Memory(
+        parameters=state["parameters"],
+        moments=state["moments"],
+        average=state["average"],
+        counts=state["step"] + state["skipped"] + 8,
+        windows=windows,
+        gradients=gradients + summed,
+        copies=copies,
+        gathered=gathered,
+        kept=kept,
+        loss=loss,
+        layer=layer,
+        update=update,
+        temporary=temporary,
+    )
+
+
+def dropout_bytes(run: Run, sequences: int) -> int:
+    """Masks of the start, of every step, and of patterns."""
+    o, m, c = run.config.objective, run.model, run.number
+    steps = 1 + m.layers * (1 if m.feed_forward == "none" else 2)
+    on_stream = steps * sequences * m.length * m.width * c if o.dropout else 0
+    return on_stream + (m.layers * sequences * m.heads * m.length**2 * c if o.attention_dropout else 0)
+
+
+def declared(model: ModelConfig) -> list[Declaration]:
+    """Every weight's declaration."""
+    return jax.tree.leaves(declare(model), is_leaf=is_declaration)
+
+
+def largest_gathered(model: ModelConfig, tensor: int) -> int:
+    """Numbers of what is gathered at a time: a layer's weights, or the embedding, divided by ``tensor`` alone."""
+    inside = outside = 0
+    for declaration in declared(model):
+        size = _divided(declaration, 1, tensor)
+        if declaration.axes[0][0] == "layer":
+            inside += size // model.layers
+        else:
+            outside = max(outside, size)
+    return max(inside, outside)
+
+
+def _divided(declaration: Declaration, fsdp: int, tensor: int) -> int:
+    """Numbers of a weight on each device."""
+    sizes = {"data": 1, "fsdp": fsdp, "tensor": tensor}
+    names = [name for name in sharding.of_weight(declaration, sizes) if name is not None]
+    return math.prod(declaration.shape) // math.prod(sizes[str(name)] for name in names)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What the devices of one axis tell each other in a step: ``bytes`` are those of the arrays on each device."""
+
+    axis: str
+    kind: str
+    what: str
+    bytes: int
+
+    def sent(self, devices: int) -> float:
+        """Bytes that each of so many devices sends, round a ring: 2 (n - 1) / n to reduce, (n - 1) / n to gather."""
+        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (devices - 1) / devices
+
+
+def communication(run: Run, mesh: MeshSettings, parts: int) -> list[Collective]:
+    """Of one step. Each part of the batch gathers weights and reduces gradients anew.
+
+    Over ``data`` and ``tensor`` nothing is told of models side by side but their gradients.
+    """
+    m, c = run.model, run.number
+    divided = gathered = undivided = 0
+    fsdp, tensor = (mesh.fsdp, mesh.tensor) if run.models == 1 else (1, 1)
+    for declaration in declared(m):
+        whole, shard = _divided(declaration, 1, tensor), _divided(declaration, fsdp, tensor)
+        divided += shard
+        gathered += whole if whole != shard else 0
+        undivided += whole if whole == shard else 0
+    found, times = [], parts * run.models * c
+    if mesh.data > 1:
+        found.append(Collective("data", "all-reduce", "gradients", times * divided))
+    if mesh.fsdp > 1:
+        found += [
+            Collective("fsdp", "all-gather", "weights, there and back", 2 * times * gathered),
+            Collective("fsdp", "reduce-scatter", "gradients", times * gathered),
+            Collective("fsdp", "all-reduce", "gradients of weights that are not divided", times * undivided),
+        ]
+    if tensor > 1:
+        stream = max(run.config.training.batch // parts // (mesh.data * mesh.fsdp), 1) * m.length * m.width * times
+        sublayers = 1 if m.feed_forward == "none" else 2
+        # Each sub-layer's step on the way there, and the gradient of what it read on the way back.
+        layers = m.layers * (2 * sublayers + run.config.training.rematerialize)
+        ends = 2 if m.vocabulary % tensor == 0 else 0
+        found += [
+            Collective("tensor", "all-reduce", "steps and their gradients", layers * stream),
+            Collective("tensor", "all-reduce", "of a divided vocabulary", ends * stream),
+        ]
+    return [one for one in found if one.bytes]
+
+
+def usual_operations(model: ModelConfig, tokens: int) -> float:
+    """Of a step without counting: 6 for each weight but those that are looked up, and 12 L T H h for each token.
+
+    Six operations a weight: two on the way there, four back (Kaplan et al. 2020); attention has as many for each
+    of its two products over T keys (half of them where it is causal and computed as such; here all).
+    """
+    looked_up = model.vocabulary * model.width if model.embedding == "learned" and not model.tied else 0
+    looked_up += model.length * model.width if model.position == "learned" else 0
+    numbers = sum(math.prod(d.shape) for d in declared(model)) - looked_up
+    attention = 12 * model.layers * model.length * model.heads * model.head_size
+    return float(tokens * (6 * numbers + attention))

@@ -1,0 +1,1 @@
+"""Training speed: our compiled step beside the same model in PyTorch, eager and compiled."""

@@ -1,0 +1,93 @@
+"""The peer's side: the same model and optimizer in PyTorch, eager or compiled, one model after another."""
+
+import importlib
+import sys
+from typing import Any
+
+from minitf.analysis.train_bench.sizes import DECAY, RATE, Size
+from minitf.analysis.walk_bench.serve import Task, one_core, serve
+
+
+def make_model(size: Size) -> Any:
+    """The model as its users write it; PyTorch is imported here alone."""
+    torch = importlib.import_module("torch")
+    nn, functional = torch.nn, torch.nn.functional
+
+    class Block(nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.LayerNorm(size.width)
+            self.attention = nn.Linear(size.width, 3 * size.width, bias=False)
+            self.output = nn.Linear(size.width, size.width, bias=False)
+            self.second = nn.LayerNorm(size.width)
+            self.into = nn.Linear(size.width, 4 * size.width, bias=False)
+            self.out = nn.Linear(4 * size.width, size.width, bias=False)
+
+        def forward(self, x: Any) -> Any:
+            batch, length, width = x.shape
+            heads = lambda y: y.view(batch, length, size.heads, width // size.heads).transpose(1, 2)
+            q, k, v = map(heads, self.attention(self.first(x)).split(width, dim=2))
+            z = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.output(z.transpose(1, 2).reshape(batch, length, width))
+            return x + self.out(functional.gelu(self.into(self.second(x)), approximate="tanh"))
+
+    class Gpt(nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Embedding(size.vocabulary, size.width)
+            self.position = nn.Embedding(size.length, size.width)
+            self.blocks = nn.ModuleList([Block() for _ in range(size.layers)])
+            self.norm = nn.LayerNorm(size.width)
+            nn.init.normal_(self.token.weight, std=0.02)
+            nn.init.normal_(self.position.weight, std=0.02)
+
+        def forward(self, tokens: Any, targets: Any) -> Any:
+            x = self.token(tokens) + self.position.weight
+            for block in self.blocks:
+                x = block(x)
+            logits = functional.linear(self.norm(x), self.token.weight)
+            return functional.cross_entropy(logits.view(-1, size.vocabulary), targets.reshape(-1))
+
+    return Gpt()
+
+
+def prepare(name: str, asked: dict[str, Any]) -> dict[str, Task]:
+    """Training of that size, eager or compiled: one turn of one model."""
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(1)
+    size = Size(**asked)
+
+    def task(compiled: bool) -> Task:
+        torch.manual_seed(0)
+        model = make_model(size)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=DECAY)
+        run = torch.compile(model) if compiled else model
+        windows = torch.randint(0, size.vocabulary, (size.steps, size.batch, size.length + 1))
+
+        def train() -> float:
+            for window in windows:
+                loss = run(window[:, :-1], window[:, 1:])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            return float(loss.detach())
+
+        return train
+
+    made: dict[bool, Task] = {}
+
+    def late(compiled: bool) -> Task:
+        def train() -> Any:
+            if compiled not in made:
+                made[compiled] = task(compiled)
+            return made[compiled]()
+
+        return train
+
+    return {"eager": late(False), "compiled": late(True)}
+
+
+if __name__ == "__main__":
+    one_core()
+    serve({"side": "torch", "version": importlib.import_module("torch").__version__}, prepare)
+    sys.exit(0)
