@@ -212,14 +212,18 @@ def run_benchmarks(
     ``pythons`` are interpreters of environments with further peers, such as another version of TransformerLens.
     Raises ValueError for an unknown name, OSError when the folder cannot be written.
     """
-    from minitf.analysis.mixer_bench import bench_mixers  # noqa: PLC0415 (they use this file)
+    from minitf.analysis.fourbit.bench import bench_fourbit  # noqa: PLC0415 (they use this file)
+    from minitf.analysis.mixer_bench import bench_mixers  # noqa: PLC0415
     from minitf.analysis.scan_snap.bench import bench_scan_snap  # noqa: PLC0415
+    from minitf.analysis.train_bench.job import bench_train  # noqa: PLC0415
     from minitf.analysis.walk_bench.job import bench_walk  # noqa: PLC0415
 
     known: dict[str, Callable[..., list[Row]]] = {
         "scan-snap": bench_scan_snap,
         "walk": partial(bench_walk, pythons=pythons),
         "mixers": bench_mixers,
+        "train": bench_train,
+        "fourbit": bench_fourbit,
     }
     for name in names:
         if name not in known:

@@ -108,11 +108,11 @@ class Bench:
     """
 
     names: Annotated[
-        tuple[Literal["scan-snap", "walk", "mixers"], ...],
+        tuple[Literal["scan-snap", "walk", "mixers", "train", "fourbit"], ...],
         tyro.conf.Positional,
         arg(metavar="[NAME ...]", help_behavior_hint=""),
     ] = ()
-    """What to measure: scan-snap, walk, mixers. Everything by default."""
+    """What to measure: scan-snap, walk, mixers, train, fourbit. Everything by default."""
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/bench")
     """Folder for bench.json."""
     pythons: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
@@ -348,6 +348,9 @@ class Train:
     """Replace the run that DIR already holds, instead of going on with it."""
     show: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print all settings as TOML, and train nothing."""
+    distributed: Annotated[bool, arg(help_behavior_hint="")] = False
+    """This is one of several processes of one run, each with its own devices; DIR is on a file system of all. On TPU
+    pods, Slurm and Open MPI they find each other; else set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID."""
     quiet: Annotated[bool, arg(help_behavior_hint="")] = False
     """Show no progress."""
 
@@ -364,10 +367,14 @@ class Train:
         if self.show:
             print(settings.as_toml(settings.as_tables(config)), end="")
             return 0
-        from minitf.analysis.training import job
+        from minitf.analysis.training import distributed, job
 
+        if self.distributed:
+            with told_to_people():
+                distributed.join()
         report = job.run(config, self.out, overwrite=self.overwrite, quiet=self.quiet)
-        print(f"Report: {report.resolve()}")
+        if distributed.is_first():
+            print(f"Report: {report.resolve()}")
         return 0
 
     def _tables(self) -> dict[str, Any]:
@@ -394,6 +401,38 @@ class Train:
         return f"What was done is in {self.out}; run the same command{without} again to go on from there."
 
 
+@dataclasses.dataclass(frozen=True)
+class FourBit:
+    """See what optimizer states of four bits keep and lose (Li, Chen and Zhu 2023), beside what was published.
+
+    Zero points, frozen states, the bias of the sign, memory, and small models trained with each. Writes claims.json.
+    """
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/fourbit")
+    """Folder for claims.json."""
+    no_training: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Leave out the models, which take a minute or two."""
+    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace the run that DIR already holds."""
+
+    def run(self) -> int:
+        """Run it; returns the exit code."""
+        from minitf.analysis.claims import unmet
+        from minitf.analysis.fourbit import job
+
+        claims = job.run(self.out, training=not self.no_training, overwrite=self.overwrite)
+        for claim in claims:
+            print(f"{'holds' if claim.holds else 'does not hold'}: {claim.statement}")
+        expected = [claim for claim in claims if claim.expected]
+        print(f"{len(expected) - len(unmet(claims))} of the {len(expected)} claims that should hold do hold.")
+        print(f"Claims: {(self.out / 'claims.json').resolve()}")
+        return 0
+
+    def after_interrupt(self) -> str:
+        """What to do after Ctrl-C, for people."""
+        return "Nothing was kept; run the command again."
+
+
 def _to_go_on(out: Path, overwrite: bool) -> str:
     if not (out / "config.json").exists():
         return "Nothing was begun yet."
@@ -407,13 +446,14 @@ Command = (
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Mixers, tyro.conf.subcommand("mixers")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[FourBit, tyro.conf.subcommand("fourbit")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: exits with 0, or 1 (diverged; unmet under --strict), 2 (bad input), 130 (interrupted)."""
-    command: ScanSnap | WalkText | Ablate | Mixers | Train | Bench = tyro.cli(
+    command: ScanSnap | WalkText | Ablate | Mixers | Train | FourBit | Bench = tyro.cli(
         Command,
         prog="minitf",
         args=arguments,
@@ -430,7 +470,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(command: ScanSnap | WalkText | Ablate | Mixers | Train | Bench) -> int:
+def _run(command: ScanSnap | WalkText | Ablate | Mixers | Train | FourBit | Bench) -> int:
     """The exit code. Only what a person can put right is told without a stack trace; the rest are bugs."""
     try:
         from minitf.analysis.run_folder import Problem

@@ -58,14 +58,56 @@ class Device:
         return min(self.near, max(self.node // apart, 1) * self.far)
 
 
+@dataclass(frozen=True)
+class Collective:
+    """What the devices of one axis tell each other in a step.
+
+    ``bytes`` are those of the whole arrays that each device gives or gets, in ``calls`` calls.
+    """
+
+    axis: str
+    kind: str
+    what: str
+    bytes: int
+    calls: int
+
+    def sent(self, devices: int) -> float:
+        """Bytes that each of n devices sends round a ring: 2 (n - 1) / n of an all-reduce, (n - 1) / n of others."""
+        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (devices - 1) / devices
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step.
+
+    Attributes:
+        compute: operations at the assumed share of the device's peak.
+        update: reading and writing the state once.
+        tensor: told within layers, which wait for it.
+        fsdp, data: weights and gradients, told while layers compute.
+    """
+
+    compute: float
+    update: float
+    tensor: float
+    fsdp: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        """Weights and gradients hide behind the arithmetic as far as it takes; nothing else does."""
+        return max(self.compute, self.fsdp + self.data) + self.tensor + self.update
+
+
 def _tpu(name: str, memory: float, memory_rate: float, near: float, node: int, far: float) -> Device:
     return Device(name, "tpu", memory, memory_rate, near, node, far, usable=OF_TPU, float32=1.0)
 
 
-# Sources: NVIDIA's data sheets of the SXM modules, where there are any (NVLink's figures there are both ways together:
-# here half) and of DGX systems (a network port for each GPU: 400 Gb/s with H100 and H200, 200 with A100; four of
-# 100 for eight V100); Google Cloud's pages on TPU versions (ICI is stated for all ports of a chip together, both
-# ways: a ring takes two of the four or six) and "How to scale your model" (Austin et al. 2025) for networks of pods.
+# Sources: NVIDIA's data sheets of the SXM modules, where there are any (NVLink's figures there are both ways
+# together: here half) and of DGX systems (a network port for each GPU: 400 Gb/s with H100 and H200, 200 with A100;
+# four of 100 for eight V100); Google Cloud's pages on TPU versions (ICI is stated for all ports of a chip together,
+# both ways: a ring takes two of the four or six); "How to scale your model" (Austin et al. 2025) for the network
+# between pods, v4's taken as v5p's.
 DEVICES = (
     Device("H200", "gpu", 141e9, 4.8e12, 450e9, 8, 50e9),
     Device("H100", "gpu", 80e9, 3.35e12, 450e9, 8, 50e9),

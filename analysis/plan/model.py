@@ -1,16 +1,17 @@
 """What a training step needs on one device of a mesh, on paper: bytes, operations, communication.
 
-Formulas of a configuration and the sizes of a mesh; nothing is compiled. Symbols in them: ``rows`` are the positions
-of one part of the batch on one device, ``c`` the bytes of a number in the computation (4, or 2 in bfloat16), and a
-size divided by the mesh has a prime in the comments: F' = hidden / tensor.
+Formulas of a configuration and the sizes of a mesh; nothing is compiled. In them ``c`` are the bytes of a number in
+the computation (4, or 2 in bfloat16), D, H, G, h, F, T the width, heads, groups of keys, width of a head, hidden
+neurons and length, and a prime says that ``tensor`` divides: F' = F / tensor.
 
-The state is counted leaf by leaf as :mod:`minitf.train.sharding` divides it. What a layer keeps for the way back is
-counted as Korthikanti et al. (2022, section 4) do, but for this model's own arrays. Communication is that of
-Megatron-LM (Shoeybi et al. 2019, section 3; Narayanan et al. 2021, section 3) over ``tensor``, of ZeRO's third stage
-(Rajbhandari et al. 2020, section 7) over ``fsdp``, and an all-reduce of gradients over ``data``.
+The state is counted leaf by leaf as :mod:`minitf.train.sharding` divides it, and what layers keep for the way back
+array by array, as Korthikanti et al. (2022, section 4) do for another model. Communication is that of Megatron-LM
+over ``tensor`` (Shoeybi et al. 2019, section 3; Narayanan et al. 2021, section 3), of ZeRO's third stage over
+``fsdp`` (Rajbhandari et al. 2020, section 7), and an all-reduce of gradients over ``data``.
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from minitf import ModelConfig, initialize
-from minitf.analysis.plan.devices import Device
+from minitf.analysis.plan.devices import Collective, Device
 from minitf.mixers import Softmax
 from minitf.mixers.softmax import _block
 from minitf.parameters import Declaration, declare, is_declaration
@@ -33,13 +34,13 @@ from minitf.train.step import FEW_LAYERS, State, in_precision
 
 FLOAT32 = 4
 AXES = ("data", "fsdp", "tensor")
-# Arrays of [rows, hidden] that autodiff keeps: bytes of each number, c of them counted as such, the others as they are.
+# Arrays of [rows, hidden] that autodiff keeps: how many of c bytes a number, and bytes of the others.
 HIDDEN_KEPT = {"none": (0, 0), "relu": (1, 1), "gelu": (4, 0), "gelu_tanh": (6, 0), "swiglu": (6, 0)}
 # Those left where XLA makes again what is cheap: what a product made, an exponential of it, what a product reads.
 HIDDEN_FUSED = {"none": (0, 0), "relu": (1, 1), "gelu": (3, 0), "gelu_tanh": (3, 0), "swiglu": (4, 0)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """All that a plan depends on, but for devices.
 
@@ -127,14 +128,15 @@ class Memory:
         return self.arguments + self.windows + self.temporary
 
 
-def devices_of(mesh: MeshSettings) -> AbstractMesh:
-    """The mesh, without devices."""
-    return AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES)
-
-
 def state_bytes(run: Run, mesh: MeshSettings) -> dict[str, int]:
     """Bytes of the state's parts on each device: the sizes of the shards that the run's own rules give."""
-    abstract: Any = devices_of(mesh)
+    return _state_bytes(run, mesh.fsdp, mesh.tensor)
+
+
+@functools.lru_cache(maxsize=1024)
+def _state_bytes(run: Run, fsdp: int, tensor: int) -> dict[str, int]:
+    # Over data it is whole.
+    abstract: Any = AbstractMesh((1, fsdp, tensor), AXES)
     placed = sharding.of_state(run.state, run.model, abstract, run.models > 1)
     shard = lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
     sizes = jax.tree.map(shard, run.state, placed)
@@ -219,18 +221,21 @@ def _over(size: int, devices: int) -> int:
     return size // devices if size % devices == 0 else size
 
 
-def kept_by_autodiff(run: Run, sequences: int, rematerialize: bool) -> int:
-    """The same of all layers, for any mixer: what the gradient's own trace keeps, without weights."""
+@functools.lru_cache(maxsize=64)
+def kept_by_autodiff(run: Run, rematerialize: bool) -> int:
+    """Of all layers and one sequence, for any mixer: what the gradient's own trace keeps, without weights."""
     model, length = run.model, run.model.length
     parameters = jax.eval_shape(lambda: initialize(model, jax.random.key(0)))
-    tokens = jax.ShapeDtypeStruct((sequences, length), np.int32)
+    tokens = jax.ShapeDtypeStruct((1, length), np.int32)
     dtype = jnp.dtype(run.config.training.precision)
 
     def loss(weights: Any, tokens: Any) -> Any:
         batch = Batch(tokens, tokens)
         # Rows one at a time: their logits are no part of what layers keep.
         settings = dataclasses.replace(run.config.objective, chunk=1)
-        found = sums(in_precision(weights, dtype), batch, model, "next_token", settings, rematerialize=rematerialize)
+        found = sums(
+            in_precision(weights, dtype), batch, model, "next_token", settings, rematerialize=rematerialize
+        )
         return found.loss
 
     kept = jax.eval_shape(lambda w, t: jax.vjp(lambda one: loss(one, t), w)[1], parameters, tokens)
@@ -270,8 +275,8 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         again = one(False)
         kept = m.layers * (stream if rematerialize else one(not run.unrolled))
     else:
-        kept = kept_by_autodiff(run, sequences, rematerialize)
-        again = kept_by_autodiff(run, sequences, False) // m.layers
+        kept = sequences * kept_by_autodiff(run, rematerialize)
+        again = sequences * kept_by_autodiff(run, False) // m.layers
     # Start and end of the walk, and what is unembedded.
     kept += 3 * stream + dropout_bytes(run, sequences)
     layer = 2 * stream
@@ -280,7 +285,8 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     elif not run.unrolled:
         # A loop keeps its arrays to the end: gradients of the feed-forward's, of scores and patterns, come on top.
         pairs = 0 if fused else sequences * _over(m.heads, t) * seen_keys(m, m.length)[0]
-        layer += 2 * (rows * _over(m.hidden_size, t) + pairs) * c
+        hidden = 0 if m.feed_forward == "none" else _over(m.hidden_size, t)
+        layer += 2 * (rows * hidden + pairs) * c
     loss = logit_bytes(run, sequences, whole, t)
     copies = 0 if c == FLOAT32 else numbers * c
     gathered = 3 * largest_gathered(m, t) * c if mesh.fsdp > 1 and run.models == 1 else 0
@@ -317,15 +323,14 @@ def dropout_bytes(run: Run, sequences: int) -> int:
     return on_stream + (m.layers * sequences * m.heads * m.length**2 * c if o.attention_dropout else 0)
 
 
-def declared(model: ModelConfig) -> list[Declaration]:
-    """Every weight's declaration."""
+def _declared(model: ModelConfig) -> list[Declaration]:
     return jax.tree.leaves(declare(model), is_leaf=is_declaration)
 
 
 def largest_gathered(model: ModelConfig, tensor: int) -> int:
     """Numbers of what is gathered at a time: a layer's weights, or the embedding, divided by ``tensor`` alone."""
     inside = outside = 0
-    for declaration in declared(model):
+    for declaration in _declared(model):
         size = _divided(declaration, 1, tensor)
         if declaration.axes[0][0] == "layer":
             inside += size // model.layers
@@ -341,20 +346,6 @@ def _divided(declaration: Declaration, fsdp: int, tensor: int) -> int:
     return math.prod(declaration.shape) // math.prod(sizes[str(name)] for name in names)
 
 
-@dataclass(frozen=True)
-class Collective:
-    """What the devices of one axis tell each other in a step: ``bytes`` are those of the arrays on each device."""
-
-    axis: str
-    kind: str
-    what: str
-    bytes: int
-
-    def sent(self, devices: int) -> float:
-        """Bytes that each of so many devices sends, round a ring: 2 (n - 1) / n to reduce, (n - 1) / n to gather."""
-        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (devices - 1) / devices
-
-
 def communication(run: Run, mesh: MeshSettings, parts: int) -> list[Collective]:
     """Of one step. Each part of the batch gathers weights and reduces gradients anew.
 
@@ -363,29 +354,32 @@ def communication(run: Run, mesh: MeshSettings, parts: int) -> list[Collective]:
     m, c = run.model, run.number
     divided = gathered = undivided = 0
     fsdp, tensor = (mesh.fsdp, mesh.tensor) if run.models == 1 else (1, 1)
-    for declaration in declared(m):
+    for declaration in _declared(m):
         whole, shard = _divided(declaration, 1, tensor), _divided(declaration, fsdp, tensor)
         divided += shard
         gathered += whole if whole != shard else 0
         undivided += whole if whole == shard else 0
     found, times = [], parts * run.models * c
     if mesh.data > 1:
-        found.append(Collective("data", "all-reduce", "gradients", times * divided))
+        found.append(Collective("data", "all-reduce", "gradients", times * divided, parts))
     if mesh.fsdp > 1:
+        layers = parts * (m.layers + 1)
+        undivided_ones = "gradients of weights that are not divided"
         found += [
-            Collective("fsdp", "all-gather", "weights, there and back", 2 * times * gathered),
-            Collective("fsdp", "reduce-scatter", "gradients", times * gathered),
-            Collective("fsdp", "all-reduce", "gradients of weights that are not divided", times * undivided),
+            Collective("fsdp", "all-gather", "weights, there and back", 2 * times * gathered, 2 * layers),
+            Collective("fsdp", "reduce-scatter", "gradients", times * gathered, layers),
+            Collective("fsdp", "all-reduce", undivided_ones, times * undivided, parts),
         ]
     if tensor > 1:
-        stream = max(run.config.training.batch // parts // (mesh.data * mesh.fsdp), 1) * m.length * m.width * times
+        stream = max(run.config.training.batch // parts // (mesh.data * mesh.fsdp), 1) * m.length * m.width * c
         sublayers = 1 if m.feed_forward == "none" else 2
-        # Each sub-layer's step on the way there, and the gradient of what it read on the way back.
-        layers = m.layers * (2 * sublayers + run.config.training.rematerialize)
-        ends = 2 if m.vocabulary % tensor == 0 else 0
+        # Each sub-layer's step on the way there, and the gradient of what it read on the way back; the step of the
+        # first once more where the layer is made again.
+        steps = parts * m.layers * (2 * sublayers + run.config.training.rematerialize)
+        ends = parts * (2 if m.vocabulary % tensor == 0 else 0)
         found += [
-            Collective("tensor", "all-reduce", "steps and their gradients", layers * stream),
-            Collective("tensor", "all-reduce", "of a divided vocabulary", ends * stream),
+            Collective("tensor", "all-reduce", "steps and their gradients", steps * stream, steps),
+            Collective("tensor", "all-reduce", "of a divided vocabulary", ends * stream, ends),
         ]
     return [one for one in found if one.bytes]
 
@@ -398,6 +392,6 @@ def usual_operations(model: ModelConfig, tokens: int) -> float:
     """
     looked_up = model.vocabulary * model.width if model.embedding == "learned" and not model.tied else 0
     looked_up += model.length * model.width if model.position == "learned" else 0
-    numbers = sum(math.prod(d.shape) for d in declared(model)) - looked_up
+    numbers = sum(math.prod(d.shape) for d in _declared(model)) - looked_up
     attention = 12 * model.layers * model.length * model.heads * model.head_size
     return float(tokens * (6 * numbers + attention))

@@ -29,8 +29,9 @@ def prepare(name: str, size: dict[str, Any]) -> dict[str, Task]:
     mesh = sharding.mesh_of(config.mesh)
     programs = trainer.compiled(program, mesh, 1.0, s.length)
     shape = (s.seeds, s.steps, s.batch, s.length + 1)
-    tokens = jax.device_put(np.random.default_rng(0).integers(0, s.vocabulary, shape, np.int32),
-                            sharding.of_windows(mesh))
+    tokens = jax.device_put(
+        np.random.default_rng(0).integers(0, s.vocabulary, shape, np.int32), sharding.of_windows(mesh)
+    )
     kept = {"state": programs.start(), "done": 0}
 
     def train() -> float:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from minitf.analysis.flops import flops
 from minitf.analysis.run_folder import Diverged, Problem, open_run_folder, told_to_people
 from minitf.analysis.training.devices import peak
+from minitf.analysis.training.distributed import first_alone, is_first
 from minitf.analysis.training.log import Log, lines_of, read
 from minitf.analysis.training.page import page
 from minitf.analysis.training.prepared import Prepared, prepared
@@ -54,15 +55,18 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
         f"{group}.{name}": value for group, fields in as_tables(config).items() for name, value in fields.items()
     }
     held = {name: value for name, value in settings.items() if name.partition(".")[0] not in FREE}
-    open_run_folder(out, held, overwrite=overwrite, resume=not overwrite)
-    write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
-    with Progress(quiet, remaining=True) as progress, told_to_people():
-        ready = prepared(config, out / "data", progress.note)
-        _check_data(out, ready)
+    with Progress(quiet or not is_first(), remaining=True) as progress, told_to_people():
+        with first_alone("data"):
+            if is_first():
+                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite)
+                write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
+            ready = prepared(config, out / "data", progress.note)
+            _check_data(out, ready)
         if not _finished(config, out):
             _train(config, ready, mesh, out, progress)
     report = out / "report.html"
-    write_atomically(report, page(out, config, ready).encode())
+    if is_first():
+        write_atomically(report, page(out, config, ready).encode())
     return report
 
 
@@ -117,8 +121,8 @@ class Training:
             self.progress.note(f"going on from step {done}")
         else:
             done, state = 0, self.programs.start()
-        self.log = Log(self.out / "metrics.jsonl", done)
-        self.samples = Log(self.out / "samples.jsonl", done)
+        self.log = Log(self.out / "metrics.jsonl", done, is_first())
+        self.samples = Log(self.out / "samples.jsonl", done, is_first())
         self.looks = Looks(self.out / "statistics.safetensors", done)
         if not done:
             self.due(0, state)
@@ -228,7 +232,8 @@ class Training:
             self.samples.add(self.sampled(step, weights))
         dynamics = keep.dynamics and step in dynamics_steps(steps)
         if ending or dynamics or step == steps or (step and is_due(keep.checkpoint_every)):
-            self.looks.write()
+            if is_first():
+                self.looks.write()
             self.checkpoints.save(step, state)
 
     def sampled(self, step: int, weights: Tree) -> list[dict[str, Any]]:
@@ -264,9 +269,11 @@ class Training:
     def finish(self, state: State) -> None:
         """The trained models, as files that :func:`minitf.pretrained.load` and ``minitf walk`` read."""
         self.checkpoints.wait()
-        if jax.process_index():
-            return
         weights = state.parameters if state.average is None else state.average
+        # Of several processes each has its part.
+        weights = jax.jit(lambda x: x, out_shardings=sharding.everywhere(self.mesh))(weights)
+        if not is_first():
+            return
         folders: Sequence[Path] = [self.out / "model"]
         if self.batched:
             folders = [self.out / "models" / str(number) for number in range(len(self.models.seeds))]

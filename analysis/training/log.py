@@ -17,9 +17,11 @@ STEPS_IN_A_LINE = 10
 class Log:
     """A file of lines, each a JSON object with a ``step``; numbers that are not finite are null."""
 
-    def __init__(self, file: Path, step: int) -> None:
-        """Go on from ``step``: later lines are dropped. Raises OSError."""
-        self.file = file
+    def __init__(self, file: Path, step: int, writes: bool = True) -> None:
+        """Go on from ``step``: later lines are dropped. Without ``writes`` it does nothing. Raises OSError."""
+        self.file, self.writes = file, writes
+        if not writes:
+            return
         kept = [line for line in read(file) if line["step"] <= step]
         file.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(_line(line) for line in kept)
@@ -28,6 +30,8 @@ class Log:
 
     def add(self, lines: Iterable[dict[str, Any]]) -> None:
         """Append, and hand it to the operating system, which keeps it when the run is killed. Raises OSError."""
+        if not self.writes:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, lines)))
 
