@@ -318,8 +318,8 @@ class Mixers:
 class Train:
     """Train a model: a preset, a TOML file, or settings of your own; on a task, or on any text.
 
-    Everything is kept in DIR: checkpoints, metrics, samples, the trained model, a report. Ctrl-C, a crash, a pulled
-    plug lose nothing: the same command again goes on from the newest checkpoint, to the same weights.
+    Everything is kept in DIR: checkpoints, metrics, samples, the trained model, a report. Ctrl-C, a crash, a
+    pulled plug lose nothing: the same command again goes on from the newest checkpoint, to the same weights.
     """
 
     settings: Annotated[
@@ -333,7 +333,7 @@ class Train:
     config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A TOML file with settings, over those of the preset."""
     text: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
-    """Text to train on: files or folders. Without it (and without a task): the documentation that comes with Python."""
+    """Text to train on: files or folders. Without it, and without a task: the documentation inside Python."""
     steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
     """Training steps."""
     seed: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 0)")] = None
@@ -349,8 +349,9 @@ class Train:
     show: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print all settings as TOML, and train nothing."""
     distributed: Annotated[bool, arg(help_behavior_hint="")] = False
-    """This is one of several processes of one run, each with its own devices; DIR is on a file system of all. On TPU
-    pods, Slurm and Open MPI they find each other; else set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID."""
+    """This is one of several processes of one run, each with its own devices; DIR is on a file system of all. On
+    TPU pods, Slurm and Open MPI they find each other; else set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+    JAX_PROCESS_ID."""
     quiet: Annotated[bool, arg(help_behavior_hint="")] = False
     """Show no progress."""
 
@@ -405,7 +406,8 @@ class Train:
 class FourBit:
     """See what optimizer states of four bits keep and lose (Li, Chen and Zhu 2023), beside what was published.
 
-    Zero points, frozen states, the bias of the sign, memory, and small models trained with each. Writes claims.json.
+    Zero points, frozen states, the bias of the sign, memory, and small models trained with each. Writes
+    claims.json.
     """
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/fourbit")

@@ -44,8 +44,8 @@ def walk(
             is not read is not stored in any case.
         unroll: layers per iteration of the scan; ``True`` unrolls all of them, so that XLA can also drop the
             layers after the last one that is used.
-        rematerialize: under ``grad``, keep only where each layer starts and compute the rest again on the way back:
-            less memory, about a third more time.
+        rematerialize: under ``grad``, keep only where each layer starts and compute the rest again on the way
+            back: less memory, about a third more time.
 
     Raises:
         ValueError: the sequence is longer than ``config.length``, an id is outside the vocabulary (where they can
@@ -145,8 +145,9 @@ def run_layers(
         passed, state = one_layer(stream, inputs[0], config, inputs[1], places, inputs[2])
         return passed.resid_post, (passed, state)
 
-    # In a loop the two passes share nothing anyway; unrolled, a barrier keeps XLA from sharing what was to be made anew.
-    body = jax.checkpoint(layer, prevent_cse=unroll != 1) if rematerialize else layer  # type: ignore[attr-defined]
+    # In a loop the two passes share nothing anyway; unrolled, a barrier keeps XLA from sharing what was to be made
+    # anew.
+    body = jax.checkpoint(layer, prevent_cse=unroll != 1) if rematerialize else layer
     end, (walked, states) = jax.lax.scan(body, start, (weights, edit, states), length=config.layers, unroll=unroll)
     return end, walked, states
 
@@ -167,7 +168,7 @@ def _run_split(
         if states is not None:
             before = states[number] if hybrid else jax.tree.map(lambda x: x[number], states)  # noqa: B023
         one = partial(one_layer, config=config.layer(number))
-        run = jax.checkpoint(one) if rematerialize else one  # type: ignore[attr-defined]
+        run = jax.checkpoint(one) if rematerialize else one
         passed, state = run(stream, layer, edit=at_layer(edit, number), places=places, past=before)
         walks.append(passed)
         after.append(state)

@@ -48,10 +48,10 @@ _GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
 class Pretrained:
     """A model with its weights.
 
-    ``family`` is the ``model_type`` of its config.json ("minitf": our own), or "llama2c". ``tokenizer`` has ``encode``, ``decode`` and
-    ``n_vocab``: a ``tiktoken.Encoding`` for GPT-2's, llama2.c's own, or that of the folder's tokenizer.json
-    (:class:`minitf.families.tokenizer_json.JsonTokenizer`). It is None where there is none, or where the package
-    ``tokenizers``, which runs the last, is not installed.
+    ``family`` is the ``model_type`` of its config.json ("minitf": our own), or "llama2c". ``tokenizer`` has
+    ``encode``, ``decode`` and ``n_vocab``: a ``tiktoken.Encoding`` for GPT-2's, llama2.c's own, or that of the
+    folder's tokenizer.json (:class:`minitf.families.tokenizer_json.JsonTokenizer`). It is None where there is
+    none, or where the package ``tokenizers``, which runs the last, is not installed.
     """
 
     family: str
@@ -107,7 +107,8 @@ def load(
 def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     """Write config.json and model.safetensors, which ``transformers`` loads with the same logits.
 
-    The family "minitf" is our own: any configuration, for :func:`load` alone. Each tensor is written in the dtype in which it is. Tokenizer and settings for generation are not written.
+    The family "minitf" is our own: any configuration, for :func:`load` alone. Each tensor is written in the dtype
+    in which it is. Tokenizer and settings for generation are not written.
 
     Raises:
         ValueError: the folder holds a model already; the family has no such configuration; parameters that do not

@@ -1,7 +1,7 @@
 """Checkpoints by Orbax: written beside the training, whole or not at all; the newest is where a run goes on.
 
-A step's folder appears under its name only when everything in it is on disk, so a run that is killed at any moment,
-in the middle of a write too, finds the one before.
+A step's folder appears under its name only when everything in it is on disk, so a run that is killed at any
+moment, in the middle of a write too, finds the one before.
 """
 
 import logging
@@ -129,6 +129,6 @@ class _Told:
 
 
 def dynamics_steps(steps: int) -> list[int]:
-    """Steps 0, 1, 2, 4, ... 512, then every 1000, and the last: where Pythia's checkpoints are (Biderman et al. 2023)."""
+    """0, 1, 2, 4, ... 512, then every 1000, and the last: where Pythia was kept (Biderman et al. 2023)."""
     doubled = [0, *(2**power for power in range(10))]
     return sorted({*(step for step in (*doubled, *range(1000, steps, 1000)) if step < steps), steps})

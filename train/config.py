@@ -14,7 +14,7 @@ Objective = Literal["next_token", "masked_token", "classification", "regression"
 # A number that may differ between models which train in one program, and is then traced.
 Number = Annotated[Any, float]
 OptimizerName = Literal[
-    *("sgd", "adam", "adamw", "lion", "muon", "adafactor", "adamw_8bit", "adamw_4bit", "adamw_4bit_factor")
+    "sgd", "adam", "adamw", "lion", "muon", "adafactor", "adamw_8bit", "adamw_4bit", "adamw_4bit_factor"
 ]
 
 
@@ -135,9 +135,11 @@ class KeepSettings:
     sample_every: int = 0  # steps between samples
     sample_tokens: int = 64
     prompt: str = ""  # how samples begin
+    tensorboard: bool = False  # also write the metrics for TensorBoard (tensorboardX)
+    wandb: str = ""  # also send them to this project of Weights & Biases
 
     def __post_init__(self) -> None:
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("prompt", "dynamics")]
+        names = [f.name for f in dataclasses.fields(self) if f.type in (int, "int")]
         _at_least(self, 0, *names)
         _at_least(self, 1, "last", "evaluation_batches")
 
@@ -176,7 +178,7 @@ class TrainConfig:
 
     model: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
-    data: DataSettings = DataSettings()
+    data: DataSettings = field(default_factory=DataSettings)
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings = TrainingSettings()

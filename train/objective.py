@@ -100,7 +100,7 @@ def _in_chunks(
     targets = jnp.pad(targets, rest, constant_values=NO_TARGET)
     context = jnp.pad(context, (*rest, (0, 0)))
 
-    @partial(jax.checkpoint, prevent_cse=False)  # type: ignore[attr-defined]
+    @partial(jax.checkpoint, prevent_cse=False)
     def add(total: Sums, chunk: tuple[Array, Array]) -> tuple[Sums, None]:
         some = _cross_entropy(unembed(parameters, chunk[0], config), chunk[1], settings)
         return jax.tree.map(jnp.add, total, some), None

@@ -76,7 +76,7 @@ def by_part(make: Callable[[Rate], optax.GradientTransformation], rates: Rates) 
 
 
 def share_of_rate(count: Any, settings: OptimizerSettings, steps: int) -> Array:
-    """The schedule: which share of the rate step ``count`` (from 0) has; it rises first, then falls to ``final``."""
+    """The schedule: the share of the rate that step ``count`` (from 0) has; it rises, then falls to ``final``."""
     count = jnp.asarray(count, jnp.float32)
     risen = jnp.minimum(1.0, (count + 1) / max(settings.warm_up, 1))
     done = jnp.clip((count - settings.warm_up) / max(steps - settings.warm_up, 1), 0.0, 1.0)
@@ -144,7 +144,7 @@ def _own_axes(declaration: Declaration) -> list[str]:
 def decayed(
     rate: Callable[[Any], Any], weight_decay: float, mask: Callable[[Any], Any]
 ) -> optax.GradientTransformation:
-    """Decoupled weight decay alone, after any other transformation: ``update - rate * weight_decay * parameter``."""
+    """Decoupled weight decay after any other transformation: ``update - rate * weight_decay * parameter``."""
     return optax.masked(_pull(rate, weight_decay), mask)
 
 

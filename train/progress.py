@@ -27,8 +27,8 @@ class Progress:
     """A context in which stages show how far they are; silent when ``quiet``.
 
     In a terminal every stage has a bar, which stays when it is done; 80 columns are enough. Where lines cannot be
-    drawn over (a file, a pipe), a stage has a line when it is done, and one a minute before. ``remaining`` shows how
-    long a stage will take instead of how long it took.
+    drawn over (a file, a pipe), a stage has a line when it is done, and one a minute before. ``remaining`` shows
+    how long a stage will take instead of how long it took.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Progress:
 
     @contextmanager
     def stage(
-        self, title: str, steps: int | None = None, *, first: int = 0, per_step: float = 1.0, unit: str = "steps/s"
+        self, title: str, steps: int | None = None, *, first: int = 0, per_step: int = 1, unit: str = "steps/s"
     ) -> Iterator[Report]:
         """One stage; call the yielded function with the step and the loss, if the stage has any steps.
 
-        When the step falls, a further program of the same stage has begun to count anew. ``first`` steps were taken
-        before; speed is told in ``unit``, of which a step has ``per_step``.
+        When the step falls, a further program of the same stage has begun to count anew. ``first`` steps were
+        taken before; speed is told in ``unit``, of which a step has ``per_step``.
         """
         state = _State(title, steps, self._clock, first, per_step, unit)
         bar = None if self._bars is None else self._bars.add_task(title, total=steps, state=state.short())
@@ -98,7 +98,7 @@ class _State:
         steps: int | None,
         clock: Callable[[], float],
         first: int = 0,
-        per_step: float = 1.0,
+        per_step: int = 1,
         unit: str = "steps/s",
     ) -> None:
         self.title, self.steps, self.loss = title, steps, math.nan

@@ -163,25 +163,20 @@ def _settings(group: str, fields: Mapping[str, Any], kind: type) -> Any:
 
 def _fitted(name: str, value: Any, kind: Any) -> Any:
     """A value as its field's type has it."""
-    options = get_args(kind)
-    if get_origin(kind) is Annotated:
+    options, origin = get_args(kind), get_origin(kind)
+    if origin is Annotated:
         return _fitted(name, value, options[1])
-    if get_origin(kind) in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _fitted(name, value, next(one for one in options if one is not type(None)))
-    if get_origin(kind) is Literal:
-        if value not in options:
-            raise ValueError(
-                f"{name} is {value!r}{_near(str(value), options)}; choose one of {', '.join(options)}"
-            )
-        return value
-    if get_origin(kind) is tuple:
+    if origin in (typing.Union, types.UnionType):
+        known = [one for one in options if one is not type(None)]
+        return None if value is None else _fitted(name, value, known[0])
+    if origin is tuple:
         many = value if isinstance(value, list | tuple) else [value]
         return tuple(_fitted(name, one, options[0]) for one in many)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if origin is Literal and value not in options:
+        raise ValueError(f"{name} is {value!r}{_near(str(value), options)}; choose one of {', '.join(options)}")
+    if kind is float and type(value) is int:
         return float(value)
-    if kind in (int, float, bool, str) and type(value) is not kind:
+    if kind in _TYPES and type(value) is not kind:
         raise ValueError(f"{name} is {value!r}; it must be {_TYPES[kind]}")
     return value
 

@@ -1,8 +1,9 @@
-"""Where arrays lie on a mesh of devices, from how weights were declared: one line of settings, no second code path.
+"""Where arrays lie on a mesh of devices, from how weights were declared: one line of settings, no second code
+path.
 
 The mesh has three axes. ``data`` divides the batch. ``fsdp`` divides the batch too, and the width of every weight
-and of what the optimizer keeps of it (gathered where it is used: Zhao et al. 2023). ``tensor`` divides heads, hidden
-neurons and the vocabulary (Shoeybi et al. 2019). XLA does the rest; one device is a mesh of one.
+and of what the optimizer keeps of it (gathered where it is used: Zhao et al. 2023). ``tensor`` divides heads,
+hidden neurons and the vocabulary (Shoeybi et al. 2019). XLA does the rest; one device is a mesh of one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,8 +31,9 @@ def mesh_of(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mes
     devices = jax.devices() if devices is None else devices
     if settings.devices > len(devices):
         raise ValueError(
-            f"the mesh needs {settings.data} x {settings.fsdp} x {settings.tensor} = {settings.devices} devices, and "
-            f"there {'is' if len(devices) == 1 else 'are'} {len(devices)}; make mesh.data, mesh.fsdp or mesh.tensor smaller"
+            f"the mesh needs {settings.data} x {settings.fsdp} x {settings.tensor} = {settings.devices} devices, "
+            f"and there {'is' if len(devices) == 1 else 'are'} {len(devices)}; make mesh.data, mesh.fsdp or "
+            "mesh.tensor smaller"
         )
     shape = (settings.data, settings.fsdp, settings.tensor)
     return jax.make_mesh(
@@ -53,7 +55,7 @@ def of_windows(mesh: Mesh) -> NamedSharding:
 
 
 def of_weight(declaration: Declaration, sizes: Mapping[str, int]) -> P:
-    """How a weight is divided by a mesh of these sizes: each mesh axis once at most, and only where it fits evenly."""
+    """How a weight is divided by a mesh of these sizes: each axis once at most, and only where it fits evenly."""
     taken: set[str] = set()
     names: list[str | None] = []
     for axis, size in declaration.axes:
@@ -73,9 +75,9 @@ def of_parameters(config: ModelConfig, mesh: Mesh) -> Tree:
 def of_state(state: Tree, config: ModelConfig, mesh: Mesh, batched: bool) -> Tree:
     """Where each array of a training state lies.
 
-    What has a weight's name at the end of its own and its shape (moments, means) is divided as that weight is. What
-    was made of it in another shape (codes, scales) is divided along those leading axes that are the weight's. The
-    rest is whole everywhere. Many models side by side are not divided.
+    What has a weight's name at the end of its own and its shape (moments, means) is divided as that weight is.
+    What was made of it in another shape (codes, scales) is divided along those leading axes that are the weight's.
+    The rest is whole everywhere. Many models side by side are not divided.
     """
     if batched:
         return jax.tree.map(lambda _: everywhere(mesh), state)

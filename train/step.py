@@ -40,7 +40,7 @@ class State:
 
 @struct.dataclass
 class Measures:
-    """Of each step, before it: ``loss`` a target (nats; squared error), and the gradient's norm before clipping."""
+    """Of each step, before it: ``loss`` a target (nats; squared error), and the gradient's unclipped norm."""
 
     loss: Any
     gradient_norm: Any
@@ -85,12 +85,13 @@ class Program:
             skipped=jnp.zeros((), jnp.int32),
         )
 
-    def batch(self, key: Key[Array, ""], step: Array, window: Array | None) -> Batch:
+    def batch(self, key: Key[Array, ""], step: int | Array, window: Array | None) -> Batch:
         """The batch of a step; the same whenever the step is taken, so that any step can be taken again."""
         key = jax.random.fold_in(jax.random.fold_in(key, DATA), step)
         if self.draw is not None:
             return self.draw(key, self.config.training.batch)
         assert self.as_batch is not None
+        assert window is not None
         return self.as_batch(window, key)
 
     def take(
@@ -98,8 +99,9 @@ class Program:
     ) -> tuple[State, Measures]:
         """Step number ``step``, from 0.
 
-        With ``when_not_finite="skip"``, a step whose loss or gradient is not finite changes nothing but the counts, so
-        that no later one starts from what is not a number. (Else the run stops there, and need not pay for it.)
+        With ``when_not_finite="skip"``, a step whose loss or gradient is not finite changes nothing but the
+        counts, so that no later one starts from what is not a number. (Else the run stops there, and need not pay
+        for it.)
         """
         batch = self.batch(key, step, window)
         noise = jax.random.fold_in(jax.random.fold_in(key, NOISE), step)
@@ -117,7 +119,9 @@ class Program:
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             after = (parameters, moments, average)
             before = (state.parameters, state.moments, state.average)
-            parameters, moments, average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+            parameters, moments, average = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), after, before
+            )
             skipped = skipped + ~finite
         return State(step + 1, parameters, moments, average, skipped), Measures(loss, norm)
 
@@ -193,7 +197,7 @@ class Program:
 
 
 def with_numbers(config: TrainConfig, hyper: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with some numbers in place of its own: ``{"optimizer.rate": 0.01}``; they may be traced."""
+    """The configuration with other numbers than its own: ``{"optimizer.rate": 0.01}``; they may be traced."""
     for name, value in hyper.items():
         group, _, field = name.partition(".")
         settings = dataclasses.replace(getattr(config, group), **{field: value})

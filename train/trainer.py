@@ -1,7 +1,8 @@
-"""The outer loop: programs that are compiled once, and a walk from stop to stop in which nothing waits for a number.
+"""The outer loop: programs that are compiled once, and a walk from stop to stop in which nothing waits for a
+number.
 
-``run`` is a generator: it hands over the state and what was measured after every call of the program, and who reads
-it evaluates, keeps and shows what is due. One model, or many side by side, on one device or a mesh of them.
+``run`` is a generator: it hands over the state and what was measured after every call of the program, and who
+reads it evaluates, keeps and shows what is due. One model, or many side by side, on one device or a mesh of them.
 """
 
 import itertools
@@ -157,7 +158,7 @@ def compiled(program: Program, mesh: Mesh, flops: float, length: int) -> Compile
 
 @dataclass(frozen=True)
 class Taken:
-    """The steps ``first`` to ``done``, and the state after them; ``measures`` are ``[..., step]``, on the device."""
+    """The steps ``first`` to ``done``, the state after them, and ``measures`` ``[..., step]``, on the device."""
 
     first: int
     done: int
@@ -204,14 +205,14 @@ def _placed(windows: Windows, first: int, steps: int, mesh: Mesh) -> Array:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """On data that was not trained on, a value for each model: ``loss`` in nats (or squared error), ``accuracy``."""
+    """On data that was not trained on, for each model: ``loss`` in nats (or squared error), and ``accuracy``."""
 
     loss: np.ndarray
     accuracy: np.ndarray
 
 
 def evaluator(program: Program, mesh: Mesh, batched: bool) -> Callable[[Tree, Batch], Evaluation]:
-    """A function of parameters and batches ``[part, batch, position]`` that measures without dropout or penalties."""
+    """A function of parameters and batches ``[part, batch, position]``; no dropout, no penalties."""
     plain = ObjectiveSettings(kind=program.objective, chunk=program.config.objective.chunk)
     dtype = jnp.dtype(program.config.training.precision)
 
@@ -234,13 +235,13 @@ def evaluator(program: Program, mesh: Mesh, batched: bool) -> Callable[[Tree, Ba
     def evaluate(parameters: Tree, batches: Batch) -> Evaluation:
         found = jax.tree.map(np.asarray, measured(parameters, batches))
         count = np.maximum(found.count, 1)
-        return Evaluation(loss=found.plain / count, accuracy=found.right / count)
+        return Evaluation(loss=np.asarray(found.plain / count), accuracy=np.asarray(found.right / count))
 
     return evaluate
 
 
 def in_parts(batch: Batch, size: int) -> Batch:
-    """A batch of any size as ``[part, size, position]``; what fills up the last part has targets that do not count."""
+    """A batch of any size as ``[part, size, position]``; what fills up the last part does not count."""
     many = batch.tokens.shape[0]
     parts = -(-many // size)
     nothing = np.nan if np.issubdtype(batch.targets.dtype, np.floating) else NO_TARGET

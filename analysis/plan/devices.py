@@ -1,7 +1,12 @@
-"""What devices hold, and how fast they read it and tell each other, as their makers state it."""
+"""What devices hold, how fast they read it and tell each other, as their makers state it; what programs tell."""
 
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from minitf.analysis.training.devices import peak
 
@@ -72,7 +77,7 @@ class Collective:
     calls: int
 
     def sent(self, devices: int) -> float:
-        """Bytes that each of n devices sends round a ring: 2 (n - 1) / n of an all-reduce, (n - 1) / n of others."""
+        """Bytes that each of n devices sends round a ring: 2 (n - 1) / n of an all-reduce, else (n - 1) / n."""
         return (2 if self.kind == "all-reduce" else 1) * self.bytes * (devices - 1) / devices
 
 
@@ -105,7 +110,7 @@ def _tpu(name: str, memory: float, memory_rate: float, near: float, node: int, f
 
 # Sources: NVIDIA's data sheets of the SXM modules, where there are any (NVLink's figures there are both ways
 # together: here half) and of DGX systems (a network port for each GPU: 400 Gb/s with H100 and H200, 200 with A100;
-# four of 100 for eight V100); Google Cloud's pages on TPU versions (ICI is stated for all ports of a chip together,
+# four of 100 for eight V100); Google Cloud's pages on TPU versions (ICI is that of all ports of a chip together,
 # both ways: a ring takes two of the four or six); "How to scale your model" (Austin et al. 2025) for the network
 # between pods, v4's taken as v5p's.
 DEVICES = (
@@ -141,3 +146,85 @@ def named(name: str) -> Device:
         if part.lower() in name.lower():
             return known[OTHER_NAMES.get(part, part)]
     raise ValueError(f"device is {name!r}, which is not known; those that are: {', '.join(known)}")
+
+
+# Bytes of a number, by the name that XLA has for its type.
+NUMBERS = {
+    **dict.fromkeys(("pred", "s8", "u8"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("f64", "s64", "u64"), 8),
+}
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+def told_by(text: str, mesh: dict[str, int]) -> list[Collective]:
+    """The collectives of a compiled program, from its text (``compiled.as_text()``); bytes are those of results.
+
+    Args:
+        text: XLA's, of a program for as many devices as the mesh has.
+        mesh: sizes of its axes by name, the last one's devices side by side. An ``axis`` of several is ``a+b``.
+
+    A loop's collectives count as often as it runs; of a loop that runs until data says so, once.
+    """
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head:
+            name = head[2]
+            entry = name if head[1] else entry
+        bodies.setdefault(name, []).append(line)
+
+    def walk(name: str, times: int) -> Iterator[Collective]:
+        for line in bodies.get(name, ()):
+            found = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(", line)
+            if found is None:
+                continue
+            kind = found[2].removesuffix("-start")
+            if kind in KINDS:
+                axis = "+".join(_varying(_group(line, math.prod(mesh.values())), mesh))
+                yield Collective(axis, kind, "", times * _size(found[1]), times)
+            elif kind == "while":
+                often = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                body = re.search(r"body=%?([\w.\-]+)", line)
+                yield from walk(body[1] if body else "", times * (int(often[1]) if often else 1))
+            else:
+                for other in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line):
+                    yield from walk(other, times)
+
+    return list(walk(entry, 1))
+
+
+def _size(shapes: str) -> int:
+    found = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    return sum(NUMBERS.get(kind, 0) * math.prod(_numbers(axes)) for kind, axes in found)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _group(line: str, devices: int) -> list[int]:
+    """The first group of devices that tell each other, in any of XLA's ways to write it; all, if it is silent."""
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line)
+    if listed:
+        return _numbers(listed[1])
+    counted = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if counted:
+        order = np.arange(devices).reshape(_numbers(counted[2]))
+        order = order.transpose(_numbers(counted[3])) if counted[3] else order
+        return order.reshape(_numbers(counted[1]))[0].tolist()
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?: \{([^}]*)\})?", line)
+    if named and named[2]:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        among = re.findall(r"'(\w+)'", named[2])
+        order = np.arange(devices).reshape([int(size) for size in sizes.values()])
+        return order[tuple(slice(None) if axis in among else 0 for axis in sizes)].reshape(-1).tolist()
+    return list(range(devices))
+
+
+def _varying(group: list[int], mesh: dict[str, int]) -> list[str]:
+    """The axes of the mesh on which the devices of a group differ."""
+    places = np.stack(np.unravel_index(group, tuple(mesh.values())))
+    return [name for name, at in zip(mesh, places, strict=True) if len(set(at.tolist())) > 1]

@@ -159,7 +159,7 @@ def program_of(config: TrainConfig) -> Program:
 
 
 def vocabulary_of(data: DataSettings) -> int | None:
-    """Different tokens of the data, where its settings say so; of a BPE to be trained, as many as are asked for."""
+    """Different tokens of the data, where its settings say so; of a BPE to be trained, as many as asked for."""
     encoding = data.encoding or ("bytes" if data.format == "text" else "")
     if encoding == "bpe":
         return data.vocabulary or BPE_PIECES

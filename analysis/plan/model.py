@@ -1,8 +1,8 @@
 """What a training step needs on one device of a mesh, on paper: bytes, operations, communication.
 
-Formulas of a configuration and the sizes of a mesh; nothing is compiled. In them ``c`` are the bytes of a number in
-the computation (4, or 2 in bfloat16), D, H, G, h, F, T the width, heads, groups of keys, width of a head, hidden
-neurons and length, and a prime says that ``tensor`` divides: F' = F / tensor.
+Formulas of a configuration and the sizes of a mesh; nothing is compiled. In them c are the bytes of a number in
+the computation (4, or 2 in bfloat16); D, H, G, h, F, T are the width, heads, groups of keys, width of a head,
+hidden neurons and length; and a prime says that ``tensor`` divides: F' = F / tensor.
 
 The state is counted leaf by leaf as :mod:`minitf.train.sharding` divides it, and what layers keep for the way back
 array by array, as Korthikanti et al. (2022, section 4) do for another model. Communication is that of Megatron-LM
@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.sharding import Mesh
 
 from minitf import ModelConfig, initialize
 from minitf.analysis.plan.devices import Collective, Device
 from minitf.mixers import Softmax
-from minitf.mixers.softmax import _block
+from minitf.mixers.softmax import BLOCK, MOST_BLOCKS
 from minitf.parameters import Declaration, declare, is_declaration
 from minitf.train import sharding
 from minitf.train.batch import Batch
@@ -135,9 +135,9 @@ def state_bytes(run: Run, mesh: MeshSettings) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _state_bytes(run: Run, fsdp: int, tensor: int) -> dict[str, int]:
-    # Over data it is whole.
-    abstract: Any = AbstractMesh((1, fsdp, tensor), AXES)
-    placed = sharding.of_state(run.state, run.model, abstract, run.models > 1)
+    # Over data it is whole. One device stands for all of them: sizes of shards follow from the mesh's shape alone.
+    mesh = Mesh(np.full((1, fsdp, tensor), jax.devices()[0]), AXES)
+    placed = sharding.of_state(run.state, run.model, mesh, run.models > 1)
     shard = lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
     sizes = jax.tree.map(shard, run.state, placed)
     return {name: sum(jax.tree.leaves(part)) for name, part in vars(sizes).items()}
@@ -178,7 +178,7 @@ def seen_keys(model: ModelConfig, length: int) -> tuple[int, int]:
 
     A block of ``s`` queries that ends at ``e`` has ``s e`` pairs and reads ``e`` keys.
     """
-    size = min(_block(length, model), length)
+    size = min(max(BLOCK, -(-length // MOST_BLOCKS)), length) if model.causal else length
     ends = [min(first + size, length) for first in range(0, length, size)]
     return sum((end - first) * end for first, end in zip([0, *ends], ends, strict=False)), sum(ends)
 
@@ -190,7 +190,7 @@ def kept_of_layer(
 
     In a loop all that autodiff asks for, of every position:
 
-    * 8 D + 8 for each norm (its rows less their mean, and divided, float32; two scales), 4 D + 8 of l2
+    * 8 D + 12 for each norm (its rows less their mean, and divided, float32; three of scales), 4 D + 13 of l2
     * D c for what each of the two sub-layers reads
     * (H' + 2 G') h c for queries, keys and values, H' h c for the heads' mixtures
     * n F' c of the feed-forward, n by its kind (``HIDDEN_KEPT``)
@@ -205,12 +205,14 @@ def kept_of_layer(
     pairs, keys = seen_keys(m, length)
     sublayers = 1 if m.feed_forward == "none" else 2
     norms = 0 if m.norm == "none" else sublayers
-    norm = (4 if m.norm == "l2" else 8) * m.width + 8 if looped else m.width * c + 8
+    norm = m.width * c + 12
+    if looped:
+        norm = 4 * m.width + 13 if m.norm == "l2" else 8 * m.width + 12
     counted, others = (HIDDEN_KEPT if looped else HIDDEN_FUSED)[m.feed_forward]
     read = keys if looped and not fused else length
     row = norms * norm + sublayers * m.width * c + 2 * heads * m.head_size * c + hidden * (counted * c + others)
     if m.query_key_norm:
-        row += (heads + groups) * (8 * m.head_size + 8)
+        row += (heads + groups) * (8 * m.head_size + 12)
     association = 4 * length if fused else (FLOAT32 + c) * pairs + 9 * length
     per_sequence = 2 * groups * m.head_size * c * read + heads * association
     return rows * row + sequences * per_sequence

@@ -1,8 +1,8 @@
 """``minitf bench train``: tokens trained on per CPU second, beside the same model in PyTorch, eager and compiled.
 
 Both sides train on one core in processes of their own and take turns. Each has both settings of the system's
-allocator, and its better one counts: memory that is handed back to the system after every step costs page faults in
-the next (large models), and one that is kept costs a little in every call (tiny ones).
+allocator, and its better one counts: memory that is handed back to the system after every step costs page faults
+in the next (large models), and one that is kept costs a little in every call (tiny ones).
 """
 
 import dataclasses

@@ -32,7 +32,7 @@ def prepare(name: str, size: dict[str, Any]) -> dict[str, Task]:
     tokens = jax.device_put(
         np.random.default_rng(0).integers(0, s.vocabulary, shape, np.int32), sharding.of_windows(mesh)
     )
-    kept = {"state": programs.start(), "done": 0}
+    kept: dict[str, Any] = {"state": programs.start(), "done": 0}
 
     def train() -> float:
         done = kept["done"]

@@ -1,4 +1,4 @@
-"""Several processes of one run: the first writes what there is one of, and the others wait for it where they must."""
+"""Several processes of one run: the first writes what there is one of; the others wait for it where they must."""
 
 import os
 from collections.abc import Iterator

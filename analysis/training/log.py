@@ -1,7 +1,7 @@
-"""What was measured, a line of JSON for each stretch of steps: readable while the run goes on, and after it died.
+"""What was measured: lines of JSON for stretches of steps, and arrays; readable while a run goes on, and after it
+died.
 
-A line that a killed run did not finish is dropped when the run goes on, and so are lines of steps that it takes
-again.
+What a killed run did not finish is dropped when it goes on, and so is what belongs to steps that it takes again.
 """
 
 import json
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
+
+from minitf.files import write_atomically
 
 STEPS_IN_A_LINE = 10
 
@@ -73,3 +76,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.7g}") if np.isfinite(value) else None
     return value
+
+
+class Looks:
+    """Statistics at some steps, as arrays ``[record, ...]`` in a file; those after ``step`` are dropped."""
+
+    def __init__(self, file: Path, step: int) -> None:
+        self.file, self.steps, self.found = file, [], []
+        if file.exists() and step:
+            arrays = safetensors.numpy.load_file(file)
+            self.steps = [one for one in arrays.pop("step").tolist() if one <= step]
+            self.found = [{name: x[place] for name, x in arrays.items()} for place in range(len(self.steps))]
+
+    def add(self, step: int, found: dict[str, np.ndarray]) -> None:
+        """Of one more step."""
+        self.steps.append(step)
+        self.found.append(found)
+
+    def write(self) -> None:
+        """All there are. Raises OSError."""
+        if self.steps:
+            arrays = {name: np.stack([one[name] for one in self.found]) for name in self.found[0]}
+            arrays["step"] = np.array(self.steps)
+            write_atomically(self.file, safetensors.numpy.save(arrays))

@@ -106,11 +106,11 @@ def conclusions(data: Mapping[str, Any], lines: list[dict[str, Any]]) -> list[st
     if training.size:
         found.append(f"Training loss, from {_mean(training[:, 0])} to {_mean(training[:, -1])} ({unit}).")
     if validation.size:
-        best = np.nanmin(validation, axis=1)
+        best = np.min(np.where(np.isfinite(validation), validation, np.inf), axis=1)
         found.append(
             f"On data that was not trained on, {_mean(validation[:, -1])}"
-            + (f" (at best {_mean(best)})" if np.nanmean(best) < 0.995 * np.nanmean(validation[:, -1]) else "")
-            + (f", {_mean(100 * accuracy[:, -1])} % right." if unit != "squared error" else ".")
+            + (f" (at best {_mean(best)})" if np.mean(best) < 0.995 * np.mean(validation[:, -1]) else "")
+            + (f", {100 * np.nanmean(accuracy[:, -1]):.1f} % right." if unit != "squared error" else ".")
         )
     for name, value in data["references"].items():
         found.append(f"To compare: {name}, {value:.3f}.")
@@ -124,5 +124,9 @@ def conclusions(data: Mapping[str, Any], lines: list[dict[str, Any]]) -> list[st
 
 
 def _mean(values: np.ndarray) -> str:
-    mean = f"{np.nanmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} (between {np.nanmin(values):.3f} and {np.nanmax(values):.3f})"
+    """Of all models, with the smallest and the largest; those that were lost do not count."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return "no finite number"
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} (between {np.min(values):.3f} and {np.max(values):.3f})"

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int
-from minitf.vocabulary import Vocabulary
 
 from minitf import ModelConfig
 from minitf.config import from_plain
@@ -20,6 +19,7 @@ from minitf.train.loader import Loader, chunk, spread_windows
 from minitf.train.step import Program
 from minitf.train.symbols import Data, prepare
 from minitf.train.trainer import Windows, in_parts, models_of
+from minitf.vocabulary import Vocabulary
 
 # Sequences of held-out data that are looked at for statistics.
 LOOKED_AT = 16

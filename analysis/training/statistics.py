@@ -1,4 +1,4 @@
-"""What a walk looks like while a model trains: a few numbers of each layer and head, on the same sequences each time."""
+"""What a walk looks like while a model trains: a few numbers of each layer and head, on the same sequences."""
 
 from typing import Any
 

@@ -12,8 +12,8 @@ STATE = {"weights": jnp.arange(600.0).reshape(20, 30), "moments": (jnp.ones(3), 
 LIKE = jax.eval_shape(lambda: STATE)
 
 
-def written(folder, steps, keep=KeepSettings(), last=100):
-    with Checkpoints(folder, keep, last) as checkpoints:
+def written(folder, steps, keep=None, last=100):
+    with Checkpoints(folder, keep or KeepSettings(), last) as checkpoints:
         for step in steps:
             checkpoints.save(step, {**STATE, "step": jnp.int32(step)})
     return folder

@@ -29,7 +29,8 @@ from minitf.train.step import Program
 MODEL = ModelConfig(vocabulary=16, layers=2, width=16, heads=8, length=8, biases=True)
 
 def windows(first, steps):
-    return np.stack([np.random.default_rng(step).integers(0, 16, (16, 9), np.int32) for step in range(first, first + steps)])[None]
+    of = lambda step: np.random.default_rng(step).integers(0, 16, (16, 9), np.int32)
+    return np.stack([of(step) for step in range(first, first + steps)])[None]
 
 def program_of(mesh, **optimizer):
     config = as_config({"training": {"steps": 6, "batch": 16, "steps_per_call": 3, "accumulate": 2, "unroll": 1},
@@ -71,7 +72,7 @@ for data, fsdp, tensor in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2)
     if last is not None:  # what was written on one mesh is read on another
         step, read = last.restore(programs.state)
         assert step == 6
-        assert all(jax.tree.leaves(jax.tree.map(lambda x, like: x.sharding == like.sharding, read, programs.state)))
+        assert jax.tree.all(jax.tree.map(lambda x, like: x.sharding == like.sharding, read, programs.state))
         assert_alike(read)
     last = Checkpoints(Path(sys.argv[1]) / f"{data}{fsdp}{tensor}", KeepSettings(), 6)
     last.save(6, state)

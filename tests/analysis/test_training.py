@@ -1,0 +1,213 @@
+"""What a training run writes down, shows and refuses."""
+
+import json
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minitf import ModelConfig, initialize, mixers, walk
+from minitf.analysis.run_folder import Diverged, Problem
+from minitf.analysis.training import job
+from minitf.analysis.training.boards import boards, show
+from minitf.analysis.training.devices import peak
+from minitf.analysis.training.log import Log, Looks, lines_of, read
+from minitf.analysis.training.prepared import model_of
+from minitf.analysis.training.statistics import LABELS, participation, statistics
+from minitf.pretrained import load
+from minitf.train.batch import next_token
+from minitf.train.config import KeepSettings
+from minitf.train.settings import as_config, laid_over
+
+TINY = {
+    "task": {"name": "copy", "symbols": 4, "span": 3},
+    "model": {"layers": 1, "width": 8, "heads": 2},
+    "training": {"steps": 6, "batch": 4, "steps_per_call": 2},
+    "keep": {"checkpoint_every": 2, "evaluate_every": 3},
+}
+
+
+def run(out, **groups):
+    return job.run(as_config(laid_over(TINY, groups)), out, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    out = tmp_path_factory.mktemp("several") / "run"
+    run(out, training={"seeds": 2}, sweep={"optimizer.rate": [1e-3, 1e-2]})
+    return out
+
+
+def test_many_models_leave_many_models_and_their_curves(several):
+    found = read(several / "metrics.jsonl")
+    assert all(len(line["loss"]) == 4 for line in found if "loss" in line)
+    assert [line["step"] for line in found if "validation_loss" in line] == [0, 3, 6]
+    models = [load(several / "models" / str(number)) for number in range(4)]
+    assert all(model.config.layers == 1 for model in models)
+    # The same seed starts alike; another rate ends elsewhere.
+    assert not np.array_equal(models[0].parameters.embedding, models[1].parameters.embedding)
+    page = (several / "report.html").read_text()
+    assert "seed 1, rate 0.01" in page
+    assert "between" in page
+
+
+def test_a_lost_model_among_others_does_not_stop_them(tmp_path, capsys):
+    out = tmp_path / "run"
+    run(out, optimizer={"name": "sgd", "clip": 0.0, "warm_up": 0}, sweep={"optimizer.rate": [1e-3, 1e30]})
+    last = [line for line in read(out / "metrics.jsonl") if "loss" in line][-1]
+    assert last["loss"][0] is not None
+    assert last["loss"][1] is None
+
+
+def test_training_that_is_lost_stops_with_step_data_and_the_last_good_checkpoint(tmp_path):
+    lost = {"name": "sgd", "clip": 0.0, "warm_up": 0, "rate": 1e30}
+    with pytest.raises(
+        Diverged, match=r"step \d is not a finite number \(sequences \d+ to \d+ of its data\)"
+    ) as told:
+        run(tmp_path / "run", optimizer=lost)
+    assert told.value.exit_code == 1
+    assert "--overwrite" in str(told.value)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_lost_steps_may_be_skipped(tmp_path):
+    lost = {"name": "sgd", "clip": 0.0, "warm_up": 0, "rate": 1e30}
+    run(tmp_path / "run", optimizer=lost, training={"when_not_finite": "skip"})
+    weights = load(tmp_path / "run" / "model").parameters
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(weights))
+
+
+def test_results_that_cannot_be_written_are_a_sentence_and_what_was_kept_stays(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    calls = []
+
+    def full(self, lines):
+        calls.append(lines)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Log, "add", full)
+    with pytest.raises(
+        Problem, match=r"could not be written to .*No space left on device.*goes on from the newest"
+    ):
+        run(out)
+    monkeypatch.undo()
+    assert (out / "checkpoints" / "2").exists()
+    run(out)
+    assert (out / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        ({"task": {"name": "kopy"}}, "there is no task 'kopy'"),
+        ({"task": {"name": "copy", "spam": 3}}, "'spam'"),
+        ({"model": {"width": 7}}, "2 heads do not divide a width of 7"),
+        ({"model": {"depth": 7}}, "there is no model.depth"),
+        ({"model": {"vocabulary": 2}}, "model.vocabulary is 2; the data has"),
+        ({"model": {"length": 2}}, "model.length is 2; the task's sequences have"),
+        ({"model": {"mixer": "Mambo"}}, "there is no mixer 'Mambo'"),
+        ({"objective": {"kind": "regression"}}, "objective.kind is 'regression'"),
+        ({"mesh": {"data": 64}}, "the mesh needs 64"),
+        ({"keep": {"wandb": "toys"}}, "keep.wandb needs the package wandb"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_anything_is(tmp_path, groups, told, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(Problem, match=told):
+        run(tmp_path / "run", **groups)
+
+
+def test_layers_may_mix_as_they_like():
+    config = as_config(
+        laid_over(TINY, {"model": {"layers": 2, "mixer": ["Mamba", {"kind": "Softmax", "window": 2}]}})
+    )
+    assert model_of(config, 9, 7).mixer == (mixers.Mamba(), mixers.Softmax(window=2))
+
+
+def test_lines_are_means_over_ten_steps_and_a_rest():
+    values = np.arange(2 * 13.0).reshape(2, 13)
+    found = list(lines_of(7, {"loss": values}, 20))
+    assert [(line["step"], line["steps"]) for line in found] == [(17, 10), (20, 3)]
+    np.testing.assert_allclose(found[1]["loss"], values[:, 10:].mean(axis=1))
+
+
+def test_a_log_goes_on_where_its_checkpoint_was(tmp_path):
+    file = tmp_path / "log.jsonl"
+    Log(file, 0).add([{"step": 2, "loss": np.float32(1.5)}, {"step": 4, "loss": np.array([1.0, np.nan])}])
+    with file.open("a") as opened:
+        opened.write('{"step": 6, "lo')
+    log = Log(file, 2)
+    log.add([{"step": 3, "loss": 0.5}])
+    assert read(file) == [{"step": 2, "loss": 1.5}, {"step": 3, "loss": 0.5}]
+    assert json.loads('{"loss": [1.0, null]}') == {"loss": [1.0, None]}
+
+
+def test_statistics_go_on_where_their_checkpoint_was(tmp_path):
+    file = tmp_path / "s.safetensors"
+    first = Looks(file, 0)
+    for step in (0, 5, 10):
+        first.add(step, {"entropy": np.full((2, 3), step, np.float32)})
+    first.write()
+    again = Looks(file, 5)
+    again.add(7, {"entropy": np.full((2, 3), 7, np.float32)})
+    again.write()
+    assert Looks(file, 100).steps == [0, 5, 7]
+
+
+def test_statistics_say_what_they_are():
+    config = ModelConfig(vocabulary=9, layers=2, width=8, heads=2, length=6)
+    parameters = initialize(config, jax.random.key(0))
+    batch = next_token(jax.random.randint(jax.random.key(1), (3, 7), 0, 9))
+    found = jax.jit(lambda p: statistics(p, batch, config))(parameters)
+    for name, value in found.items():
+        _, axes = LABELS["rank" if name.startswith("rank_") else name]
+        assert value.ndim == len(axes), name
+    walked = walk(parameters, batch.tokens, config)
+    ends = np.asarray(walked.end).reshape(-1, 8)
+    values = np.linalg.eigvalsh(np.cov(ends.T))
+    np.testing.assert_allclose(found["stream_rank"][-1], values.sum() ** 2 / (values**2).sum(), rtol=1e-4)
+    np.testing.assert_allclose(found["stream_norm"][-1], np.linalg.norm(ends, axis=1).mean(), rtol=1e-5)
+    singular = np.linalg.svd(np.asarray(parameters.layers.feed_forward.into)[1], compute_uv=False) ** 2
+    np.testing.assert_allclose(found["rank_into"][1], singular.sum() ** 2 / (singular**2).sum(), rtol=1e-4)
+    output = np.asarray(parameters.layers.attention.output)[0].reshape(8, 8)
+    singular = np.linalg.svd(output, compute_uv=False) ** 2
+    np.testing.assert_allclose(found["rank_output"][0], singular.sum() ** 2 / (singular**2).sum(), rtol=1e-4)
+
+
+def test_dimensions_are_counted_as_the_participation_ratio():
+    rows = np.random.default_rng(0).normal(size=(4000, 6)) * np.array([1, 1, 1, 0, 0, 0])
+    # Three equal eigenvalues, up to the noise of 4000 samples: a relative 2 / sqrt(4000) each.
+    assert float(participation(jnp.asarray(rows))) == pytest.approx(3, rel=0.03)
+    assert float(participation(jnp.zeros((5, 6)))) == 0
+
+
+def test_peaks_are_known_by_name_and_not_guessed():
+    assert peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak("TPU v5p") == 459e12
+    assert peak("TPU v5 lite") == 197e12
+    assert peak("cpu") is None
+
+
+def test_boards_get_the_same_numbers(tmp_path, monkeypatch):
+    told = []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            told.append((name, value, step))
+
+        def flush(self):
+            told.append("flushed")
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
+    runs = types.SimpleNamespace(log=lambda numbers, step: told.append((numbers, step)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: runs))
+    found = boards(KeepSettings(tensorboard=True, wandb="toys"), tmp_path / "run")
+    show(found, [{"step": 4, "steps": 2, "loss": np.array([1.0, 3.0])}])
+    assert told == [("loss", 2.0, 4), "flushed", ({"loss": 2.0}, 4)]
