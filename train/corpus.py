@@ -253,7 +253,7 @@ def split_by_document(
 
 
 def _texts_in_folder(folder: Path) -> Iterator[tuple[Path, str]]:
-    for file in _files(folder):
+    for file in files_below(folder):
         text, problem = _as_text(_read_bytes(file))
         if not problem:
             yield file, text
@@ -293,7 +293,7 @@ def _as_text(data: bytes) -> tuple[str, str]:
     return text.replace("\r\n", "\n").replace("\r", "\n"), ""
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Ordinary files under a folder, not the hidden ones, in sorted order, files before subfolders."""
 
     def refuse(error: OSError) -> None:

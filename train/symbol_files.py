@@ -7,7 +7,6 @@ split into training and validation, so their sizes are a compromise, which each 
 
 import codecs
 import csv
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
+from minitf.train.corpus import files_below
 from minitf.train.token_file import description_of, open_tokens
 from minitf.vocabulary import is_number
 
@@ -39,7 +39,7 @@ def source_files(paths: Iterable[str]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for file in _walk(path) if is_token_file(file) or not text_problem(file)]
+            inside = [file for file in files_below(path) if is_token_file(file) or not text_problem(file)]
             if not inside:
                 raise ValueError(
                     f"The folder {path} holds no file to read (hidden, empty, binary ones do not count)."
@@ -267,14 +267,3 @@ def _rows(
 
 def _delimiter(file: Path, delimiter: str) -> str:
     return delimiter or ("\t" if file.suffix in (".tsv", ".tab") else ",")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"The folder {error.filename} cannot be read: {error.strerror or error}.") from error
-
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(place, name).is_file():
-                yield Path(place, name)

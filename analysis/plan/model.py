@@ -260,13 +260,13 @@ def logit_bytes(run: Run, sequences: int, whole: int, tensor: int) -> int:
 def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device | None) -> Memory:
     """What one device of the mesh holds, of calls of ``steps`` steps whose batch is taken in ``parts``.
 
-    The most at any time of a step is the largest of: everything kept, and the loss; everything kept (or, layer by
-    layer, gradients in its place), and one layer's way back; gradients, updates and new weights.
+    The most at any time of a step is the largest of: everything kept, and the loss; everything kept (or, of layers
+    one by one, gradients in its place), and one layer's way back; gradients, updates and new weights. Layers that
+    are to be made again are taken to be, which XLA for CPUs does in a loop alone.
     """
     m, c, t = run.model, run.number, mesh.tensor
     state, windows = state_bytes(run, mesh), window_bytes(run, mesh, steps)
     gradients = state["parameters"] // run.models * run.at_once
-    numbers = gradients // FLOAT32
     whole = run.config.training.batch // parts
     sequences = max(whole // (mesh.data * mesh.fsdp), 1)
     rows, rematerialize = sequences * m.length, run.config.training.rematerialize
@@ -290,7 +290,7 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         hidden = 0 if m.feed_forward == "none" else _over(m.hidden_size, t)
         layer += 2 * (rows * hidden + pairs) * c
     loss = logit_bytes(run, sequences, whole, t)
-    copies = 0 if c == FLOAT32 else numbers * c
+    copies = 0 if c == FLOAT32 else gradients // FLOAT32 * c
     gathered = 3 * largest_gathered(m, t) * c if mesh.fsdp > 1 and run.models == 1 else 0
     summed = gradients if parts > 1 else 0
     many = run.at_once

@@ -29,6 +29,7 @@ def bench_train(
     say: Say = lambda sentence: None,
     sizes: Sequence[Size] = SIZES,
     compiled: bool = True,
+    allocators: Mapping[str, Mapping[str, str]] = ALLOCATORS,
 ) -> list[Row]:
     """Training of each size beside PyTorch's, where it is installed.
 
@@ -38,20 +39,23 @@ def bench_train(
         say: told what is being measured.
         sizes: of the models.
         compiled: also beside ``torch.compile``, which takes a minute to compile.
+        allocators: environments, by name, in which both sides run.
     """
     del seed
     peers = (("eager", "compiled") if compiled else ("eager",)) if bench.installed("torch") else ()
     rows: list[Row] = []
     for size in sizes:
-        rows += _rows(size, peers, rounds, say)
+        rows += _rows(size, peers, rounds, say, allocators)
     return rows
 
 
-def _rows(size: Size, peers: Sequence[str], rounds: int, say: Say) -> list[Row]:
+def _rows(
+    size: Size, peers: Sequence[str], rounds: int, say: Say, allocators: Mapping[str, Mapping[str, str]]
+) -> list[Row]:
     """The better allocator of each side, by medians; a peer trains one model after another."""
     name = f"training, {size.name}"
     found: dict[str, dict[str, list[float]]] = {side: {} for side in ("ours", *peers)}
-    for allocator, environment in ALLOCATORS.items():
+    for allocator, environment in allocators.items():
         with Worker(*OURS, environment=environment) as ours, Worker(*PEER, environment=environment) as peer:
             ask = {"ours": (ours, "train", size.seeds), **{one: (peer, one, 1) for one in peers}}
             for side, (worker, task, _) in ask.items():

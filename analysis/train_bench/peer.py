@@ -13,7 +13,7 @@ def make_model(size: Size) -> Any:
     torch = importlib.import_module("torch")
     nn, functional = torch.nn, torch.nn.functional
 
-    class Block(nn.Module):  # type: ignore[misc, name-defined]
+    class Block(nn.Module):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.first = nn.LayerNorm(size.width)
@@ -31,7 +31,7 @@ def make_model(size: Size) -> Any:
             x = x + self.output(z.transpose(1, 2).reshape(batch, length, width))
             return x + self.out(functional.gelu(self.into(self.second(x)), approximate="tanh"))
 
-    class Gpt(nn.Module):  # type: ignore[misc, name-defined]
+    class Gpt(nn.Module):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.token = nn.Embedding(size.vocabulary, size.width)

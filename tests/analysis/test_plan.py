@@ -86,18 +86,21 @@ for mesh, tables in json.loads(CASES):
     on = sharding.mesh_of(config.mesh)
     pins.append(on)
     program, run = job.program_of(config), job.run_of(config)
-    made = trainer.compiled(program, on, 1e9, program.model.length)
-    state = made.start()
     held = lambda part: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(part))
-    parts = config.training.accumulate
+    begin = lambda: program.start(jax.random.key(0), {})
+    state = jax.jit(begin, out_shardings=sharding.of_state(jax.eval_shape(begin), program.model, on, False))()
     out.append({
         "held": {name: held(part) for name, part in vars(state).items()},
         "planned": paper.state_bytes(run, config.mesh),
-        "arguments": made.argument_bytes,
-        "planned_arguments": paper.memory(run, config.mesh, parts, made.most, None).arguments,
-        "told": [vars(one) for one in devices.told_by(texts[-1], dict(on.shape))],
-        "planned_to_tell": [vars(one) for one in paper.communication(run, config.mesh, parts)],
     })
+    if config.optimizer.name == "adamw":
+        made, parts = trainer.compiled(program, on, 1e9, program.model.length), config.training.accumulate
+        out[-1] |= {
+            "arguments": made.argument_bytes,
+            "planned_arguments": paper.memory(run, config.mesh, parts, made.most, None).arguments,
+            "told": [vars(one) for one in devices.told_by(texts[-1], dict(on.shape))],
+            "planned_to_tell": [vars(one) for one in paper.communication(run, config.mesh, parts)],
+        }
 print(json.dumps(out))
 """
 TABLES = {
@@ -132,8 +135,9 @@ def sharded():
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_planned_for_the_state_and_inputs_is_what_each_device_holds_to_the_byte(sharded, case):
-    assert sharded[case]["planned"] == sharded[case]["held"]
-    assert sharded[case]["planned_arguments"] == sharded[case]["arguments"]
+    found = sharded[case]
+    assert found["planned"] == found["held"]
+    assert found.get("planned_arguments") == found.get("arguments")
 
 
 def _bytes(told, axis, *kinds):
@@ -152,14 +156,20 @@ def test_gradients_of_each_part_are_reduced_over_data(sharded):
     assert told == planned + 2 * 2 * 4
 
 
-def test_weights_are_gathered_there_and_back_and_gradients_scattered_over_fsdp(sharded):
-    # Token vectors are looked up where their parts lie, and not gathered; rows of a few numbers are.
-    embedding = 4 * SMALL["vocabulary"] * SMALL["width"]
-    told, planned = _both(sharded["fsdp"], "fsdp", "all-gather")
-    assert told == pytest.approx(planned - embedding, rel=0.05)
+def _over_fsdp(found, tensor):
+    """Weights that are gathered and scattered are told as planned, but for those that are looked up."""
+    embedding = 4 * SMALL["vocabulary"] * SMALL["width"] // tensor
+    looked_up = embedding + 4 * SMALL["length"] * SMALL["width"]
+    told, planned = _both(found, "fsdp", "all-gather")
+    # And for vectors of norms, a hundredth of the weights, which may be told along all axes at once.
+    assert told == pytest.approx(planned - 2 * looked_up, rel=0.03)
     # XLA for CPUs does not scatter: it reduces all and takes a part of it.
-    told, planned = _both(sharded["fsdp"], "fsdp", "all-reduce", "reduce-scatter")
-    assert told == pytest.approx(planned - embedding, rel=0.05)
+    told, planned = _both(found, "fsdp", "all-reduce", "reduce-scatter")
+    assert told == pytest.approx(planned - looked_up, rel=0.03)
+
+
+def test_weights_are_gathered_there_and_back_and_gradients_scattered_over_fsdp(sharded):
+    _over_fsdp(sharded["fsdp"], 1)
 
 
 def test_steps_and_their_gradients_are_reduced_over_tensor(sharded):
@@ -174,12 +184,7 @@ def test_steps_and_their_gradients_are_reduced_over_tensor(sharded):
 
 
 def test_on_three_axes_at_once_each_is_told_its_own(sharded):
-    # The embedding, over tensor and over fsdp, is looked up where its parts lie.
-    embedding = 4 * SMALL["vocabulary"] * SMALL["width"] // 2
-    told, planned = _both(sharded["all"], "fsdp", "all-gather")
-    assert told == pytest.approx(planned - embedding, rel=0.05)
-    told, planned = _both(sharded["all"], "fsdp", "all-reduce", "reduce-scatter")
-    assert told == pytest.approx(planned - embedding, rel=0.05)
+    _over_fsdp(sharded["all"], 2)
     stream = 4 * 16 * SMALL["length"] * SMALL["width"] // 4
     told, planned = _both(sharded["all"], "tensor", "all-reduce")
     assert planned == (3 * 4 + 2) * stream
@@ -200,7 +205,7 @@ LAYERS = {
 
 
 def _autodiff_keeps(model, sequences, dtype):
-    """Bytes of all that the gradient's own trace keeps."""
+    """Bytes of all that the gradient's own trace keeps of every layer."""
     parameters = jax.eval_shape(lambda: initialize(model, jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((sequences, model.length), jnp.int32)
 
@@ -209,21 +214,20 @@ def _autodiff_keeps(model, sequences, dtype):
         return sums(weights, Batch(tokens, tokens), model, "next_token", ObjectiveSettings()).loss
 
     kept = jax.eval_shape(lambda w, t: jax.vjp(lambda one: loss(one, t), w)[1], parameters, tokens)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+    of_layers = [x for x in jax.tree.leaves(kept) if x.shape[:1] == (model.layers,)]
+    return sum(x.size * x.dtype.itemsize for x in of_layers)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("as GPT-2's", "float32"), *((kind, "bfloat16") for kind in LAYERS)])
 def test_a_layer_in_a_loop_keeps_what_autodiff_asks_for_to_the_byte(kind, dtype):
-    sizes = {"vocabulary": 50, "width": 48, "heads": 6, "length": 20}
-    kept = {}
-    for layers in (2, 3):
-        for sequences in (4, 5):
-            model = ModelConfig(**{**sizes, **LAYERS[kind], "layers": layers})
-            kept[layers, sequences] = _autodiff_keeps(model, sequences, dtype)
-    # Of one more layer, for one more sequence: weights and ends fall away.
-    one = kept[3, 5] - kept[2, 5] - (kept[3, 4] - kept[2, 4])
+    # No other axis is as long as that of the layers.
+    sizes = {"vocabulary": 50, "layers": 17, "width": 48, "heads": 6, "length": 20}
+    model = ModelConfig(**{**sizes, **LAYERS[kind]})
+    # Of one more sequence: weights fall away.
+    one = _autodiff_keeps(model, 5, dtype) - _autodiff_keeps(model, 4, dtype)
     number = jnp.dtype(dtype).itemsize
-    assert paper.kept_of_layer(model, 1, model.length, number, tensor=1, fused=False, looped=True) == one
+    kept = paper.kept_of_layer(model, 1, model.length, number, tensor=1, fused=False, looped=True)
+    assert 17 * kept == one
 
 
 FITTED = {"vocabulary": 512, "layers": 3, "width": 64, "heads": 4, "length": 64}
@@ -249,8 +253,8 @@ def test_temporary_memory_is_what_the_compiler_says_within_a_fifth():
         memory = paper.memory(run, config.mesh, config.training.accumulate, made.most, None)
         assert memory.arguments == made.argument_bytes
         found[name], planned[name] = made.temporary_bytes, memory.temporary
-    # Measured here, from .95 to 1.14 (and to 1.07 where nothing is made again): what is free for what follows is
-    # the compiler's to say.
+    # Measured: from 1.00 to 1.13 (where layers are made again; else to 1.07): what is free for what follows is the
+    # compiler's to say.
     for name in COMPILED:
         assert planned[name] / found[name] == pytest.approx(1.0, abs=0.2), name
     assert found["made again"] < found["one by one"] < found["a loop"]
@@ -363,12 +367,17 @@ def test_models_side_by_side_are_whole_on_every_device():
     assert all(mesh.data == mesh.devices for mesh in job.meshes(run, 8))
 
 
-def test_any_mixer_can_be_planned():
-    mixed = {"mixer": ["Softmax", "Retention"], "layers": 2, "length": 16}
-    found = job.plan(config_of(SMALL | mixed), "L4")
-    alone = job.plan(config_of(SMALL | {"layers": 1, "length": 16}), "L4")
-    assert found.chosen is not None and alone.chosen is not None
-    assert found.chosen.memory.kept > alone.chosen.memory.kept
+def test_any_mixer_can_be_planned_and_what_is_counted_of_attention_is_its_formula():
+    runs = {
+        (mixer, layers): job.run_of(config_of(SMALL | {"mixer": mixer, "layers": layers}))
+        for mixer, layers in (("Softmax", 2), ("Softmax", 4), ("Retention", 2))
+    }
+    kept = {name: paper.kept_by_autodiff(run, False) for name, run in runs.items()}
+    formula = paper.kept_of_layer(runs["Softmax", 2].model, 1, 32, 4, tensor=1, fused=False, looped=True)
+    # Of the weights, which are taken off, it does not keep the offsets of two norms.
+    assert kept["Softmax", 4] - kept["Softmax", 2] == 2 * (formula - 2 * 4 * SMALL["width"])
+    memory = paper.memory(runs["Retention", 2], MeshSettings(), 1, 1, None)
+    assert memory.kept > 16 * kept["Retention", 2] > 0
 
 
 def test_a_task_is_planned_as_it_is_trained():

@@ -144,7 +144,7 @@ def test_parts_with_different_numbers_of_targets_count_by_their_targets():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
-    program = program_of(optimizer={"average": 0.9})
+    program = program_of(optimizer={"average": 0.9}, training={"when_not_finite": "skip"})
     state = program.start(jax.random.key(0), {})
     broken = dataclasses.replace(program, draw=lambda key, count: _poisoned(draw(key, count)))
     after, measured = jax.jit(broken.take, static_argnames=())(state, jax.random.key(0), {}, jnp.int32(0), None)
