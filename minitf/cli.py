@@ -8,10 +8,12 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import arg
+
+from minitf.cli_training import FourBit, Plan, Train
 
 INTERRUPTED = 130
 
@@ -314,127 +316,6 @@ class Mixers:
         return _to_go_on(self.out, self.overwrite)
 
 
-@dataclasses.dataclass(frozen=True)
-class Train:
-    """Train a model: a preset, a TOML file, or settings of your own; on a task, or on any text.
-
-    Everything is kept in DIR: checkpoints, metrics, samples, the trained model, a report. Ctrl-C, a crash, a
-    pulled plug lose nothing: the same command again goes on from the newest checkpoint, to the same weights.
-    """
-
-    settings: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        arg(metavar="[GROUP.FIELD=VALUE ...]", help_behavior_hint=""),
-    ] = ()
-    """Any settings, over those of the preset: model.layers=4 optimizer.rate=3e-4. --show lists all."""
-    preset: Annotated[str, arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Where to start from; --show without a preset lists them."""
-    config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A TOML file with settings, over those of the preset."""
-    text: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
-    """Text to train on: files or folders. Without it, and without a task: the documentation inside Python."""
-    steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
-    """Training steps."""
-    seed: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 0)")] = None
-    """Of the first model; everything random follows from it."""
-    seeds: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 1)")] = None
-    """How many models train together, each with its own seed."""
-    sweep: Annotated[tuple[str, ...], arg(metavar="NAME=LOW:HIGH:N [...]", help_behavior_hint="")] = ()
-    """Train one model for each value: lr=1e-4:1e-2:8, or optimizer.weight_decay=0,0.1."""
-    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/train")
-    """Folder for everything."""
-    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Replace the run that DIR already holds, instead of going on with it."""
-    show: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Print all settings as TOML, and train nothing."""
-    distributed: Annotated[bool, arg(help_behavior_hint="")] = False
-    """This is one of several processes of one run, each with its own devices; DIR is on a file system of all. On
-    TPU pods, Slurm and Open MPI they find each other; else set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-    JAX_PROCESS_ID."""
-    quiet: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Show no progress."""
-
-    def run(self) -> int:
-        """Run it; returns the exit code."""
-        from minitf.analysis.run_folder import told_to_people
-        from minitf.train import settings
-
-        if self.show and not (self.preset or self.config or self.settings):
-            print("\n".join(f"{name:20} {settings.about_preset(name)}" for name in settings.preset_names()))
-            return 0
-        with told_to_people():
-            config = settings.as_config(self._tables())
-        if self.show:
-            print(settings.as_toml(settings.as_tables(config)), end="")
-            return 0
-        from minitf.analysis.training import distributed, job
-
-        if self.distributed:
-            with told_to_people():
-                distributed.join()
-        report = job.run(config, self.out, overwrite=self.overwrite, quiet=self.quiet)
-        if distributed.is_first():
-            print(f"Report: {report.resolve()}")
-        return 0
-
-    def _tables(self) -> dict[str, Any]:
-        from minitf.train import settings
-
-        tables: dict[str, Any] = settings.read_preset(self.preset) if self.preset else {}
-        if self.config is not None:
-            tables = settings.laid_over(tables, settings.read_toml(self.config))
-        tables = settings.laid_over(tables, settings.from_words(self.settings))
-        named = {"steps": self.steps, "seed": self.seed, "seeds": self.seeds}
-        training = {name: value for name, value in named.items() if value is not None}
-        above: dict[str, Any] = {"training": training} if training else {}
-        if self.text:
-            above["data"] = {"paths": list(self.text)}
-        if self.sweep:
-            above["sweep"] = settings.sweep_from(self.sweep)
-        return settings.laid_over(tables, above)
-
-    def after_interrupt(self) -> str:
-        """What to do after Ctrl-C, for people."""
-        if not (self.out / "config.json").exists():
-            return "Nothing was begun yet."
-        without = " without --overwrite" if self.overwrite else ""
-        return f"What was done is in {self.out}; run the same command{without} again to go on from there."
-
-
-@dataclasses.dataclass(frozen=True)
-class FourBit:
-    """See what optimizer states of four bits keep and lose (Li, Chen and Zhu 2023), beside what was published.
-
-    Zero points, frozen states, the bias of the sign, memory, and small models trained with each. Writes
-    claims.json.
-    """
-
-    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/fourbit")
-    """Folder for claims.json."""
-    no_training: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Leave out the models, which take a minute or two."""
-    overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Replace the run that DIR already holds."""
-
-    def run(self) -> int:
-        """Run it; returns the exit code."""
-        from minitf.analysis.claims import unmet
-        from minitf.analysis.fourbit import job
-
-        claims = job.run(self.out, training=not self.no_training, overwrite=self.overwrite)
-        for claim in claims:
-            print(f"{'holds' if claim.holds else 'does not hold'}: {claim.statement}")
-        expected = [claim for claim in claims if claim.expected]
-        print(f"{len(expected) - len(unmet(claims))} of the {len(expected)} claims that should hold do hold.")
-        print(f"Claims: {(self.out / 'claims.json').resolve()}")
-        return 0
-
-    def after_interrupt(self) -> str:
-        """What to do after Ctrl-C, for people."""
-        return "Nothing was kept; run the command again."
-
-
 def _to_go_on(out: Path, overwrite: bool) -> str:
     if not (out / "config.json").exists():
         return "Nothing was begun yet."
@@ -448,6 +329,7 @@ Command = (
     | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Mixers, tyro.conf.subcommand("mixers")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[FourBit, tyro.conf.subcommand("fourbit")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
@@ -455,7 +337,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: exits with 0, or 1 (diverged; unmet under --strict), 2 (bad input), 130 (interrupted)."""
-    command: ScanSnap | WalkText | Ablate | Mixers | Train | FourBit | Bench = tyro.cli(
+    command: ScanSnap | WalkText | Ablate | Mixers | Train | Plan | FourBit | Bench = tyro.cli(
         Command,
         prog="minitf",
         args=arguments,
@@ -472,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(command: ScanSnap | WalkText | Ablate | Mixers | Train | FourBit | Bench) -> int:
+def _run(command: ScanSnap | WalkText | Ablate | Mixers | Train | Plan | FourBit | Bench) -> int:
     """The exit code. Only what a person can put right is told without a stack trace; the rest are bugs."""
     try:
         from minitf.analysis.run_folder import Problem

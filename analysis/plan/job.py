@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -249,7 +250,7 @@ def as_tables(found: Plan) -> list[Table]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", min_width=72)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, min_width=72)
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
     return table
@@ -267,7 +268,7 @@ ROWS = {
     "kept": "activations for the way back",
     "loss": "a chunk's logits, exponentials, gradient",
     "layer": "the way back through a layer",
-    "update": "updates, and new weights beside the old",
+    "update": "clipped gradients, updates",
     "temporary": "the most of these at a time",
     "total": "in all, with the tokens of the next call",
 }
@@ -307,7 +308,7 @@ def _splits_table(found: Plan) -> Table:
         "data",
         "fsdp",
         "tensor",
-        "accumulate",
+        "parts",
         "GiB each",
         "fits",
         "ms a step",

@@ -77,12 +77,8 @@ class Run:
     @property
     def unrolled(self) -> bool:
         """Whether layers are compiled one by one, and not as a loop."""
-        return (self.config.training.unroll or (self.layers if self.layers <= FEW_LAYERS else 1)) >= self.layers
-
-    @property
-    def layers(self) -> int:
-        """How many."""
-        return self.model.layers
+        layers = self.model.layers
+        return (self.config.training.unroll or (layers if layers <= FEW_LAYERS else 1)) >= layers
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class Memory:
         kept: activations that all layers keep for the way back.
         loss: logits of one chunk, their exponentials, their gradient.
         layer: what the way back through one layer holds besides.
-        update: updates, and the new weights (and mean) beside the old until the step is known to be finite.
+        update: clipped gradients and an update; where steps may be skipped, all, and new weights beside old.
         temporary: the most of it all, beside inputs, at any time of a step.
     """
 
@@ -297,8 +293,13 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     kept, loss, layer = many * kept, many * loss, many * layer
     back = max(kept, gradients) if run.unrolled else kept + gradients
     update = gradients * (3 if run.config.optimizer.average else 2)
+    if run.config.training.when_not_finite != "skip":
+        of_one = max(_divided(d, mesh.fsdp, t) if run.models == 1 else math.prod(d.shape) for d in _declared(m))
+        update = gradients * (run.config.optimizer.clip > 0) + many * of_one * FLOAT32
     temporary = max(
-        copies + gathered + summed + kept + loss, copies + gathered + summed + back + layer, gradients + update
+        copies + gathered + summed + kept + loss,
+        copies + gathered + summed + back + layer,
+        gradients + summed + update,
     )
     return Memory(
         parameters=state["parameters"],
@@ -366,11 +367,10 @@ def communication(run: Run, mesh: MeshSettings, parts: int) -> list[Collective]:
         found.append(Collective("data", "all-reduce", "gradients", times * divided, parts))
     if mesh.fsdp > 1:
         layers = parts * (m.layers + 1)
-        undivided_ones = "gradients of weights that are not divided"
         found += [
             Collective("fsdp", "all-gather", "weights, there and back", 2 * times * gathered, 2 * layers),
             Collective("fsdp", "reduce-scatter", "gradients", times * gathered, layers),
-            Collective("fsdp", "all-reduce", undivided_ones, times * undivided, parts),
+            Collective("fsdp", "all-reduce", "gradients of undivided weights", times * undivided, parts),
         ]
     if tensor > 1:
         stream = max(run.config.training.batch // parts // (mesh.data * mesh.fsdp), 1) * m.length * m.width * c
