@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LIGHTLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
+# Two workers fill two cores: to compile a program in parts, side by side, would only cost.
+WHOLE := --xla_cpu_parallel_codegen_split_count=1
+LIGHTLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $(WHOLE)"
 
 .PHONY: help setup run test lint clean
 
@@ -32,7 +34,7 @@ test: $(VENV)/installed-dev
 	# Two workers, each with its own compiled programs. Compiling takes most of the time, so what a program
 	# computes is tested with little optimization, and what XLA makes of it as users have it.
 	$(LIGHTLY) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not optimized"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m optimized
+	XLA_FLAGS=$(WHOLE) $(BIN)/python -m pytest -n 2 --dist loadfile -m optimized
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

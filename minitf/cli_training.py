@@ -169,7 +169,7 @@ class FourBit:
 
 
 def _tables_of(preset: str, config: Path | None, words: tuple[str, ...]) -> dict[str, Any]:
-    """A preset's settings, those of a file over them, and over both those of the command line. Raises ValueError."""
+    """A preset's settings, over them those of a file, over both those of the command line. Raises ValueError."""
     from minitf.train import settings
 
     tables: dict[str, Any] = settings.read_preset(preset) if preset else {}

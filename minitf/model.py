@@ -27,6 +27,7 @@ def walk(
     association: bool = True,
     unroll: int | bool = 1,
     rematerialize: bool = False,
+    sharding: Any = None,
 ) -> Walk:
     """Run the model and return everything it computed.
 
@@ -46,6 +47,8 @@ def walk(
             layers after the last one that is used.
         rematerialize: under ``grad``, keep only where each layer starts and compute the rest again on the way
             back: less memory, about a third more time.
+        sharding: of the residual stream ``[batch, position, width]``, on several devices: divided as the batch is,
+            weights come to where they are used, and not the stream to them. (Without it XLA decides.)
 
     Raises:
         ValueError: the sequence is longer than ``config.length``, an id is outside the vocabulary (where they can
@@ -57,7 +60,16 @@ def walk(
     _check_tokens(tokens, config)
     edit = fit_edit(edit or Edit(), config, association)
     places = places_from_start(length, config, valid, association)
-    return _walk(parameters, tokens, edit, places, config=config, unroll=unroll, rematerialize=rematerialize)[0]
+    return _walk(
+        parameters,
+        tokens,
+        edit,
+        places,
+        config=config,
+        unroll=unroll,
+        rematerialize=rematerialize,
+        sharding=sharding,
+    )[0]
 
 
 def walk_on(
@@ -94,7 +106,7 @@ def walk_on(
 
 # Called outside of any jit, it is compiled once, and not its scan anew in every call; inside, it is as if written
 # there.
-@partial(jax.jit, static_argnames=("config", "unroll", "rematerialize"), inline=True)
+@partial(jax.jit, static_argnames=("config", "unroll", "rematerialize", "sharding"), inline=True)
 def _walk(
     parameters: Parameters,
     tokens: Int[Array, "batch position"],
@@ -105,10 +117,11 @@ def _walk(
     config: ModelConfig,
     unroll: int | bool,
     rematerialize: bool = False,
+    sharding: Any = None,
 ) -> tuple[Walk, Any]:
     token_embedding, position_embedding, start = _start(parameters, tokens, config, edit, places)
     end, layers, states = run_layers(
-        parameters.layers, start, config, edit.layers, places, states, unroll, rematerialize
+        parameters.layers, start, config, edit.layers, places, states, unroll, rematerialize, sharding
     )
     walked = finish(parameters, start, layers, end, config, edit)
     walked = dataclasses.replace(walked, token_embedding=token_embedding, position_embedding=position_embedding)
@@ -125,7 +138,7 @@ def _check_tokens(tokens: Int[Array, "batch position"], config: ModelConfig) -> 
         raise ValueError(f"there is no token {wrong[0]}; the vocabulary is 0 to {config.vocabulary - 1}")
 
 
-@partial(jax.jit, static_argnames=("config", "unroll", "rematerialize"), inline=True)
+@partial(jax.jit, static_argnames=("config", "unroll", "rematerialize", "sharding"), inline=True)
 def run_layers(
     weights: Layer | tuple[Layer, ...],
     start: Stream,
@@ -135,19 +148,21 @@ def run_layers(
     states: Any = None,
     unroll: int | bool = 1,
     rematerialize: bool = False,
+    sharding: Any = None,
 ) -> tuple[Stream, LayerWalk, Any]:
     """As many layers as the weights have, one after another: where they end, their walk, and their states."""
 
     if isinstance(weights, tuple):
-        return _run_split(weights, start, config, edit, places, states, rematerialize)
+        return _run_split(weights, start, config, edit, places, states, rematerialize, sharding)
 
     def layer(stream: Stream, inputs: tuple[Layer, LayerWalk, Any]) -> tuple[Stream, tuple[LayerWalk, Any]]:
+        stream = _pinned(stream, sharding)
         passed, state = one_layer(stream, inputs[0], config, inputs[1], places, inputs[2])
-        return passed.resid_post, (passed, state)
+        return _pinned(passed.resid_post, sharding), (passed, state)
 
     # In a loop the two passes share nothing anyway; unrolled, a barrier keeps XLA from sharing what was to be made
     # anew.
-    body = jax.checkpoint(layer, prevent_cse=unroll != 1) if rematerialize else layer
+    body = jax.checkpoint(layer, prevent_cse=unroll is True or unroll != 1) if rematerialize else layer
     end, (walked, states) = jax.lax.scan(body, start, (weights, edit, states), length=config.layers, unroll=unroll)
     return end, walked, states
 
@@ -160,6 +175,7 @@ def _run_split(
     places: Places,
     states: Any,
     rematerialize: bool,
+    sharding: Any,
 ) -> tuple[Stream, LayerWalk, Any]:
     hybrid = isinstance(config.mixer, tuple)
     walks, after = [], []
@@ -169,11 +185,18 @@ def _run_split(
             before = states[number] if hybrid else jax.tree.map(lambda x: x[number], states)  # noqa: B023
         one = partial(one_layer, config=config.layer(number))
         run = jax.checkpoint(one) if rematerialize else one
-        passed, state = run(stream, layer, edit=at_layer(edit, number), places=places, past=before)
+        passed, state = run(
+            _pinned(stream, sharding), layer, edit=at_layer(edit, number), places=places, past=before
+        )
         walks.append(passed)
         after.append(state)
-        stream = passed.resid_post
+        stream = _pinned(passed.resid_post, sharding)
     return stream, by_layer(walks), together(after, config)
+
+
+def _pinned(stream: Stream, sharding: Any) -> Stream:
+    """The stream, lying where it should."""
+    return stream if sharding is None else jax.lax.with_sharding_constraint(stream, sharding)
 
 
 @partial(jax.jit, static_argnames=("config",), inline=True)

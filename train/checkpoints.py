@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Array
 from orbax.checkpoint import checkpoint_managers
 
 from minitf.train.config import KeepSettings
@@ -69,7 +71,8 @@ class Checkpoints:
             # On a CPU Orbax would write from the memory that the next steps write to.
             state = jax.tree.map(jnp.copy, state)
         with self._told():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            kept = {"state": state, "digests": digests(state)}
+            self._manager.save(step, args=ocp.args.StandardSave(kept))
 
     def wait(self) -> None:
         """Until everything is written."""
@@ -90,23 +93,45 @@ class Checkpoints:
         if not there or (step is not None and step not in there):
             raise ValueError(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
         step = there[-1] if step is None else step
+        wanted = {"state": like, "digests": jax.eval_shape(digests, like)}
         try:
-            return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            kept = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except Exception as error:  # what Orbax and TensorStore raise of damaged files has no common type
-            raise ValueError(self._damaged(step, there, error)) from error
+            raise ValueError(self._damaged(step, there, str(error) or type(error).__name__)) from error
+        if not np.array_equal(kept["digests"], digests(kept["state"])):
+            raise ValueError(self._damaged(step, there, "its numbers are not those that were written"))
+        return step, kept["state"]
 
-    def _damaged(self, step: int, there: Iterable[int], error: Exception) -> str:
+    def _damaged(self, step: int, there: Iterable[int], why: str) -> str:
         older = [one for one in there if one < step]
         what = (
             f"Remove that folder, and the same command goes on from step {older[-1]}."
             if older
             else "There is no older one: begin anew in another folder, or with --overwrite."
         )
-        why = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        why = why.strip().splitlines()[0][:300]
         return f"the checkpoint {self.folder / str(step)} cannot be read: {why}. {what}"
 
     def _told(self) -> "_Told":
         return _Told(self.folder)
+
+
+@jax.jit
+def digests(state: Tree) -> Array:
+    """A number for each array, ``[array]``, that changes with any of its bits and with their places.
+
+    Orbax notices files that are missing or cut short, but not every changed byte in them.
+    """
+    return jnp.stack([_digest(x) for x in jax.tree.leaves(state)])
+
+
+def _digest(x: Array) -> Array:
+    """The sum of all numbers' bits, each times an odd number of its own, modulo 2^32."""
+    bits = x.astype(jnp.uint8) if x.dtype == bool else x
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[bits.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(bits, unsigned).astype(jnp.uint32)
+    odd = jax.lax.iota(jnp.uint32, bits.size).reshape(bits.shape) * jnp.uint32(2654435762) + jnp.uint32(1)
+    return jnp.sum(bits * odd, dtype=jnp.uint32)
 
 
 class _Told:

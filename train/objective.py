@@ -45,6 +45,7 @@ def sums(
     edit: Edit | None = None,
     unroll: int | bool = 1,
     rematerialize: bool = False,
+    sharding: Any = None,
 ) -> Sums:
     """The objective on a batch, whose targets are those of ``kind``.
 
@@ -56,7 +57,7 @@ def sums(
             logits; ``regression`` compares the first logit.
         settings: smoothing, z-loss, chunks.
         edit: of the walk, such as :func:`dropout`.
-        unroll, rematerialize: as :func:`minitf.walk`.
+        unroll, rematerialize, sharding: as :func:`minitf.walk`.
     """
     edit = with_inputs(edit or Edit(), parameters, batch)
     walked = walk(
@@ -67,6 +68,7 @@ def sums(
         association=edit.layers.pattern is not None,
         unroll=unroll,
         rematerialize=rematerialize,
+        sharding=sharding,
     )
     if kind == "regression":
         return _squared(walked.logits[..., 0], batch.targets)

@@ -54,6 +54,11 @@ def of_windows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, None, BATCH, None))
 
 
+def of_stream(mesh: Mesh) -> NamedSharding | None:
+    """Of the residual stream: divided as the batch is; None on one device."""
+    return NamedSharding(mesh, P(BATCH, None, None)) if mesh.size > 1 else None
+
+
 def of_weight(declaration: Declaration, sizes: Mapping[str, int]) -> P:
     """How a weight is divided by a mesh of these sizes: each axis once at most, and only where it fits evenly."""
     taken: set[str] = set()

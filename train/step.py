@@ -56,6 +56,7 @@ class Program:
         objective: what is minimized.
         draw: (key, how many) -> batch, where data is made on the device; else batches come from outside.
         as_batch: (window of tokens ``[batch, length + 1]``, key) -> batch, of those that come from outside.
+        stream: the sharding of the residual stream, on several devices.
     """
 
     config: TrainConfig
@@ -63,6 +64,7 @@ class Program:
     objective: Objective
     draw: Callable[[Key[Array, ""], int], Batch] | None = None
     as_batch: Callable[[Array, Key[Array, ""]], Batch] | None = None
+    stream: Any = None
 
     @property
     def unroll(self) -> int | bool:
@@ -166,6 +168,7 @@ class Program:
             edit=dropout(noise, self.model, rows, length, c.objective, dtype),
             unroll=self.unroll,
             rematerialize=c.training.rematerialize,
+            sharding=self.stream,
         )
         return found.loss, found.count
 

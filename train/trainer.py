@@ -5,6 +5,7 @@ number.
 reads it evaluates, keeps and shows what is due. One model, or many side by side, on one device or a mesh of them.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -117,6 +118,8 @@ def compiled(program: Program, mesh: Mesh, flops: float, length: int) -> Compile
         length: of the windows.
     """
     config, models = program.config, models_of(program.config)
+    if not models.batched:
+        program = dataclasses.replace(program, stream=sharding.of_stream(mesh))
     many, most = len(models.seeds), steps_per_call(config, flops)
     # The first model's alone, or all of them; a typed key for each.
     keys = jax.vmap(jax.random.key)(jnp.asarray(models.seeds))

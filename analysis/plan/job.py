@@ -250,7 +250,7 @@ def as_tables(found: Plan) -> list[Table]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, min_width=72)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
     return table
@@ -312,7 +312,7 @@ def _splits_table(found: Plan) -> Table:
         "GiB each",
         "fits",
         "ms a step",
-        "tokens/s",
+        "Mtokens/s",
         "busy",
     )
     table = _table("the best splits of so many devices", *columns)
@@ -324,7 +324,7 @@ def _splits_table(found: Plan) -> Table:
                 f"{one.memory.total / 2**30:.1f}",
                 "yes" if one.fits else "no",
                 f"{1e3 * seconds:,.1f}",
-                f"{found.tokens / seconds:,.0f}",
+                f"{found.tokens / seconds / 1e6:,.3f}",
                 f"{one.time.compute / seconds:.0%}",
             )
     without = [str(many) for many, some in found.options.items() if not some]

@@ -48,29 +48,12 @@ def seven(**training):
 
 # One process with eight devices: what is on each, the inputs of the program, and what its text says is told.
 SHARDED = """
-import dataclasses, json
+import json, math
 import jax
-import minitf.model
-from jax.sharding import NamedSharding, PartitionSpec as P
 from minitf.analysis.plan import devices, job, model as paper
 from minitf.train import sharding, trainer
 from minitf.train.settings import as_config
 
-# The plan is of a stream that is divided as the batch is, between layers too, so that weights are gathered where
-# they are used. Without that XLA may divide the stream's width over fsdp instead.
-pins = []
-pin = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(pins[-1], P(("data", "fsdp"), None, None)))
-old_start, old_layer = minitf.model._start, minitf.model.one_layer
-
-def start(*given):
-    token, position, stream = old_start(*given)
-    return token, position, pin(stream)
-
-def one_layer(stream, *given, **named):
-    walked, state = old_layer(pin(stream), *given, **named)
-    return dataclasses.replace(walked, resid_post=pin(walked.resid_post)), state
-
-minitf.model._start, minitf.model.one_layer = start, one_layer
 texts, compile = [], jax.stages.Lowered.compile
 
 def noted(self, *given, **named):
@@ -84,23 +67,24 @@ for mesh, tables in json.loads(CASES):
     jax.clear_caches()
     config = as_config({**tables, "mesh": dict(zip(("data", "fsdp", "tensor"), mesh))})
     on = sharding.mesh_of(config.mesh)
-    pins.append(on)
     program, run = job.program_of(config), job.run_of(config)
-    held = lambda part: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(part))
-    begin = lambda: program.start(jax.random.key(0), {})
-    state = jax.jit(begin, out_shardings=sharding.of_state(jax.eval_shape(begin), program.model, on, False))()
-    out.append({
-        "held": {name: held(part) for name, part in vars(state).items()},
-        "planned": paper.state_bytes(run, config.mesh),
-    })
-    if config.optimizer.name == "adamw":
-        made, parts = trainer.compiled(program, on, 1e9, program.model.length), config.training.accumulate
-        out[-1] |= {
-            "arguments": made.argument_bytes,
-            "planned_arguments": paper.memory(run, config.mesh, parts, made.most, None).arguments,
-            "told": [vars(one) for one in devices.told_by(texts[-1], dict(on.shape))],
-            "planned_to_tell": [vars(one) for one in paper.communication(run, config.mesh, parts)],
-        }
+    total = lambda held, part: sum(held(x) for x in jax.tree.leaves(part))
+    sizes = lambda held: {name: total(held, part) for name, part in vars(state).items()}
+    out.append({"planned": paper.state_bytes(run, config.mesh)})
+    if config.optimizer.name != "adamw":
+        begin = lambda: program.start(jax.random.key(0), {})
+        state = jax.jit(begin, out_shardings=sharding.of_state(jax.eval_shape(begin), program.model, on, False))()
+        out[-1]["held"] = sizes(lambda x: x.addressable_shards[0].data.nbytes)
+        continue
+    made, parts = trainer.compiled(program, on, 1e9, program.model.length), config.training.accumulate
+    state = made.state
+    out[-1] |= {
+        "held": sizes(lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize),
+        "arguments": made.argument_bytes,
+        "planned_arguments": paper.memory(run, config.mesh, parts, made.most, None).arguments,
+        "told": [vars(one) for one in devices.told_by(texts[-1], dict(on.shape))],
+        "planned_to_tell": [vars(one) for one in paper.communication(run, config.mesh, parts)],
+    }
 print(json.dumps(out))
 """
 TABLES = {

@@ -378,8 +378,8 @@ def test_strict_exits_with_1_only_for_claims_that_should_hold(tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Expected one of {scan-snap, walk, ablate, mixers, bench}"),
-        (["scan-sanp"], "Available subcommands: scan-snap, walk, ablate, mixers, bench"),
+        ([], "Expected one of {scan-snap, walk, ablate, mixers, train, plan, fourbit, bench}"),
+        (["scan-sanp"], "Available subcommands: scan-snap, walk, ablate, mixers, train, plan, fourbit, bench"),
         (["scan-snap", "--lenght", "3"], "Perhaps you meant: --length INT"),
         (["scan-snap", "--seed", "one"], "--seed: invalid literal for int() with base 10: 'one'"),
         (["scan-snap", "--text-rate", "fast"], "--text-rate: could not convert string to float: 'fast'"),

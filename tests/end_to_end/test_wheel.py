@@ -77,9 +77,9 @@ def test_every_module_and_data_file_is_in_the_wheel(names):
         (Path("minitf") / file).as_posix() if file.parts[0] != "minitf" else file.as_posix()
         for file in tracked_files()
         if file.parts[0] in ("minitf", "train", "analysis")
-        and (file.suffix in (".py", ".j2", ".css", ".js") or file.name == "py.typed")
+        and (file.suffix in (".py", ".j2", ".css", ".js", ".toml") or file.name == "py.typed")
     }
-    assert {".py", ".j2", ".css", ".js"} <= {Path(name).suffix for name in wanted}
+    assert {".py", ".j2", ".css", ".js", ".toml"} <= {Path(name).suffix for name in wanted}
     assert "minitf/py.typed" in wanted
     assert wanted <= set(names)
 
