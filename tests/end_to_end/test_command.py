@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
+from compiled_once import environment
 
 from minitf import cli
 from minitf.analysis import bench
@@ -34,13 +35,22 @@ def start(*arguments):
         "runpy.run_module('minitf', run_name='__main__', alter_sys=True)"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 def finish(*arguments, command=MINITF):
     return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=15 * MINUTES
+        [*command, *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=15 * MINUTES,
     )
 
 

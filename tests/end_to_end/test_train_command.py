@@ -6,12 +6,12 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import safetensors.numpy
+from compiled_once import environment
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -37,29 +37,20 @@ def command(out, text, *more):
     return [sys.executable, "-m", "minitf", *arguments]
 
 
-CACHE = tempfile.TemporaryDirectory()
-
-
-def environment():
-    # Every start compiles the same programs: once is enough for all of them.
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
-        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
-def run(out, text, *more):
-    return subprocess.run(
-        command(out, text, *more), env=environment(), capture_output=True, text=True, check=False
+def lightly():
+    return environment(
+        PYTHONPATH=str(ROOT),
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        XLA_FLAGS="--xla_cpu_use_fusion_emitters=false",
     )
 
 
+def run(out, text, *more):
+    return subprocess.run(command(out, text, *more), env=lightly(), capture_output=True, text=True, check=False)
+
+
 def started(out, text):
-    return subprocess.Popen(command(out, text), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command(out, text), env=lightly(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def killed(process):
@@ -182,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(whole, text, t
 def test_the_trained_model_is_loaded_and_walked(whole, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "minitf", "walk", str(whole / "model"), "the cat", "--out", str(tmp_path / "walk")],
-        env=environment(),
+        env=lightly(),
         capture_output=True,
         text=True,
         check=False,
