@@ -5,8 +5,6 @@ elsewhere each time. The order of many windows is a pseudorandom permutation tha
 (grain's ``index_shuffle``), so nothing is kept, and a run that goes on at step k needs nothing but k.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,30 +107,6 @@ def shuffled(places: Int[np.ndarray, " place"], size: int, rng: np.random.Genera
 def chunk(loader: Loader, first_step: int, steps: int) -> Int32[np.ndarray, "step part length_plus_one"]:
     """The batches of ``steps`` steps from ``first_step`` on, stacked."""
     return np.stack([loader.batch(step) for step in range(first_step, first_step + steps)])
-
-
-def chunks(
-    loader: Loader, first_step: int, steps: int, *, end: int | None = None
-) -> Iterator[Int32[np.ndarray, "step part length_plus_one"]]:
-    """The batches from ``first_step`` on, ``steps`` at a time, int32 [steps, batch, length + 1], up to ``end``.
-
-    The last chunk is shorter when ``steps`` do not divide them; without an ``end`` there is no last. While one is
-    used, a thread makes the next one. Raises ValueError for ``steps`` below 1.
-    """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; a chunk must have at least 1")
-    pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-    size = lambda first: steps if end is None else min(steps, end - first)
-    try:
-        first = first_step
-        following = pool.submit(chunk, loader, first, size(first)) if size(first) > 0 else None
-        while following is not None:
-            ready = following.result()
-            first += steps
-            following = pool.submit(chunk, loader, first, size(first)) if size(first) > 0 else None
-            yield ready
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def spread_windows(

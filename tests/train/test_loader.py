@@ -1,15 +1,13 @@
 import itertools
 import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitf.train.loader import FEW, Loader, chunk, chunks, shuffled, spread_windows
+from minitf.train.loader import FEW, Loader, chunk, shuffled, spread_windows
 
 # With tokens 0, 1, 2, ... a window shows where it was cut.
 lengths = st.integers(1, 9)
@@ -55,8 +53,6 @@ def test_a_loader_made_anew_goes_on_as_if_it_had_never_stopped():
     for step in (17, 3, 39):
         assert np.array_equal(make().batch(step), without[step])
     assert np.array_equal(chunk(make(), 17, 23), without[17:])
-    resumed = list(chunks(make(), 17, 10, end=40))
-    assert np.array_equal(np.concatenate(resumed), without[17:]) and [len(one) for one in resumed] == [10, 10, 3]
 
 
 def test_epochs_and_seeds_have_other_orders_and_other_offsets():
@@ -101,42 +97,6 @@ def test_tokens_on_disk_are_read_only_where_windows_are(tmp_path):
     batch = Loader(ids, 7, 4).batch(2)
     assert type(batch) is np.ndarray and batch.dtype == np.int32
     assert np.array_equal(batch, Loader(np.arange(5000) % 1000, 7, 4).batch(2))
-
-
-class Watched(np.ndarray):
-    """Tokens that know which threads read them."""
-
-    def __getitem__(self, places):
-        self.readers.append(threading.current_thread())
-        return np.asarray(self)[places]
-
-
-def test_the_next_chunk_is_made_by_another_thread_while_one_is_used():
-    ids = np.arange(100).view(Watched)
-    ids.readers = []
-    made = chunks(Loader(ids, 5, 2), 0, 5)
-    next(made)
-    deadline = time.monotonic() + 30
-    while len(ids.readers) < 10 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    # One read for each of the five steps that are used and of the five that will be, and no more.
-    assert len(ids.readers) == 10 and threading.main_thread() not in ids.readers
-    made.close()
-
-
-def test_what_goes_wrong_in_the_thread_is_raised_where_chunks_are_used():
-    loader = Loader(np.arange(100), 5, 2)
-    object.__setattr__(loader, "ids", None)
-    with pytest.raises(TypeError):
-        next(chunks(loader, 0, 1))
-
-
-def test_chunks_that_have_no_end_go_on_and_those_past_their_end_are_none():
-    loader = Loader(np.arange(20), 5, 2)
-    assert len(list(itertools.islice(chunks(loader, 0, 3), 20))) == 20
-    assert list(chunks(loader, 7, 3, end=7)) == []
-    with pytest.raises(ValueError, match="steps is 0"):
-        next(chunks(loader, 0, 0))
 
 
 @few_examples

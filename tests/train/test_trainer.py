@@ -1,12 +1,18 @@
 """The outer loop: calls that end at every stop, data that is ready in time, measures of any size of data."""
 
+import threading
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minitf.train.batch import Batch
+from minitf.train.config import MeshSettings
 from minitf.train.settings import as_config
-from minitf.train.trainer import _calls, in_parts, models_of, steps_per_call
+from minitf.train.sharding import mesh_of
+from minitf.train.step import Measures, State
+from minitf.train.trainer import Compiled, _calls, in_parts, models_of, run, steps_per_call
 
 
 @given(st.integers(0, 50), st.lists(st.integers(1, 100), min_size=1, max_size=6, unique=True), st.integers(1, 30))
@@ -53,3 +59,34 @@ def test_a_call_takes_about_a_second_of_work_and_no_more_steps_than_there_are():
     assert steps_per_call(config, 1e15) == 1
     assert steps_per_call(config, 1.0) == 40
     assert steps_per_call(as_config({"training": {"steps": 40, "steps_per_call": 7}}), 1.0) == 7
+
+
+NOTHING = State(0, None, None, None, 0)
+
+
+def test_data_of_the_next_call_is_made_by_another_thread_while_one_runs():
+    made, used = [], []
+
+    def windows(first, steps):
+        made.append((first, threading.current_thread() is threading.main_thread()))
+        return np.full((1, steps, 2, 3), first, np.int32)
+
+    def advance(state, tokens, done, to):
+        used.append((int(tokens[0, 0, 0, 0]), done, to))
+        return state.replace(step=state.step + 1), Measures(np.zeros(2), np.zeros(2))
+
+    programs = Compiled(lambda: NOTHING, advance, NOTHING, 2, 0, 0)
+    taken = list(run(programs, NOTHING, 3, (6, 8), windows, mesh_of(MeshSettings())))
+    assert used == [(3, 3, 5), (5, 5, 6), (6, 6, 8)]
+    assert made == [(3, False), (5, False), (6, False)]
+    assert [one.done for one in taken] == [5, 6, 8]
+    assert taken[-1].state.step == 3
+
+
+def test_what_goes_wrong_while_data_is_made_is_raised_where_it_is_used():
+    def windows(first, steps):
+        raise ValueError("the file is gone")
+
+    programs = Compiled(lambda: NOTHING, lambda *given: given, NOTHING, 2, 0, 0)
+    with pytest.raises(ValueError, match="the file is gone"):
+        next(run(programs, NOTHING, 0, (2,), windows, mesh_of(MeshSettings())))
