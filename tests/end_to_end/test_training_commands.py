@@ -1,0 +1,70 @@
+"""The commands around training, through the command line."""
+
+import json
+import tomllib
+
+import pytest
+
+from minitf import cli
+from minitf.analysis.claims import claim
+from minitf.analysis.fourbit import job
+from minitf.train.settings import as_config, preset_names, read_preset
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(one) for one in arguments])
+    return ended.value.code
+
+
+def test_show_lists_the_presets_and_what_each_trains(capsys):
+    assert run("train", "--show") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == preset_names()
+    assert all(len(line.split()) > 5 for line in told)
+
+
+def test_show_prints_every_setting_as_a_file_that_means_the_same(capsys):
+    words = ["model.layers=3", "optimizer.name=lion"]
+    assert run("train", "--show", "--preset", "recall", *words, "--steps", 7, "--sweep", "lr=1e-3,1e-2") == 0
+    tables = tomllib.loads(capsys.readouterr().out)
+    config = as_config(tables)
+    assert config.model == {**read_preset("recall")["model"], "layers": 3}
+    assert (config.optimizer.name, config.training.steps) == ("lion", 7)
+    assert config.sweep == {"optimizer.rate": (1e-3, 1e-2)}
+
+
+def test_a_plan_is_printed_and_kept(capsys, tmp_path):
+    assert run("plan", "--preset", "gpt2-124m", "mesh.data=8", "--devices", 8, "--out", tmp_path / "plan") == 0
+    assert "H100" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan" / "plan.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("plan", "--preset", "recall", "--device", "abacus"), "abacus"),
+        (("plan", "--preset", "nothing"), "there is no preset 'nothing'"),
+        (("train", "layers=3"), "write group.field=value"),
+        (("train", "--sweep", "model.width=1:2:3"), "'model.width' cannot be swept"),
+        (("train", "--config", "nowhere.toml"), "nowhere.toml cannot be read"),
+        (("train", "--text", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_sentence(capsys, tmp_path, arguments, told):
+    assert run(*arguments, "--out", tmp_path / "run") == 2
+    errors = capsys.readouterr().err
+    assert told in errors
+    assert "Traceback" not in errors
+
+
+def test_claims_on_few_bits_are_printed_and_kept(capsys, tmp_path, monkeypatch):
+    given = {"source": "a paper", "statistic": "a number", "direction": "<", "threshold": 1.0}
+    claims = [claim("a", "It is small.", value=0.5, **given), claim("b", "It is smaller.", value=2.0, **given)]
+    monkeypatch.setattr(job, "measure", lambda quick: claims)
+    assert run("fourbit", "--no-training", "--out", tmp_path / "run") == 0
+    told = capsys.readouterr().out
+    assert "holds: It is small." in told
+    assert "does not hold: It is smaller." in told
+    assert "1 of the 2 claims" in told
+    assert [one["id"] for one in json.loads((tmp_path / "run" / "claims.json").read_text())] == ["a", "b"]
