@@ -132,6 +132,24 @@ class Declaration:
         return tuple(size for _, size in self.axes)
 
     @property
+    def own_axes(self) -> tuple[str, ...]:
+        """Names of the axes of one layer's weight."""
+        return tuple(name for name, _ in self.axes if name != "layer")
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Of a linear map the places of the axes that it sums over, and of those that it makes; None of another.
+
+        Heads belong to one map. What ends in the stream's width is summed over all axes before it.
+        """
+        own = self.own_axes
+        if len(own) < 2:
+            return None
+        places = tuple(range(len(self.axes) - len(own), len(self.axes)))
+        middle = len(places) - 1 if own[-1] == "width" else 1
+        return places[:middle], places[middle:]
+
+    @property
     def random(self) -> bool:
         """Whether it starts at random."""
         return self.distribution in ("normal", "uniform")
@@ -301,6 +319,12 @@ def _declare_layers(config: ModelConfig, sizes: Mapping[str, int]) -> Layer | tu
 def is_declaration(x: Any) -> bool:
     """Where a tree of declarations ends, for ``jax.tree.map``."""
     return isinstance(x, Declaration)
+
+
+def declared(config: ModelConfig) -> dict[str, Declaration]:
+    """The declaration of every weight by its name, as :func:`named` has the weights."""
+    leaves = jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=is_declaration)
+    return {path_name(path): declaration for path, declaration in leaves}
 
 
 def initialize(config: ModelConfig, key: Key[Array, ""], dtype: Any = jnp.float32) -> Parameters:

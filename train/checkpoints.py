@@ -5,7 +5,8 @@ moment, in the middle of a write too, finds the one before.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -112,8 +113,16 @@ class Checkpoints:
         why = why.strip().splitlines()[0][:300]
         return f"the checkpoint {self.folder / str(step)} cannot be read: {why}. {what}"
 
-    def _told(self) -> "_Told":
-        return _Told(self.folder)
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Make what goes wrong while writing a sentence for people."""
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(
+                f"a checkpoint could not be written to {self.folder}: {error}. Those before it are whole; when "
+                "this is put right, the same command goes on from the newest."
+            ) from error
 
 
 @jax.jit
@@ -132,25 +141,6 @@ def _digest(x: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(bits, unsigned).astype(jnp.uint32)
     odd = jax.lax.iota(jnp.uint32, bits.size).reshape(bits.shape) * jnp.uint32(2654435762) + jnp.uint32(1)
     return jnp.sum(bits * odd, dtype=jnp.uint32)
-
-
-class _Told:
-    """Makes what goes wrong while writing a sentence for people."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception):
-            raise ValueError(
-                f"a checkpoint could not be written to {self._folder}: {error}. Those before it are whole; when "
-                "this is put right, the same command goes on from the newest."
-            ) from error
 
 
 def dynamics_steps(steps: int) -> list[int]:

@@ -130,15 +130,9 @@ def _decaying(config: ModelConfig, which: str) -> Callable[[Any], Any]:
     def mask(parameters: Any) -> Any:
         if which == "all":
             return jax.tree.map(lambda _: True, parameters)
-        return jax.tree.map(
-            lambda d, _: len(_own_axes(d)) >= 2, declare(config), parameters, is_leaf=is_declaration
-        )
+        return jax.tree.map(lambda d, _: d.sides is not None, declare(config), parameters, is_leaf=is_declaration)
 
     return mask
-
-
-def _own_axes(declaration: Declaration) -> list[str]:
-    return [name for name, _ in declaration.axes if name != "layer"]
 
 
 def decayed(
@@ -163,13 +157,9 @@ def muon_axes(config: ModelConfig) -> Any:
     """
 
     def axes(path: tuple[Any, ...], declaration: Declaration) -> Any:
-        own = _own_axes(declaration)
-        if not path_name(path).startswith("layers.") or len(own) < 2:
+        if not path_name(path).startswith("layers.") or declaration.sides is None:
             return None
-        first = len(declaration.axes) - len(own)
-        places = tuple(range(first, len(declaration.axes)))
-        middle = len(places) - 1 if own[-1] == "width" else 1
-        return optax.contrib.MuonDimensionNumbers(places[:middle], places[middle:])
+        return optax.contrib.MuonDimensionNumbers(*declaration.sides)
 
     return jax.tree_util.tree_map_with_path(axes, declare(config), is_leaf=is_declaration)
 

@@ -197,6 +197,13 @@ def as_tables(config: TrainConfig) -> dict[str, Any]:
     return {group: fields for group, fields in without_none.items() if fields or group not in OPEN}
 
 
+def by_name(config: TrainConfig) -> dict[str, Any]:
+    """The same as one table: ``{"optimizer.rate": 0.001, ...}``."""
+    return {
+        f"{group}.{name}": value for group, fields in as_tables(config).items() for name, value in fields.items()
+    }
+
+
 def _listed(value: Any) -> Any:
     return [_listed(one) for one in value] if isinstance(value, tuple | list) else value
 

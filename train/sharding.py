@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minitf import ModelConfig
-from minitf.parameters import Declaration, declare, is_declaration, path_name
+from minitf.parameters import Declaration, declared, path_name
 from minitf.train.config import MeshSettings
 
 Tree = Any
@@ -72,11 +72,6 @@ def of_weight(declaration: Declaration, sizes: Mapping[str, int]) -> P:
     return P(*names)
 
 
-def of_parameters(config: ModelConfig, mesh: Mesh) -> Tree:
-    """The division of every weight, in the shape of the parameters."""
-    return jax.tree.map(lambda d: of_weight(d, mesh.shape), declare(config), is_leaf=is_declaration)
-
-
 def of_state(state: Tree, config: ModelConfig, mesh: Mesh, batched: bool) -> Tree:
     """Where each array of a training state lies.
 
@@ -86,17 +81,14 @@ def of_state(state: Tree, config: ModelConfig, mesh: Mesh, batched: bool) -> Tre
     """
     if batched:
         return jax.tree.map(lambda _: everywhere(mesh), state)
-    declared = {
-        path_name(path): d
-        for path, d in jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=is_declaration)
-    }
+    weights = declared(config)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        of = max((w for w in declared if f".{name}.".find(f".{w}.") >= 0), key=len, default=None)
+        of = max((w for w in weights if f".{name}.".find(f".{w}.") >= 0), key=len, default=None)
         if of is None:
             return everywhere(mesh)
-        return NamedSharding(mesh, _like(leaf.shape, declared[of], mesh))
+        return NamedSharding(mesh, _like(leaf.shape, weights[of], mesh))
 
     return jax.tree_util.tree_map_with_path(place, state)
 

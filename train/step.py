@@ -37,6 +37,11 @@ class State:
     average: Any
     skipped: Any
 
+    @property
+    def weights(self) -> Any:
+        """What the training is for: the running mean, where there is one."""
+        return self.parameters if self.average is None else self.average
+
 
 @struct.dataclass
 class Measures:
@@ -86,6 +91,13 @@ class Program:
             average=parameters if self.config.optimizer.average else None,
             skipped=jnp.zeros((), jnp.int32),
         )
+
+    def shapes(self) -> tuple[State, Batch, dict[str, float], Key[Array, ""]]:
+        """Of one model: its state and a batch, as shapes, and with them swept numbers and a key to trace with."""
+        key, numbers = jax.random.key(0), dict.fromkeys(self.config.sweep, 1.0)
+        window = jax.ShapeDtypeStruct((self.config.training.batch, self.model.length + 1), jnp.int32)
+        state = jax.eval_shape(lambda: self.start(key, numbers))
+        return state, jax.eval_shape(lambda w: self.batch(key, 0, w), window), numbers, key
 
     def batch(self, key: Key[Array, ""], step: int | Array, window: Array | None) -> Batch:
         """The batch of a step; the same whenever the step is taken, so that any step can be taken again."""
@@ -213,18 +225,13 @@ def in_precision(parameters: Tree, dtype: Any) -> Tree:
     return jax.tree.map(lambda x: x.astype(dtype), parameters)
 
 
-def side_by_side(
-    program: Program, most: int, at_once: int
-) -> tuple[Callable[..., State], Callable[..., tuple[State, Measures]]]:
-    """Start and advance of many models: states, keys and numbers have a leading ``model`` axis.
+def side_by_side(program: Program, most: int, at_once: int) -> Callable[..., tuple[State, Measures]]:
+    """Advance of many models: states, keys and numbers have a leading ``model`` axis.
 
     ``windows`` are ``[seed, most, batch, length + 1]`` and ``seed_of`` ``[model]`` says whose a model sees, so
     that models that differ in their numbers alone share theirs. ``at_once`` models run side by side, the others
     after them.
     """
-
-    def start(keys: Array, hyper: Mapping[str, Array]) -> State:
-        return jax.vmap(program.start)(keys, hyper)
 
     def advance(
         states: State,
@@ -243,4 +250,4 @@ def side_by_side(
         models = (states, keys, hyper, seed_of)
         return jax.lax.map(one, models, batch_size=at_once)
 
-    return start, advance
+    return advance

@@ -14,7 +14,7 @@ from jaxtyping import Integer
 
 from minitf.files import write_atomically
 from minitf.tokenizer import gpt2_encoding, load_encoding, train_encoding
-from minitf.train.corpus import python_documentation
+from minitf.train.corpus import identity, python_documentation
 from minitf.train.symbol_files import (
     fasta_documents,
     not_a_name,
@@ -293,8 +293,7 @@ def _recipe(settings: DataSettings, files: list[Path]) -> dict[str, Any]:
     """Everything that the tokens depend on, as JSON gives it back."""
     found: list[Any] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     if not files:
-        texts = python_documentation()
-        found = [hashlib.sha256(json.dumps([texts.train, texts.validation]).encode()).hexdigest()]
+        found = [identity(python_documentation())]
     ranks = Path(settings.encoding) if settings.encoding else None
     used = [ranks / FILE, ranks / RANKS_FILE] if ranks and ranks.is_dir() else [ranks] if ranks else []
     encoding = [sha256_of(file) for file in used if file.is_file()]

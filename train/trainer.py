@@ -88,12 +88,15 @@ class Compiled:
     argument_bytes: int
 
 
-def steps_per_call(config: TrainConfig, flops: float) -> int:
-    """Steps in one program: about a second of work, so that calls cost nothing and Ctrl-C does not wait long."""
+def steps_per_call(config: TrainConfig, flops: float, kind: str | None = None) -> int:
+    """Steps in one program: about a second of work, so that calls cost nothing and Ctrl-C does not wait long.
+
+    ``kind`` of device is that of this process, unless it is said.
+    """
     chosen = config.training.steps_per_call
     if chosen:
         return min(chosen, config.training.steps)
-    work = SECOND_OF_WORK.get(jax.default_backend(), 2e10)
+    work = SECOND_OF_WORK.get(kind or jax.default_backend(), 2e10)
     return int(min(max(work / max(flops, 1.0), 1), MOST_STEPS, config.training.steps))
 
 
@@ -120,31 +123,30 @@ def compiled(program: Program, mesh: Mesh, flops: float, length: int) -> Compile
     config, models = program.config, models_of(program.config)
     if not models.batched:
         program = dataclasses.replace(program, stream=sharding.of_stream(mesh))
-    many, most = len(models.seeds), steps_per_call(config, flops)
+    most = steps_per_call(config, flops)
     # The first model's alone, or all of them; a typed key for each.
     keys = jax.vmap(jax.random.key)(jnp.asarray(models.seeds))
     hyper = {name: jnp.asarray(values) for name, values in models.hyper.items()}
     seed_of = jnp.asarray([models.different_seeds.index(seed) for seed in models.seeds])
     if models.batched:
-        shapes = jax.eval_shape(lambda: jax.vmap(program.start)(keys, hyper))
-        start, advance = side_by_side(program, most, models_at_once(config, models, shapes))
-        begin = lambda: start(keys, hyper)
+        begin = lambda: jax.vmap(program.start)(keys, hyper)
+        shapes = jax.eval_shape(begin)
+        advance = side_by_side(program, most, models_at_once(config, models, shapes))
         go_on = lambda state, windows, done, to: advance(state, keys, hyper, windows, seed_of, done, to)
     else:
         key, numbers = keys[0], {name: values[0] for name, values in hyper.items()}
         begin = lambda: program.start(key, numbers)
+        shapes = jax.eval_shape(begin)
         go_on = lambda state, windows, done, to: program.advance(
             state, key, numbers, None if windows is None else windows[0], done, to, most
         )
-    placed = sharding.of_state(jax.eval_shape(begin), program.model, mesh, many > 1)
+    placed = sharding.of_state(shapes, program.model, mesh, models.batched)
     windows = None
     if program.draw is None:
         shape = (len(models.different_seeds), most, config.training.batch, length + 1)
         windows = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.of_windows(mesh))
     number = jax.ShapeDtypeStruct((), np.int32)
-    state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(begin), placed
-    )
+    state = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed)
     one = sharding.everywhere(mesh)
     run = jax.jit(go_on, donate_argnums=0, out_shardings=(placed, Measures(one, one)))
     ready = run.lower(state, windows, number, number).compile()

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -107,7 +105,7 @@ def plan(config: TrainConfig, device: str, devices: int | None = None, utilizati
     on, run, own = named(device), run_of(config), config.mesh
     first = devices or own.devices
     counts = dict.fromkeys([first, *(2**n for n in range(MOST_DEVICES.bit_length()) if 2**n > first)])
-    steps = steps_per_call(run, on)
+    steps = trainer.steps_per_call(config, run.operations * run.models, on.kind)
     found = {many: options(run, on, many, steps, utilization) for many in counts}
     if own.devices == first:
         check_divides(run, own)
@@ -121,11 +119,8 @@ def run_of(config: TrainConfig) -> Run:
     """What of a run is known without its data. Raises ValueError as :func:`plan` does."""
     program = program_of(config)
     models = trainer.models_of(config)
-    many, key = len(models.seeds), jax.random.key(0)
-    numbers = dict.fromkeys(config.sweep, 1.0)
-    state = jax.eval_shape(lambda: program.start(key, numbers))
-    window = jax.ShapeDtypeStruct((config.training.batch, program.model.length + 1), np.int32)
-    batch = jax.eval_shape(lambda w: program.batch(key, jnp.int32(0), w), window)
+    many = len(models.seeds)
+    state, batch, numbers, key = program.shapes()
     try:
         work = flops(program.gradient, state.parameters, batch, numbers, key)
     except ValueError:  # a mixer with a loop whose length only data knows
@@ -167,13 +162,6 @@ def vocabulary_of(data: DataSettings) -> int | None:
     if data.format == "tokens" and data.vocabulary:
         return data.vocabulary
     return KNOWN.get(encoding)
-
-
-def steps_per_call(run: Run, device: Device) -> int:
-    """As :func:`minitf.train.trainer.steps_per_call`, on that device."""
-    t = run.config.training
-    work = trainer.SECOND_OF_WORK[device.kind] / max(run.operations * run.models, 1.0)
-    return min(t.steps_per_call or int(min(max(work, 1), trainer.MOST_STEPS)), t.steps)
 
 
 def check_divides(run: Run, mesh: MeshSettings) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from minitf.analysis.flops import flops
@@ -19,14 +18,14 @@ from minitf.analysis.training.boards import boards
 from minitf.analysis.training.distributed import first_alone, is_first
 from minitf.analysis.training.page import page
 from minitf.analysis.training.prepared import Prepared, prepared
-from minitf.analysis.training.under_way import Training
+from minitf.analysis.training.under_way import Training, model_folders
 from minitf.files import write_atomically
 from minitf.parameters import count
 from minitf.train import sharding, trainer
 from minitf.train.checkpoints import Checkpoints
 from minitf.train.config import TrainConfig
 from minitf.train.progress import Progress
-from minitf.train.settings import as_tables, as_toml
+from minitf.train.settings import as_tables, as_toml, by_name
 
 # What may change when a run goes on: where it runs and what it keeps, not what it computes.
 FREE = ("mesh", "keep")
@@ -42,10 +41,7 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
     """
     with told_to_people():
         mesh = sharding.mesh_of(config.mesh)
-    settings = {
-        f"{group}.{name}": value for group, fields in as_tables(config).items() for name, value in fields.items()
-    }
-    held = {name: value for name, value in settings.items() if name.partition(".")[0] not in FREE}
+    held = {name: value for name, value in by_name(config).items() if name.partition(".")[0] not in FREE}
     with Progress(quiet or not is_first(), remaining=True) as progress, told_to_people():
         with first_alone("data"):
             if is_first():
@@ -63,15 +59,14 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
 
 def _finished(config: TrainConfig, out: Path) -> bool:
     """Whether an earlier run took the last step and left its models."""
-    many = len(trainer.models_of(config).seeds)
-    folders = [out / "model"] if many == 1 else [out / "models" / str(number) for number in range(many)]
-    return all((folder / "config.json").exists() for folder in folders)
+    return all((folder / "config.json").exists() for folder in model_folders(out, trainer.models_of(config)))
 
 
 def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress: Progress) -> None:
     with told_to_people():
         shown = boards(config.keep, out) if is_first() else []
-        work = flops(ready.program.gradient, *_shapes(ready))
+        state, batch, numbers, key = ready.program.shapes()
+        work = flops(ready.program.gradient, state.parameters, batch, numbers, key)
         models = trainer.models_of(config)
         progress.note(_what(ready, models, work))
         programs = trainer.compiled(ready.program, mesh, work * len(models.seeds), ready.length)
@@ -79,17 +74,6 @@ def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress
             training = Training(config, ready, programs, mesh, models, checkpoints, out, progress, work, shown)
             with _writing(out):
                 training.run()
-
-
-def _shapes(ready: Prepared) -> tuple[Any, ...]:
-    """What one model's gradient takes, as shapes: the operations of a step are counted on them."""
-    program = ready.program
-    key = jax.random.key(0)
-    window = jax.ShapeDtypeStruct((program.config.training.batch, ready.length + 1), np.int32)
-    numbers = {name: 1.0 for name in program.config.sweep}
-    state = jax.eval_shape(lambda: program.start(key, numbers))
-    batch = jax.eval_shape(lambda w: program.batch(key, 0, w), window)
-    return state.parameters, batch, numbers, key
 
 
 def _what(ready: Prepared, models: trainer.Models, work: float) -> str:

@@ -15,7 +15,7 @@ from minitf.analysis.training.statistics import LABELS
 from minitf.parameters import count
 from minitf.train import trainer
 from minitf.train.config import TrainConfig
-from minitf.train.settings import as_tables
+from minitf.train.settings import by_name
 
 HERE = Path(__file__).parent
 SHOWN_SAMPLES = 8
@@ -41,11 +41,7 @@ def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
         if samples
         else []
     )
-    settings = [
-        (f"{group}.{name}", str(value))
-        for group, fields in as_tables(config).items()
-        for name, value in fields.items()
-    ]
+    settings = [(name, str(value)) for name, value in by_name(config).items()]
     return page_parts.render(
         HERE / "training.html.j2",
         page_parts.drawn_by(HERE / "training.js"),

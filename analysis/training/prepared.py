@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from minitf import ModelConfig
 from minitf.config import from_plain
@@ -36,7 +35,6 @@ class Prepared:
         held_out: ``[part, batch, position]``, to measure on.
         looked_at: a few of them ``[batch, position]``, for statistics.
         vocabulary: what tokens are; None for a task.
-        spell: tokens -> text, for people.
         source: one sentence on the data.
         identity: what the data is.
         references: losses that need no model, by name.
@@ -48,7 +46,6 @@ class Prepared:
     held_out: Batch
     looked_at: Batch
     vocabulary: Vocabulary | None
-    spell: Callable[[Int[np.ndarray, " token"]], str]
     source: str
     identity: dict[str, Any]
     references: dict[str, float]
@@ -80,7 +77,6 @@ def _of_task(config: TrainConfig) -> Prepared:
         held_out=in_parts(held_out, min(config.training.batch, len(held_out.tokens))),
         looked_at=jax.tree.map(lambda x: x[:LOOKED_AT], held_out),
         vocabulary=None,
-        spell=task.spell,
         source=f"the task {config.task['name']}",
         identity={},
         references=task.references(),
@@ -121,7 +117,6 @@ def _of_data(config: TrainConfig, data: Data) -> Prepared:
         held_out=in_parts(held_out, min(size, len(windows))),
         looked_at=jax.tree.map(lambda x: x[:LOOKED_AT], held_out),
         vocabulary=data.vocabulary,
-        spell=data.vocabulary.decode,
         source=data.source,
         identity=dict(data.identity),
         references={"tokens' frequencies": _frequencies(data)},

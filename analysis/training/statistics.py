@@ -1,8 +1,8 @@
 """What a walk looks like while a model trains: a few numbers of each layer and head, on the same sequences."""
 
+import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -10,7 +10,7 @@ from minitf import ModelConfig, Parameters, walk
 from minitf.analysis import patterns
 from minitf.analysis.geometry import encoding_geometry
 from minitf.filter import in_statistics_dtype
-from minitf.parameters import declare, is_declaration, path_name
+from minitf.parameters import declared, named
 from minitf.train.batch import Batch
 from minitf.train.objective import with_inputs
 from minitf.walk import Edit
@@ -48,9 +48,12 @@ def participation(rows: Float[Array, "*axes row width"]) -> Float[Array, "*axes"
     """
     x = in_statistics_dtype(rows)
     x = x - jnp.mean(x, axis=-2, keepdims=True)
-    covariance = jnp.swapaxes(x, -1, -2) @ x
-    total = jnp.trace(covariance, axis1=-2, axis2=-1)
-    square = jnp.sum(covariance**2, axis=(-2, -1))
+    return _spread(jnp.swapaxes(x, -1, -2) @ x)
+
+
+def _spread(gram: Float[Array, "*axes n n"]) -> Float[Array, "*axes"]:
+    """The participation ratio of the eigenvalues of a symmetric matrix, 0 where all are."""
+    total, square = jnp.trace(gram, axis1=-2, axis2=-1), jnp.sum(gram**2, axis=(-2, -1))
     return jnp.where(square > 0, total**2 / jnp.where(square > 0, square, 1.0), 0.0)
 
 
@@ -62,30 +65,18 @@ def weight_ranks(parameters: Parameters, config: ModelConfig) -> dict[str, Float
     if isinstance(parameters.layers, tuple):
         return {}
     found: dict[str, Any] = {}
-    declared = jax.tree.leaves_with_path(declare(config).layers, is_leaf=is_declaration)
-    for (path, declaration), weight in zip(declared, jax.tree.leaves(parameters.layers), strict=True):
-        own = [name for name, _ in declaration.axes if name != "layer"]
-        if len(own) < 2:
+    declarations = declared(config)
+    for name, weight in named(parameters).items():
+        declaration = declarations[name]
+        if not name.startswith("layers.") or declaration.sides is None:
             continue
-        middle = weight.ndim - 1 if own[-1] == "width" else 2
-        shape = (weight.shape[0], int(jnp.size(weight[0]) // _size(weight.shape[middle:])), -1)
-        matrix = in_statistics_dtype(weight).reshape(shape)
-        gram = (
-            matrix @ jnp.swapaxes(matrix, -1, -2)
-            if shape[1] <= matrix.shape[2]
-            else (jnp.swapaxes(matrix, -1, -2) @ matrix)
+        rows = math.prod(declaration.shape[place] for place in declaration.sides[0])
+        matrix = in_statistics_dtype(weight).reshape(weight.shape[0], rows, -1)
+        turned = jnp.swapaxes(matrix, -1, -2)
+        found[f"rank_{name.rpartition('.')[2]}"] = _spread(
+            matrix @ turned if rows <= matrix.shape[2] else turned @ matrix
         )
-        total, square = jnp.trace(gram, axis1=-2, axis2=-1), jnp.sum(gram**2, axis=(-2, -1))
-        name = path_name(path).rpartition(".")[2]
-        found[f"rank_{name}"] = jnp.where(square > 0, total**2 / jnp.where(square > 0, square, 1.0), 0.0)
     return found
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for one in shape:
-        size *= one
-    return size
 
 
 # What each is, for people, and what its last axes count.

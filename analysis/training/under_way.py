@@ -163,7 +163,7 @@ class Training:
         """What is due after so many steps: measure, then keep."""
         keep, steps = self.config.keep, self.config.training.steps
         is_due = lambda interval: bool(interval) and (step % interval == 0 or step == steps)
-        weights = state.parameters if state.average is None else state.average
+        weights = state.weights
         if is_due(keep.evaluate_every):
             self.told_all([{"step": step, **_of_validation(self.evaluate(weights, self.ready.held_out))}])
         if is_due(keep.statistics_every):
@@ -226,15 +226,11 @@ class Training:
     def finish(self, state: State) -> None:
         """The trained models, as files that :func:`minitf.pretrained.load` and ``minitf walk`` read."""
         self.checkpoints.wait()
-        weights = state.parameters if state.average is None else state.average
         # Of several processes each has its part.
-        weights = jax.jit(lambda x: x, out_shardings=sharding.everywhere(self.mesh))(weights)
+        weights = jax.jit(lambda x: x, out_shardings=sharding.everywhere(self.mesh))(state.weights)
         if not is_first():
             return
-        folders: Sequence[Path] = [self.out / "model"]
-        if self.batched:
-            folders = [self.out / "models" / str(number) for number in range(len(self.models.seeds))]
-        for number, folder in enumerate(folders):
+        for number, folder in enumerate(model_folders(self.out, self.models)):
             if (folder / "config.json").exists():
                 continue
             one = jax.tree.map(lambda x: x[number], weights) if self.batched else weights  # noqa: B023
@@ -242,6 +238,13 @@ class Training:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.ready.vocabulary.save(folder)
             native.save(folder, self.ready.program.model, one)
+
+
+def model_folders(out: Path, models: trainer.Models) -> list[Path]:
+    """Where a run's trained models are, one after another."""
+    if not models.batched:
+        return [out / "model"]
+    return [out / "models" / str(number) for number in range(len(models.seeds))]
 
 
 def _of_validation(found: Evaluation) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from safetensors.numpy import save as to_safetensors
 from minitf.config import ModelConfig, from_plain, to_plain
 from minitf.families.weights import ONE, open_folder
 from minitf.files import write_atomically
-from minitf.parameters import Parameters, declare, is_declaration, named, path_name
+from minitf.parameters import Parameters, declare, declared, is_declaration, named, path_name
 
 NAME = "minitf"
 
@@ -38,12 +38,8 @@ def config_of(settings: dict[str, Any]) -> ModelConfig:
 
 def read(config: ModelConfig, folder: Path, dtype: Any) -> Parameters:
     """The weights of a folder. Raises ValueError for a missing, unknown, misshapen or non-finite one, by name."""
-    declared = {
-        path_name(path): d
-        for path, d in jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=is_declaration)
-    }
     found = open_folder(folder)
-    odd = sorted(set(found) ^ set(declared))
+    odd = sorted(set(found) ^ set(declared(config)))
     if odd:
         what = "a weight that this model does not have" if odd[0] in found else "no weight"
         raise ValueError(f"{folder} holds {what} {odd[0]!r}")
