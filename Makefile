@@ -33,8 +33,8 @@ run: setup
 test: $(VENV)/installed-dev
 	# Two workers, each with its own compiled programs. Compiling takes most of the time, so what a program
 	# computes is tested with little optimization, and what XLA makes of it as users have it.
-	$(LIGHTLY) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not optimized"
-	XLA_FLAGS=$(WHOLE) $(BIN)/python -m pytest -n 2 --dist loadfile -m optimized
+	$(LIGHTLY) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not optimized"
+	XLA_FLAGS=$(WHOLE) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m optimized
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -12,5 +12,6 @@ def environment(**more):
         "JAX_COMPILATION_CACHE_DIR": _FOLDER.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
     }
     return os.environ | kept | more

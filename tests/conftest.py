@@ -1,5 +1,7 @@
 """For all tests."""
 
+import gc
+
 import hypothesis
 import jax
 import pytest
@@ -7,9 +9,28 @@ import pytest
 # An error's message is compared to its end, to which JAX would add what it left out of the stack trace.
 jax.config.update("jax_traceback_filtering", "off")
 
+# Where in the source a compiled operation comes from is read by nobody here, and takes a tenth of the time; nearly
+# as much goes into looking for garbage among the millions of objects of JAX and of the peers.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+gc.set_threshold(200_000, 20, 50)
+
 # How long an example takes says how busy the machine is, and that compiling takes time, and nothing else.
 hypothesis.settings.register_profile("minitf", deadline=None)
 hypothesis.settings.load_profile("minitf")
+
+# Begun first, longest first, so that at the end no worker waits minutes for the other.
+LONGEST = (
+    *("test_command.py", "test_in_models.py", "test_train_command.py", "test_sharding.py", "test_contract.py"),
+    *("test_fourbit.py", "test_hybrids.py", "test_edits.py", "test_bench.py", "test_step.py", "test_readme.py"),
+    *("test_walk_bench.py", "test_patching.py", "test_plan.py", "test_exact_walk.py", "test_free_when_unused.py"),
+    *("test_report_in_a_browser.py", "test_decode.py", "test_mixer_study.py", "test_mixers_command.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files stay whole and in order, but for the longest."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -62,11 +62,12 @@ def model(name, **fields):
 
 def weights(config, dtype=jnp.float32, seed=0):
     """The mixer's weights of the first layer."""
-    return jax.tree.map(lambda x: x[0], random_parameters(config, seed, dtype).layers.attention)
+    whole = random_parameters(config, seed, dtype).layers.attention
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), whole)
 
 
 def inputs(length, batch=2, dtype=jnp.float32, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, length, WIDTH)), dtype)
+    return jnp.asarray(np.asarray(np.random.default_rng(seed).normal(size=(batch, length, WIDTH)), dtype))
 
 
 def filtered(mixer, own, x, config):

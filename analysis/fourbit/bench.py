@@ -1,4 +1,4 @@
-"""What a step of AdamW with moments of few bits costs beside optax's, in time and bytes."""
+"""What AdamW with moments of few bits costs beside optax's: an update alone, a whole training step, the state."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,8 @@ import optax
 
 from minitf.analysis import bench
 from minitf.analysis.bench import Row, Say
+from minitf.analysis.train_bench.program import training
+from minitf.analysis.train_bench.sizes import Size
 from minitf.train.fourbit import adamw_4bit, state_bytes
 
 SHAPES = ((768, 3072),) * 4
@@ -20,6 +22,9 @@ OPTIMIZERS: Mapping[str, optax.GradientTransformation] = {
     },
     "8 bit, rank1_linear": adamw_4bit(1e-3, bits=8),
 }
+# What it says of the update alone, a step of training says of what people wait for.
+TRAINED = Size("4 layers, 256 wide, 256 tokens", 4, 256, 4, 4096, 256, 8, 2)
+TRAINED_WITH = ("adamw_4bit", "adamw_4bit_factor", "adamw_8bit")
 
 
 def bench_fourbit(
@@ -29,15 +34,17 @@ def bench_fourbit(
     say: Say = lambda sentence: None,
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     optimizers: Mapping[str, optax.GradientTransformation] = OPTIMIZERS,
+    trained: Size = TRAINED,
 ) -> list[Row]:
-    """Time of a step beside optax.adamw's, weights and state given away, and bytes of state.
+    """Time of an update and of a training step beside optax.adamw's, and bytes of state.
 
     Args:
         seed: of weights and gradients.
         rounds: how often each is measured, in turns.
         say: told what is being measured.
         shapes: of the weights.
-        optimizers: by the name that the table gives them.
+        optimizers: by the name that the table gives them, for updates and state.
+        trained: the model whose training steps are timed.
     """
     weights = {str(i): jax.ShapeDtypeStruct(shape, "float32") for i, shape in enumerate(shapes)}
     theirs = optax.adamw(1e-3)
@@ -46,9 +53,10 @@ def bench_fourbit(
     size = sum(weight.size for weight in weights.values())
     note = f"{size / 1e6:.2f} million numbers in {len(shapes)} weights, float32; weights and state are given away"
     rows = [
-        bench.cost_row(f"AdamW step: {name}", "optax.adamw", measured[name], measured["optax"], "ms", note)
+        bench.cost_row(f"AdamW update: {name}", "optax.adamw", measured[name], measured["optax"], "ms", note)
         for name in optimizers
     ]
+    rows += _training_steps(trained, rounds, say)
     whole = state_bytes(weights, theirs) / 1e6
     for name, optimizer in optimizers.items():
         ours = state_bytes(weights, optimizer) / 1e6
@@ -56,8 +64,32 @@ def bench_fourbit(
     return rows
 
 
+def _training_steps(size: Size, rounds: int, say: Say) -> list[Row]:
+    """Milliseconds of a step of ``minitf train``."""
+
+    def stepping(name: str) -> Callable[[], float]:
+        say(f"training with {name}: compiling")
+        train = training(size, name).train
+        train()
+
+        def measure() -> float:
+            began = time.perf_counter()
+            train()
+            return 1e3 * (time.perf_counter() - began) / size.steps
+
+        return measure
+
+    sides = {name: stepping(name) for name in ("adamw", *TRAINED_WITH)}
+    measured = bench.interleaved(sides, rounds, lambda what: say(f"training: {what}"))
+    note = f"{size.name}, vocabulary {size.vocabulary}, {size.batch * size.length} tokens a step, float32"
+    return [
+        bench.cost_row(f"training step: {name}", "adamw", measured[name], measured["adamw"], "ms", note)
+        for name in TRAINED_WITH
+    ]
+
+
 def _stepping(optimizer: optax.GradientTransformation, weights: Any, seed: int) -> Callable[[], float]:
-    """Milliseconds of one step, compiled before."""
+    """Milliseconds of one update, weights and state given away; compiled before."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(parameters: Any, state: Any, gradients: Any) -> tuple[Any, Any]:

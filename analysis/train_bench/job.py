@@ -1,4 +1,5 @@
-"""``minitf bench train``: tokens trained on per CPU second, beside the same model in PyTorch, eager and compiled.
+"""``minitf bench train``: tokens trained on per CPU second, beside the same model in PyTorch, eager and compiled;
+and what it costs to record statistics of the walk meanwhile.
 
 Both sides train on one core in processes of their own and take turns. Each has both settings of the system's
 allocator, and its better one counts: memory that is handed back to the system after every step costs page faults
@@ -19,6 +20,7 @@ PEER = ("-m", "minitf.analysis.train_bench.peer")
 KEPT = {
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
 }
+EVERY = 100  # steps, at which the walk is looked at
 ALLOCATORS: Mapping[str, Mapping[str, str]] = {"as usual": {}, "memory kept": KEPT}
 
 
@@ -55,12 +57,14 @@ def _rows(
     """The better allocator of each side, by medians; a peer trains one model after another."""
     name = f"training, {size.name}"
     found: dict[str, dict[str, list[float]]] = {side: {} for side in ("ours", *peers)}
+    shares: dict[str, list[float]] = {}
     for allocator, environment in allocators.items():
         with Worker(*OURS, environment=environment) as ours, Worker(*PEER, environment=environment) as peer:
             ask = {"ours": (ours, "train", size.seeds), **{one: (peer, one, 1) for one in peers}}
             for side, (worker, task, _) in ask.items():
                 say(f"{name}: compiling, {side}")
                 worker.ask(_question(size, task, 0))
+            ours.ask(_question(size, "look", 0))
 
             def rate(side: str) -> float:
                 worker, task, models = ask[side]  # noqa: B023
@@ -69,11 +73,10 @@ def _rows(
             turns = {side: (lambda side=side: rate(side)) for side in ask}
             for side, rates in bench.interleaved(turns, rounds, lambda what: say(f"{name}: {what}")).items():
                 found[side][allocator] = rates
+            shares[allocator] = [_share_of_recording(ours, size) for _ in range(rounds)]
     best = {side: max(by.items(), key=lambda item: sorted(item[1])[rounds // 2]) for side, by in found.items()}
     kept, ours_best = best["ours"]
-    if not peers:
-        return [bench.missing_row(name, "PyTorch", ours_best, "tokens/s")]
-    return [
+    beside = [
         bench.throughput_row(
             name,
             f"PyTorch, {one}",
@@ -84,6 +87,16 @@ def _rows(
         )
         for one in peers
     ]
+    recorded = bench.value_row(
+        f"{name}: recording the walk", shares[kept], f"% of {EVERY} steps", f"once in {EVERY} steps; CPU time"
+    )
+    return [*(beside or [bench.missing_row(name, "PyTorch", ours_best, "tokens/s")]), recorded]
+
+
+def _share_of_recording(ours: Worker, size: Size) -> float:
+    """One look at the walks of all models, in percent of the steps after which it is due."""
+    seconds = {task: ours.ask(_question(size, task, 1))["seconds"] for task in ("look", "train")}
+    return 100 * seconds["look"] / (seconds["train"] / size.steps * EVERY)
 
 
 def _question(size: Size, task: str, repeats: int) -> str:

@@ -15,7 +15,8 @@ SMALL = Size("small", 1, 8, 2, 16, 4, 2, 3, seeds=2)
 def test_training_is_measured_beside_pytorch_where_that_is_installed():
     said = []
     rows = bench_train(rounds=1, say=said.append, sizes=(SMALL,), compiled=False, allocators={"as usual": {}})
-    assert [row.name for row in rows] == ["training, small"]
+    assert [row.name for row in rows] == ["training, small", "training, small: recording the walk"]
+    assert rows[1].ours > 0 and rows[1].unit == "% of 100 steps"
     assert math.isfinite(rows[0].ours)
     assert rows[0].ours > 0
     if bench.installed("torch"):

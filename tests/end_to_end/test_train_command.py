@@ -41,7 +41,7 @@ def lightly():
     return environment(
         PYTHONPATH=str(ROOT),
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        XLA_FLAGS="--xla_cpu_use_fusion_emitters=false",
+        XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
     )
 
 

@@ -137,14 +137,14 @@ def run_peer(model, tokens, valid):
 
 def run_ours(model, tokens, valid):
     run = jax.jit(lambda p, t, v: walk(p, t, model.config, valid=v), compiler_options=QUICK)
-    return run(model.parameters, tokens, valid)
+    return jax.device_get(run(model.parameters, tokens, valid))
 
 
 def near(found, expected, what=""):
     np.testing.assert_allclose(np.asarray(found), expected.numpy(), rtol=0, atol=NEAR, err_msg=what)
 
 
-CASES = [(family, seed) for family in FAMILIES for seed in range(3)]
+CASES = [(family, seed) for family in FAMILIES for seed in range(2)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")

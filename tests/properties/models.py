@@ -116,15 +116,17 @@ def random_config(generator, fixed):
 def random_parameters(config, seed=0, dtype=jnp.float32):
     """Weights of ordinary size everywhere: no bias is zero, no gain is one, so that each of them is tested."""
     generator = np.random.default_rng(seed)
+    # Rounded by numpy: JAX compiles a program for every shape.
+    in_dtype = lambda x: jnp.asarray(np.asarray(x, dtype))
 
     def draw(path, declaration):
         noise = generator.normal(size=declaration.shape)
         if declaration.distribution == "ones":
-            return jnp.asarray(1 + 0.2 * noise, dtype)
+            return in_dtype(1 + 0.2 * noise)
         if declaration.distribution == "zeros":
-            return jnp.asarray(0.3 * noise, dtype)
+            return in_dtype(0.3 * noise)
         inputs = math.prod(n for axis, n in declaration.axes if axis in inputs_of(path_name(path)))
-        return jnp.asarray(noise / math.sqrt(inputs), dtype)
+        return in_dtype(noise / math.sqrt(inputs))
 
     tree = declare(config)
     return jax.tree_util.tree_map_with_path(draw, tree, is_leaf=lambda x: hasattr(x, "distribution"))
@@ -141,7 +143,7 @@ def inputs_of(name):
 
 def random_tokens(config, seed=0, batch=BATCH, length=LENGTH):
     tokens = np.random.default_rng(seed).integers(config.vocabulary, size=(batch, length))
-    return jnp.asarray(tokens, jnp.int32)
+    return jnp.asarray(np.asarray(tokens, np.int32))
 
 
 def shapes(config, parameters=None, tokens=None):
@@ -177,7 +179,7 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 def in_float64(tree):
     """The same numbers with room; to be used under ``jax.enable_x64``."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
 
 
 def largest(x):

@@ -1,12 +1,12 @@
 """On a mesh of devices, or on several processes, a run computes what it does on one device."""
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from compiled_once import environment
 
 from minitf import ModelConfig
 from minitf.parameters import declare
@@ -102,12 +102,13 @@ with Checkpoints(folder, KeepSettings(), 6) as kept:
 
 
 def _environment(devices):
-    return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false",
-        "PYTHONPATH": str(ROOT),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PLATFORMS": "cpu",
-    }
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    return environment(
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} {flags}",
+        PYTHONPATH=str(ROOT),
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        JAX_PLATFORMS="cpu",
+    )
 
 
 def test_training_on_eight_devices_is_training_on_one(tmp_path):

@@ -46,7 +46,8 @@ def test_what_is_said_of_the_association_is_measured(name):
     with jax.enable_x64():
         own = weights(config, jnp.float64)
         x = inputs(length, batch=samples, dtype=jnp.float64)
-        a = mixer.association(own, filtered(mixer, own, x, config), config)
+        associate = jax.jit(lambda own, x: mixer.association(own, filtered(mixer, own, x, config), config))
+        a = np.asarray(associate(own, x))
         a = np.broadcast_to(a, (samples, *a.shape[1:]))
         assert a.shape[1] == about.heads
         mean = a.mean(axis=0)
@@ -80,7 +81,7 @@ def assert_depends_as_said(mixer, own, config, provenance):
     def entry(x):
         return mixer.association(own, filtered(mixer, own, x, config), config)[0, :, t, s]
 
-    slope = np.abs(jax.jacrev(entry)(x))[:, 0].max(axis=(0, 2))
+    slope = np.abs(jax.jit(jax.jacrev(entry))(x))[:, 0].max(axis=(0, 2))
     found = {"query": slope[t] > 1e-12, "key": slope[s] > 1e-12}
     pair = "pair" in provenance
     path = "path" in provenance
@@ -98,7 +99,7 @@ def test_gradients_are_those_of_finite_differences(name):
         config = model(name, length=6)
         mixer, x = config.mixer, inputs(6, batch=1, dtype=jnp.float64)
         # Smaller, so that nothing is so steep that finite differences miss it.
-        own = jax.tree.map(lambda w: 0.3 * w, weights(config, jnp.float64))
+        own = jax.tree.map(lambda w: jnp.asarray(0.3 * np.asarray(w)), weights(config, jnp.float64))
 
         def out(own, x):
             f = filtered(mixer, own, x, config)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from minitf_mixers import EVERY
-from properties.models import random_parameters, random_tokens, relative_error, shapes
+from properties.models import compiled, random_parameters, random_tokens, relative_error, shapes
 
 from minitf import Edit, ModelConfig, change, compose, describe, identity_edit, initialize, mixers, walk
 from minitf.analysis.patching import patch
@@ -33,7 +33,7 @@ PARAMETERS, TOKENS = random_parameters(HYBRID), random_tokens(HYBRID, length=9)
 
 
 def test_leaves_have_a_layer_axis_where_layers_are_alike_and_are_tuples_where_they_differ():
-    walked = walk(PARAMETERS, TOKENS, HYBRID)
+    walked = compiled(HYBRID)(PARAMETERS, TOKENS)
     assert walked.layers.resid_pre.shape == (4, 2, 9, 8)
     assert [x.shape for x in walked.layers.pattern] == [(2, 16, 9, 9), (2, 2, 9, 9), (2, 2, 9, 9), (2, 8, 9, 9)]
     assert [x is None for x in walked.layers.scores] == [True, False, True, True]
@@ -43,7 +43,7 @@ def test_leaves_have_a_layer_axis_where_layers_are_alike_and_are_tuples_where_th
 
 
 def test_its_walk_adds_up_and_layer_by_layer_is_the_same():
-    walked = walk(PARAMETERS, TOKENS, HYBRID)
+    walked = compiled(HYBRID)(PARAMETERS, TOKENS)
     steps = jnp.sum(walked.layers.attention_step + walked.layers.feed_forward_step, axis=0)
     assert relative_error(walked.start + steps, walked.end) < 1e-5
     for number, heads in enumerate(walked.layers.head_steps):
@@ -57,28 +57,30 @@ def test_its_walk_adds_up_and_layer_by_layer_is_the_same():
 
 
 def test_the_identity_edit_changes_nothing_and_layers_are_edited_by_number():
-    plain = walk(PARAMETERS, TOKENS, HYBRID)
-    same = walk(PARAMETERS, TOKENS, HYBRID, edit=identity_edit(shapes(HYBRID, PARAMETERS, TOKENS)))
+    run = compiled(HYBRID)
+    plain = run(PARAMETERS, TOKENS)
+    same = run(PARAMETERS, TOKENS, identity_edit(shapes(HYBRID, PARAMETERS, TOKENS)))
     assert relative_error(same.logits, plain.logits) < 1e-5
-    knocked = walk(PARAMETERS, TOKENS, HYBRID, edit=ablate(plain, "layers.z", layer=2, head=1))
+    knocked = run(PARAMETERS, TOKENS, ablate(plain, "layers.z", layer=2, head=1))
     assert not np.any(knocked.layers.z[2][:, :, 1]) and np.any(knocked.layers.z[2][:, :, 0])
     np.testing.assert_array_equal(knocked.layers.z[1], plain.layers.z[1])
     both = compose(ablate(plain, "layers.z", layer=2, head=1), ablate(plain, "layers.z", layer=0, head=5))
-    twice = walk(PARAMETERS, TOKENS, HYBRID, edit=both)
+    twice = run(PARAMETERS, TOKENS, both)
     assert not np.any(twice.layers.z[2][:, :, 1]) and not np.any(twice.layers.z[0][:, :, 5])
 
 
 @pytest.mark.parametrize("layer", range(4))
 def test_any_association_can_be_set_and_the_values_are_mixed_under_it(layer):
-    plain = walk(PARAMETERS, TOKENS, HYBRID)
+    plain = compiled(HYBRID)(PARAMETERS, TOKENS)
     uniform = np.tril(np.ones((9, 9))) / np.arange(1, 10)[:, None]
-    edited = walk(PARAMETERS, TOKENS, HYBRID, edit=set_to(plain, "layers.pattern", uniform, layer=layer))
+    edit = set_to(plain, "layers.pattern", uniform, layer=layer)
+    edited = compiled(HYBRID)(PARAMETERS, TOKENS, edit)
     expected = np.einsum("ts,bshc->bthc", uniform, np.asarray(plain.layers.v[layer]))
     np.testing.assert_allclose(edited.layers.z[layer], expected, atol=1e-4)
 
 
 def test_record_keeps_what_is_asked_of_layers_that_differ():
-    walked = walk(PARAMETERS, TOKENS, HYBRID)
+    walked = compiled(HYBRID)(PARAMETERS, TOKENS)
     one = record(walked, "layers.pattern", layer=2, position=-1)
     np.testing.assert_array_equal(one.layers.pattern, walked.layers.pattern[2][:, :, -1])
     some = record(walked, "layers.pattern", layer=[1, 3])
@@ -88,10 +90,10 @@ def test_record_keeps_what_is_asked_of_layers_that_differ():
 
 
 def test_it_decodes_as_it_runs_and_prompts_of_any_lengths():
-    whole = walk(PARAMETERS, TOKENS, HYBRID)
+    whole = compiled(HYBRID)(PARAMETERS, TOKENS)
     cache, found = empty_cache(HYBRID, 2, 9), []
     for part in (TOKENS[:, :5], TOKENS[:, 5:6], TOKENS[:, 6:]):
-        walked, cache = walk_on(PARAMETERS, part, cache, HYBRID)
+        walked, cache = jax.jit(lambda part, cache: walk_on(PARAMETERS, part, cache, HYBRID))(part, cache)
         found.append(walked.logits)
     assert relative_error(np.concatenate(found, axis=1), whole.logits) < 1e-4
     together = generate(PARAMETERS, [[3, 1, 4], [1]], HYBRID, steps=3).tokens
@@ -101,13 +103,14 @@ def test_it_decodes_as_it_runs_and_prompts_of_any_lengths():
 
 def test_a_sweep_over_single_layers_is_one_edited_walk_for_each_place():
     other = random_tokens(HYBRID, seed=1, length=9)
-    corrupt, clean = walk(PARAMETERS, TOKENS, HYBRID), walk(PARAMETERS, other, HYBRID)
+    run = compiled(HYBRID)
+    corrupt, clean = run(PARAMETERS, TOKENS), run(PARAMETERS, other)
     metric = lambda logits: jnp.mean(logits[:, -1, 3])
     found = patch(PARAMETERS, corrupt, clean, metric, HYBRID, ("layers.attention_step", ("position",)), at=(-1,))
     for layer, position in ((0, 2), (1, 8), (3, 8)):
         value = clean.layers.attention_step[layer, :, position]
         edit = set_to(corrupt, "layers.attention_step", value, layer=layer, position=position)
-        expected = metric(walk(PARAMETERS, TOKENS, HYBRID, edit=edit).logits)
+        expected = metric(run(PARAMETERS, TOKENS, edit).logits)
         np.testing.assert_allclose(found[layer, position], expected, atol=1e-4)
     with pytest.raises(ValueError, match="^the layers differ in 'layers.z'"):
         patch(PARAMETERS, corrupt, clean, metric, HYBRID)
@@ -115,11 +118,12 @@ def test_a_sweep_over_single_layers_is_one_edited_walk_for_each_place():
 
 def test_it_learns():
     config = dataclasses.replace(HYBRID, layers=2, mixer=HYBRID.mixer[2:], position="learned")
-    parameters = initialize(config, jax.random.key(0))
+    parameters = jax.jit(lambda key: initialize(config, key))(jax.random.key(0))
     loss = lambda p: -jnp.mean(jax.nn.log_softmax(walk(p, TOKENS, config).logits)[:, :, 3])
-    before, slope = jax.value_and_grad(loss)(parameters)
-    size = sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(slope))
-    after = loss(jax.tree.map(lambda x, g: x - 0.01 * g, parameters, slope))
+    value_and_slope = jax.jit(jax.value_and_grad(loss))
+    before, slope = value_and_slope(parameters)
+    size = sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(slope))
+    after, _ = value_and_slope(jax.tree.map(lambda x, g: np.asarray(x - 0.01 * g), parameters, slope))
     np.testing.assert_allclose(before - after, 0.01 * size, rtol=0.2)
 
 
@@ -180,12 +184,12 @@ def test_every_leaf_of_every_mixer_can_be_edited(name):
         else:
             with pytest.raises(ValueError, match=f"has no '{path}'"):
                 change(like, path, keep=0.0)
-    edited = walk(parameters, tokens, config, edit=every)
+    edited = compiled(config)(parameters, tokens, every)
     for path, _ in leaves(every):
         found = np.asarray(get(edited, path))
         np.testing.assert_allclose(found[np.isfinite(found)], 0.25)
     if "layers.pattern" in present:
-        edited = walk(parameters, tokens, config, edit=change(like, "layers.pattern", keep=0.0, put=0.25))
+        edited = compiled(config)(parameters, tokens, change(like, "layers.pattern", keep=0.0, put=0.25))
         expected = 0.25 * np.sum(np.asarray(edited.layers.v), axis=2, keepdims=True)
         expected = np.broadcast_to(expected, edited.layers.z.shape)
         np.testing.assert_allclose(edited.layers.z, expected, atol=1e-4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from minitf_mixers import EVERY, ONE_WAY, filtered, inputs, model, stepped, weights
-from properties.models import random_parameters, random_tokens, relative_error
+from properties.models import compiled, compiled_logits, random_parameters, random_tokens, relative_error
 
 from minitf import ModelConfig, initialize, mixers, walk
 from minitf.decode import empty_cache, generate
@@ -19,7 +19,8 @@ def test_a_later_token_changes_nothing_before_it(name):
     config = model(name, length=80)
     parameters, tokens = random_parameters(config), random_tokens(config, length=70)
     run = jax.jit(lambda t: walk(parameters, t, config).logits)
-    other = tokens.at[:, 66].add(1) % config.vocabulary
+    other = np.array(tokens)
+    other[:, 66] = (other[:, 66] + 1) % config.vocabulary
     before, after = np.asarray(run(tokens)), np.asarray(run(other))
     assert relative_error(after[:, :66], before[:, :66]) < 1e-5
     assert relative_error(after[:, 66:], before[:, 66:]) > 1e-3
@@ -45,12 +46,13 @@ def test_long_sequences_stay_finite_and_the_three_forms_agree_at_their_end(name)
 def test_decoding_gives_the_full_passs_logits_at_every_position(name):
     config = model(name, length=10)
     parameters, tokens = random_parameters(config), random_tokens(config, length=9)
-    whole = walk(parameters, tokens, config)
+    whole = compiled_logits(config)(parameters, tokens)
     cache, found = empty_cache(config, 2, 10), []
-    for part in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:]):
-        walked, cache = walk_on(parameters, part, cache, config)
+    go_on = jax.jit(lambda part, cache: walk_on(parameters, part, cache, config))
+    for part in np.split(np.asarray(tokens), [4, 5], axis=1):
+        walked, cache = go_on(part, cache)
         found.append(walked.logits)
-    assert relative_error(np.concatenate(found, axis=1), whole.logits) < 1e-4
+    assert relative_error(np.concatenate(found, axis=1), whole) < 1e-4
     assert cache.filled.tolist() == [9, 9]
 
 
@@ -76,7 +78,7 @@ def test_half_precision_stays_finite_and_near(name):
         return mixer.gate(own, mixer.aggregate(own, f, config), f, config)
 
     expected = run(own, x)
-    found = run(*jax.tree.map(lambda y: y.astype(jnp.bfloat16), (own, x)))
+    found = run(*jax.tree.map(lambda y: jnp.asarray(np.asarray(y, jnp.bfloat16)), (own, x)))
     assert found.dtype == jnp.bfloat16 and np.isfinite(np.asarray(found, np.float32)).all()
     # Eight bits, and up to twenty sums and products on the way.
     assert relative_error(np.asarray(found, np.float32), expected) < 40 * 2.0**-8
@@ -86,11 +88,12 @@ def test_queries_and_keys_that_are_never_trained_get_no_gradient_and_scores_of_s
     config = ModelConfig(
         vocabulary=40, layers=1, width=64, heads=4, length=32, mixer=mixers.Softmax(trained=False), norm="rms"
     )
-    parameters = initialize(config, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (4, 32), 0, 40)
-    slope = jax.grad(lambda p: jnp.sum(walk(p, tokens, config).logits ** 2))(parameters).layers.attention
+    parameters = jax.jit(lambda key: initialize(config, key))(jax.random.key(0))
+    tokens = random_tokens(config, batch=4, length=32)
+    slope = jax.jit(jax.grad(lambda p: jnp.sum(walk(p, tokens, config).logits ** 2)))(parameters)
+    slope = slope.layers.attention
     assert not np.any(slope.query) and not np.any(slope.key) and np.any(slope.value)
-    scores = np.asarray(walk(parameters, tokens, config).layers.scores)
+    scores = np.asarray(compiled(config)(parameters, tokens).layers.scores)
     assert 0.7 < np.std(scores[np.isfinite(scores)]) < 1.4
 
 
@@ -100,8 +103,10 @@ def test_the_inverse_of_a_unit_triangle_is_scipys(size):
     # Rows as long as those of keys of length one: the largest that the delta rule writes.
     triangle = np.tril(rng.uniform(-1, 1, (3, size, size)), -1) + np.eye(size)
     with jax.enable_x64(True):
-        found = inverse_of_unit_triangle(jnp.asarray(triangle))
+        found = jax.jit(inverse_of_unit_triangle)(jnp.asarray(triangle))
     expected = np.stack([scipy.linalg.solve_triangular(x, np.eye(size), lower=True) for x in triangle])
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
-    alike = jnp.tril(jnp.ones((size, size)))  # the same key all along: differences of neighbors
-    np.testing.assert_array_equal(inverse_of_unit_triangle(alike), np.eye(size) - np.eye(size, k=-1))
+    alike = jnp.asarray(
+        np.tril(np.ones((size, size), np.float32))
+    )  # the same key all along: differences of neighbors
+    np.testing.assert_array_equal(jax.jit(inverse_of_unit_triangle)(alike), np.eye(size) - np.eye(size, k=-1))
