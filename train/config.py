@@ -49,7 +49,7 @@ class TrainingSettings:
     accumulate: int = 1  # parts in which a step's batch is taken, one after another, to need less memory
     seed: int = 0  # the first; everything random follows from it
     seeds: int = 1  # models that train together, each with its own seed
-    at_once: int = 0  # of these, side by side in memory; 0: as many as are fast on this device
+    at_once: int = 0  # of these, side by side in memory; 0: as many as are fast on this device and fit in it
     precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are always float32
     rematerialize: bool = False  # compute each layer again on the way back, to need less memory
     unroll: int = 0  # layers per iteration of the loop over layers; 0: all of them up to 12, else one

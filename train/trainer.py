@@ -78,6 +78,7 @@ class Compiled:
         most: steps that one call takes, at most.
         temporary_bytes: what a call needs beside its inputs and outputs, as the compiler says; on each device.
         argument_bytes: what its inputs need.
+        at_once: models that run side by side.
     """
 
     start: Callable[[], State]
@@ -86,6 +87,7 @@ class Compiled:
     most: int
     temporary_bytes: int
     argument_bytes: int
+    at_once: int = 1
 
 
 def steps_per_call(config: TrainConfig, flops: float, kind: str | None = None) -> int:
@@ -101,7 +103,9 @@ def steps_per_call(config: TrainConfig, flops: float, kind: str | None = None) -
 
 
 def models_at_once(config: TrainConfig, models: Models, state: State) -> int:
-    """How many models run side by side: on a CPU as many as fit in a core's cache, elsewhere all."""
+    """How many models run side by side: on a CPU as many as fit in a core's cache, elsewhere all that memory has
+    room for, of which :func:`compiled` takes care.
+    """
     many = len(models.seeds)
     if config.training.at_once:
         return min(config.training.at_once, many)
@@ -111,14 +115,21 @@ def models_at_once(config: TrainConfig, models: Models, state: State) -> int:
     return max(min(int(CACHE_BYTES / size), many), 1)
 
 
-def compiled(program: Program, mesh: Mesh, flops: float, length: int) -> Compiled:
-    """Compile a run's programs.
+def memory_of(mesh: Mesh) -> int | None:
+    """Bytes that one device has for programs, where it says so; a CPU does not."""
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+
+
+def compiled(program: Program, mesh: Mesh, flops: float, length: int, memory: int | None = None) -> Compiled:
+    """Compile a run's programs. Of many models fewer run side by side, half of them each time, until what the
+    compiler says that a call needs is there.
 
     Args:
         program: what trains.
         mesh: of :func:`minitf.train.sharding.mesh_of`.
         flops: operations of one step of all models, about, which decides how many steps a call takes.
         length: of the windows.
+        memory: bytes that each device has for them; else what :func:`memory_of` says, if it says anything.
     """
     config, models = program.config, models_of(program.config)
     if not models.batched:
@@ -131,14 +142,21 @@ def compiled(program: Program, mesh: Mesh, flops: float, length: int) -> Compile
     if models.batched:
         begin = lambda: jax.vmap(program.start)(keys, hyper)
         shapes = jax.eval_shape(begin)
-        advance = side_by_side(program, most, models_at_once(config, models, shapes))
-        go_on = lambda state, windows, done, to: advance(state, keys, hyper, windows, seed_of, done, to)
+        at_once = models_at_once(config, models, shapes)
+        go_on = lambda at_once: (
+            lambda state, windows, done, to: side_by_side(program, most, at_once)(
+                state, keys, hyper, windows, seed_of, done, to
+            )
+        )
     else:
+        at_once = 1
         key, numbers = keys[0], {name: values[0] for name, values in hyper.items()}
         begin = lambda: program.start(key, numbers)
         shapes = jax.eval_shape(begin)
-        go_on = lambda state, windows, done, to: program.advance(
-            state, key, numbers, None if windows is None else windows[0], done, to, most
+        go_on = lambda at_once: (
+            lambda state, windows, done, to: program.advance(
+                state, key, numbers, None if windows is None else windows[0], done, to, most
+            )
         )
     placed = sharding.of_state(shapes, program.model, mesh, models.batched)
     windows = None
@@ -148,17 +166,29 @@ def compiled(program: Program, mesh: Mesh, flops: float, length: int) -> Compile
     number = jax.ShapeDtypeStruct((), np.int32)
     state = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed)
     one = sharding.everywhere(mesh)
-    run = jax.jit(go_on, donate_argnums=0, out_shardings=(placed, Measures(one, one)))
-    ready = run.lower(state, windows, number, number).compile()
-    memory = ready.memory_analysis()
+    there = memory or memory_of(mesh)
+    while True:
+        run = jax.jit(go_on(at_once), donate_argnums=0, out_shardings=(placed, Measures(one, one)))
+        ready = run.lower(state, windows, number, number).compile()
+        temporary, arguments = _needs(ready)
+        if at_once == 1 or config.training.at_once or there is None or temporary + arguments <= there:
+            break
+        at_once = -(-at_once // 2)
     return Compiled(
         start=jax.jit(begin, out_shardings=placed),
         advance=lambda state, windows, done, to: ready(state, windows, np.int32(done), np.int32(to)),
         state=state,
         most=most,
-        temporary_bytes=0 if memory is None else int(memory.temp_size_in_bytes),
-        argument_bytes=0 if memory is None else int(memory.argument_size_in_bytes),
+        temporary_bytes=temporary,
+        argument_bytes=arguments,
+        at_once=at_once,
     )
+
+
+def _needs(ready: Any) -> tuple[int, int]:
+    """Temporary bytes of a compiled program and those of its inputs, on each device; 0 where it does not say."""
+    needs = ready.memory_analysis()
+    return (0, 0) if needs is None else (int(needs.temp_size_in_bytes), int(needs.argument_size_in_bytes))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from minitf import ModelConfig
@@ -58,7 +59,7 @@ def training(size: Size, optimizer: str = "adamw") -> Training:
     tokens = jax.device_put(
         np.random.default_rng(0).integers(0, size.vocabulary, shape, np.int32), sharding.of_windows(mesh)
     )
-    shown = next_token(np.resize(np.asarray(tokens[0, 0]), (LOOKED_AT, size.length + 1)))
+    shown = next_token(jnp.resize(tokens[0, 0], (LOOKED_AT, size.length + 1)))
     kept: dict[str, Any] = {"state": programs.start(), "done": 0}
 
     def train() -> float:

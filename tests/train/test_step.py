@@ -113,6 +113,17 @@ def test_it_does_not_matter_how_many_models_are_side_by_side():
     assert_alike(trained(some, (5,)), trained(every, (5,)), rtol=1e-4, atol=1e-6)
 
 
+def test_where_memory_is_short_fewer_models_run_side_by_side():
+    program = program_of(training={"seeds": 4, "steps": 5})
+    plenty = trainer.compiled(program, MESH, 1.0, 6, memory=10**12)
+    needed = plenty.temporary_bytes + plenty.argument_bytes
+    short = trainer.compiled(program, MESH, 1.0, 6, memory=needed - 1)
+    assert (plenty.at_once, short.at_once) == (4, 2)
+    assert short.temporary_bytes < plenty.temporary_bytes
+    asked = trainer.compiled(program_of(training={"seeds": 4, "at_once": 4, "steps": 5}), MESH, 1.0, 6, memory=1)
+    assert asked.at_once == 4
+
+
 def test_a_run_that_stops_and_goes_on_has_the_same_bits():
     program = program_of(optimizer={"average": 0.9}, objective={"dropout": 0.2})
     whole, losses = trained(program)
