@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -42,6 +43,13 @@ def first_alone(name: str) -> Iterator[None]:
     yield
     if is_first():
         wait(name)
+
+
+def agreed(asked: int | None) -> int | None:
+    """The signal that any of the processes was sent; the same in all of them, so that they end after one step."""
+    if jax.process_count() == 1:
+        return asked
+    return int(np.max(multihost_utils.process_allgather(np.int32(asked or 0)))) or None
 
 
 def wait(name: str) -> None:

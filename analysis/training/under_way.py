@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from minitf.analysis.run_folder import Diverged
 from minitf.analysis.training.boards import Board, show
 from minitf.analysis.training.devices import peak
-from minitf.analysis.training.distributed import is_first
+from minitf.analysis.training.distributed import agreed, is_first
 from minitf.analysis.training.log import Log, Looks, lines_of
 from minitf.analysis.training.prepared import Prepared
 from minitf.analysis.training.statistics import statistics
@@ -94,7 +94,7 @@ class Training:
             if waiting is not None:
                 began = self.told(waiting, began, report)
             waiting = taken
-            ending = asked()
+            ending = agreed(asked())
             if taken.done in stops or ending:
                 began = self.told(waiting, began, report)
                 waiting = None

@@ -88,6 +88,8 @@ TWO = (
 folder, port, number, end = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 jax.distributed.initialize(f"localhost:{port}", 2, number)
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
+from minitf.analysis.training.distributed import agreed
+assert agreed(15 if number else None) == 15 and agreed(None) is None
 half = lambda first, steps: windows(first, steps)[:, :, 8 * number : 8 * (number + 1)]
 with Checkpoints(folder, KeepSettings(), 6) as kept:
     state, losses = train(*compiled({"data": 2, "fsdp": 2}), stops=(end,), kept=kept, mine=half)
