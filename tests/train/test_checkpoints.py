@@ -51,7 +51,7 @@ def test_training_may_use_the_memory_again_while_it_is_written(tmp_path):
         assert bool(jnp.all(state["large"] == 1))
 
 
-# What Orbax leaves behind when reading fails says so when it is collected: here, not in whichever test comes later.
+# What Orbax leaves behind when reading fails says so when it is collected: here, not in some later test.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["emptied", "removed", "changed"])
 def test_a_damaged_one_is_named_and_so_is_the_older_one(tmp_path, how):
