@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from pathlib import Path
 
+_ROOT = Path(__file__).parents[1]
 _FOLDER = tempfile.TemporaryDirectory()
 
 
@@ -15,3 +17,14 @@ def environment(**more):
         "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
     }
     return os.environ | kept | more
+
+
+def lightly(devices=1):
+    """The same, with little optimization, as the Makefile has it for this process; and so many virtual devices."""
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    return environment(
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} {flags}",
+        PYTHONPATH=str(_ROOT),
+    )

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -143,20 +144,16 @@ def compiled(program: Program, mesh: Mesh, flops: float, length: int, memory: in
         begin = lambda: jax.vmap(program.start)(keys, hyper)
         shapes = jax.eval_shape(begin)
         at_once = models_at_once(config, models, shapes)
-        go_on = lambda at_once: (
-            lambda state, windows, done, to: side_by_side(program, most, at_once)(
-                state, keys, hyper, windows, seed_of, done, to
-            )
+        go_on = lambda at_once, state, windows, done, to: side_by_side(program, most, at_once)(
+            state, keys, hyper, windows, seed_of, done, to
         )
     else:
         at_once = 1
         key, numbers = keys[0], {name: values[0] for name, values in hyper.items()}
         begin = lambda: program.start(key, numbers)
         shapes = jax.eval_shape(begin)
-        go_on = lambda at_once: (
-            lambda state, windows, done, to: program.advance(
-                state, key, numbers, None if windows is None else windows[0], done, to, most
-            )
+        go_on = lambda at_once, state, windows, done, to: program.advance(
+            state, key, numbers, None if windows is None else windows[0], done, to, most
         )
     placed = sharding.of_state(shapes, program.model, mesh, models.batched)
     windows = None
@@ -168,7 +165,7 @@ def compiled(program: Program, mesh: Mesh, flops: float, length: int, memory: in
     one = sharding.everywhere(mesh)
     there = memory or memory_of(mesh)
     while True:
-        run = jax.jit(go_on(at_once), donate_argnums=0, out_shardings=(placed, Measures(one, one)))
+        run = jax.jit(partial(go_on, at_once), donate_argnums=0, out_shardings=(placed, Measures(one, one)))
         ready = run.lower(state, windows, number, number).compile()
         temporary, arguments = _needs(ready)
         if at_once == 1 or config.training.at_once or there is None or temporary + arguments <= there:

@@ -11,7 +11,7 @@ import optax
 from minitf.analysis import bench
 from minitf.analysis.bench import Row, Say
 from minitf.analysis.train_bench.program import training
-from minitf.analysis.train_bench.sizes import Size
+from minitf.analysis.train_bench.sizes import SIZES, Size
 from minitf.train.fourbit import adamw_4bit, state_bytes
 
 SHAPES = ((768, 3072),) * 4
@@ -23,7 +23,7 @@ OPTIMIZERS: Mapping[str, optax.GradientTransformation] = {
     "8 bit, rank1_linear": adamw_4bit(1e-3, bits=8),
 }
 # What it says of the update alone, a step of training says of what people wait for.
-TRAINED = Size("4 layers, 256 wide, 256 tokens", 4, 256, 4, 4096, 256, 8, 2)
+TRAINED = SIZES[-1]
 TRAINED_WITH = ("adamw_4bit", "adamw_4bit_factor", "adamw_8bit")
 
 

@@ -57,23 +57,28 @@ def _rows(
     """The better allocator of each side, by medians; a peer trains one model after another."""
     name = f"training, {size.name}"
     found: dict[str, dict[str, list[float]]] = {side: {} for side in ("ours", *peers)}
-    shares: dict[str, list[float]] = {}
+    looks: dict[str, list[float]] = {}
     for allocator, environment in allocators.items():
         with Worker(*OURS, environment=environment) as ours, Worker(*PEER, environment=environment) as peer:
-            ask = {"ours": (ours, "train", size.seeds), **{one: (peer, one, 1) for one in peers}}
-            for side, (worker, task, _) in ask.items():
+            ask = {"ours": (ours, "train"), "look": (ours, "look"), **{one: (peer, one) for one in peers}}
+            for side, (worker, task) in ask.items():
                 say(f"{name}: compiling, {side}")
                 worker.ask(_question(size, task, 0))
-            ours.ask(_question(size, "look", 0))
 
-            def rate(side: str) -> float:
-                worker, task, models = ask[side]  # noqa: B023
-                return models * size.tokens / worker.ask(_question(size, task, 1))["seconds"]
+            def seconds(side: str) -> float:
+                worker, task = ask[side]  # noqa: B023
+                return worker.ask(_question(size, task, 1))["seconds"]
 
-            turns = {side: (lambda side=side: rate(side)) for side in ask}
-            for side, rates in bench.interleaved(turns, rounds, lambda what: say(f"{name}: {what}")).items():
-                found[side][allocator] = rates
-            shares[allocator] = [_share_of_recording(ours, size) for _ in range(rounds)]
+            turns = {side: (lambda side=side: seconds(side)) for side in ask}
+            measured = bench.interleaved(turns, rounds, lambda what: say(f"{name}: {what}"))
+            for side, by_allocator in found.items():
+                models = size.seeds if side == "ours" else 1
+                by_allocator[allocator] = [models * size.tokens / one for one in measured[side]]
+            # One look at the walks of all models, in percent of the steps after which it is due.
+            looks[allocator] = [
+                100 * look / (train / size.steps * EVERY)
+                for look, train in zip(measured["look"], measured["ours"], strict=True)
+            ]
     best = {side: max(by.items(), key=lambda item: sorted(item[1])[rounds // 2]) for side, by in found.items()}
     kept, ours_best = best["ours"]
     beside = [
@@ -88,15 +93,9 @@ def _rows(
         for one in peers
     ]
     recorded = bench.value_row(
-        f"{name}: recording the walk", shares[kept], f"% of {EVERY} steps", f"once in {EVERY} steps; CPU time"
+        f"{name}: recording the walk", looks[kept], f"% of {EVERY} steps", f"once in {EVERY} steps; CPU time"
     )
     return [*(beside or [bench.missing_row(name, "PyTorch", ours_best, "tokens/s")]), recorded]
-
-
-def _share_of_recording(ours: Worker, size: Size) -> float:
-    """One look at the walks of all models, in percent of the steps after which it is due."""
-    seconds = {task: ours.ask(_question(size, task, 1))["seconds"] for task in ("look", "train")}
-    return 100 * seconds["look"] / (seconds["train"] / size.steps * EVERY)
 
 
 def _question(size: Size, task: str, repeats: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from minitf import ModelConfig
 from minitf.analysis.train_bench.sizes import DECAY, RATE, Size
 from minitf.analysis.training.prepared import LOOKED_AT
-from minitf.analysis.training.statistics import statistics
+from minitf.analysis.training.statistics import looker
 from minitf.train import sharding, trainer
 from minitf.train.batch import next_token
 from minitf.train.settings import as_config
@@ -68,8 +68,7 @@ def training(size: Size, optimizer: str = "adamw") -> Training:
         kept["done"] = done + size.steps
         return float(np.mean(np.asarray(measures.loss)[..., -1]))
 
-    one = lambda parameters: statistics(parameters, shown, model)
-    looked = jax.jit(lambda many: jax.lax.map(one, many) if size.seeds > 1 else one(many))
+    looked = looker(shown, model, batched=size.seeds > 1)
 
     def look() -> float:
         found = jax.tree.map(np.asarray, looked(kept["state"].parameters))

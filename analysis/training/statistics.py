@@ -1,8 +1,10 @@
 """What a walk looks like while a model trains: a few numbers of each layer and head, on the same sequences."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -39,6 +41,12 @@ def statistics(parameters: Parameters, batch: Batch, config: ModelConfig) -> dic
         attention = patterns.statistics(pattern, config)
         found |= {"entropy": attention.entropy_share, "distance": attention.distance}
     return found
+
+
+def looker(batch: Batch, config: ModelConfig, batched: bool) -> Callable[[Parameters], dict[str, Array]]:
+    """A compiled function of the parameters to the statistics of one model, or of many, one after another."""
+    one = lambda parameters: statistics(parameters, batch, config)
+    return jax.jit(lambda many: jax.lax.map(one, many) if batched else one(many))
 
 
 def participation(rows: Float[Array, "*axes row width"]) -> Float[Array, "*axes"]:

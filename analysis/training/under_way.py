@@ -17,7 +17,7 @@ from minitf.analysis.training.devices import peak
 from minitf.analysis.training.distributed import agreed, is_first
 from minitf.analysis.training.log import Log, Looks, lines_of
 from minitf.analysis.training.prepared import Prepared
-from minitf.analysis.training.statistics import statistics
+from minitf.analysis.training.statistics import looker
 from minitf.analysis.training.stopping import Terminated, noticing_signals
 from minitf.decode import Sampling, generate
 from minitf.families import native
@@ -52,8 +52,7 @@ class Training:
         self.boards = boards
         self.batched = models.batched
         self.evaluate = trainer.evaluator(ready.program, mesh, self.batched)
-        one = lambda parameters: statistics(parameters, ready.looked_at, ready.program.model)
-        self.look = jax.jit(lambda many: jax.lax.map(one, many) if self.batched else one(many))
+        self.look = looker(ready.looked_at, ready.program.model, self.batched)
         self.tokens = len(models.seeds) * config.training.batch * ready.length  # of a step
         self.was_told: set[int] = set()
 

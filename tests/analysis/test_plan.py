@@ -3,14 +3,13 @@
 import io
 import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from compiled_once import lightly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -26,7 +25,6 @@ from minitf.train.objective import sums
 from minitf.train.settings import as_config, laid_over, read_preset
 from minitf.train.step import in_precision
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"vocabulary": 64, "layers": 3, "width": 64, "heads": 8, "length": 32}
 # Of which nobody knows how many there are, so that the model's vocabulary is free.
 CHARACTERS = {"encoding": "characters"}
@@ -103,15 +101,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def sharded():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false",
-        "PYTHONPATH": str(ROOT),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PLATFORMS": "cpu",
-    }
     program = SHARDED.replace("CASES", repr(json.dumps(list(CASES.values()))))
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program], env=lightly(devices=8), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(CASES, json.loads(done.stdout), strict=True))

@@ -7,13 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from compiled_once import environment
+from compiled_once import lightly
 
-ROOT = Path(__file__).parents[2]
 SMALL = [
     *("model.layers=1", "model.width=16", "model.heads=2", "model.length=16", "data.encoding=bytes"),
     *("training.batch=4", "training.steps_per_call=3", "keep.checkpoint_every=6", "keep.evaluate_every=20"),
@@ -35,14 +33,6 @@ def text(tmp_path_factory):
 def command(out, text, *more):
     arguments = ["train", *SMALL, *more, "--text", str(text), "--steps", str(STEPS), "--out", str(out), "--quiet"]
     return [sys.executable, "-m", "minitf", *arguments]
-
-
-def lightly():
-    return environment(
-        PYTHONPATH=str(ROOT),
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-    )
 
 
 def run(out, text, *more):

@@ -144,7 +144,7 @@ def near(found, expected, what=""):
     np.testing.assert_allclose(np.asarray(found), expected.numpy(), rtol=0, atol=NEAR, err_msg=what)
 
 
-CASES = [(family, seed) for family in FAMILIES for seed in range(2)]
+CASES = [(family, seed) for family in FAMILIES for seed in range(3)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")

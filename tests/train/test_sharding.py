@@ -3,17 +3,14 @@
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from compiled_once import environment
+from compiled_once import lightly
 
 from minitf import ModelConfig
 from minitf.parameters import declare
 from minitf.train import sharding
 from minitf.train.config import MeshSettings
-
-ROOT = Path(__file__).parents[2]
 
 COMMON = """
 import sys, jax, jax.numpy as jnp, numpy as np
@@ -103,20 +100,10 @@ with Checkpoints(folder, KeepSettings(), 6) as kept:
 )
 
 
-def _environment(devices):
-    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    return environment(
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} {flags}",
-        PYTHONPATH=str(ROOT),
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        JAX_PLATFORMS="cpu",
-    )
-
-
 def test_training_on_eight_devices_is_training_on_one(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path)],
-        env=_environment(8),
+        env=lightly(8),
         capture_output=True,
         text=True,
         check=False,
@@ -133,7 +120,7 @@ def _two_processes(folder, end):
     both = [
         subprocess.Popen(
             [*arguments, str(number), str(end)],
-            env=_environment(2),
+            env=lightly(2),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -151,7 +138,7 @@ def _losses(output):
 def test_two_processes_that_are_killed_go_on_as_one_would(tmp_path):
     alone = subprocess.run(
         [sys.executable, "-c", COMMON + "print('losses', train(*compiled({}))[1].tolist())"],
-        env=_environment(1),
+        env=lightly(1),
         capture_output=True,
         text=True,
         check=False,

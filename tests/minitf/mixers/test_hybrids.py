@@ -92,8 +92,9 @@ def test_record_keeps_what_is_asked_of_layers_that_differ():
 def test_it_decodes_as_it_runs_and_prompts_of_any_lengths():
     whole = compiled(HYBRID)(PARAMETERS, TOKENS)
     cache, found = empty_cache(HYBRID, 2, 9), []
+    go_on = jax.jit(lambda part, cache: walk_on(PARAMETERS, part, cache, HYBRID))
     for part in (TOKENS[:, :5], TOKENS[:, 5:6], TOKENS[:, 6:]):
-        walked, cache = jax.jit(lambda part, cache: walk_on(PARAMETERS, part, cache, HYBRID))(part, cache)
+        walked, cache = go_on(part, cache)
         found.append(walked.logits)
     assert relative_error(np.concatenate(found, axis=1), whole.logits) < 1e-4
     together = generate(PARAMETERS, [[3, 1, 4], [1]], HYBRID, steps=3).tokens

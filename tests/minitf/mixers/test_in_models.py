@@ -106,7 +106,6 @@ def test_the_inverse_of_a_unit_triangle_is_scipys(size):
         found = jax.jit(inverse_of_unit_triangle)(jnp.asarray(triangle))
     expected = np.stack([scipy.linalg.solve_triangular(x, np.eye(size), lower=True) for x in triangle])
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
-    alike = jnp.asarray(
-        np.tril(np.ones((size, size), np.float32))
-    )  # the same key all along: differences of neighbors
+    # The same key all along: differences of neighbors.
+    alike = jnp.asarray(np.tril(np.ones((size, size), np.float32)))
     np.testing.assert_array_equal(jax.jit(inverse_of_unit_triangle)(alike), np.eye(size) - np.eye(size, k=-1))
