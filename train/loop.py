@@ -222,8 +222,14 @@ def compile_programs(
 
 def _parts(seeds: int) -> int:
     """Into how many equal shares to divide the seeds: at most one per core of a CPU, one elsewhere."""
-    cores = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
-    return max(n for n in range(1, max(seeds, 1) + 1) if n <= cores and seeds % n == 0)
+    most = cores() if jax.default_backend() == "cpu" else 1
+    return max(n for n in range(1, max(seeds, 1) + 1) if n <= most and seeds % n == 0)
+
+
+def cores() -> int:
+    """How many cores this process may use, which a scheduler or ``taskset`` can make fewer than there are."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def first_non_finite(loss: np.ndarray) -> np.ndarray:

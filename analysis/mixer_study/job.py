@@ -27,7 +27,7 @@ from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_t
 from minitf.analysis.stages import Stages, noticing_interrupts, writing_results
 from minitf.files import write_atomically
 from minitf.train import corpus
-from minitf.train.loop import Report
+from minitf.train.loop import Report, cores
 from minitf.train.progress import Progress
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
@@ -147,7 +147,7 @@ def _at_once() -> int:
     Programs that share XLA's pool can wait in it for one another, for ever (solves and FFTs do).
     """
     alone = ONE_THREAD in os.environ.get("XLA_FLAGS", "") and jax.default_backend() == "cpu"
-    return min(os.cpu_count() or 1, 8) if alone else 1
+    return min(cores(), 8) if alone else 1
 
 
 def _cell(config: StudyConfig, row: str, task: Task, stages: Stages) -> Sequence[Any]:

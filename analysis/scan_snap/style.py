@@ -13,6 +13,7 @@ from typing import Any, ParamSpec
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -146,7 +147,8 @@ def png(figure: Figure) -> bytes:
     """The figure as PNG bytes at 150 dpi."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=DPI)
+        figure.set_dpi(DPI)
+        FigureCanvasAgg(figure).print_png(buffer)  # savefig would draw twice, once only to lay it out
     return buffer.getvalue()
 
 

@@ -93,22 +93,22 @@ def prepare(corpus: Corpus, vocabulary: int) -> TextData:
 def find_keys(stream: Int[np.ndarray, " token"], queries: int = 30) -> KeyWindows:
     """Windows of the text in which both distinct and common keys occur, spread over frequent queries."""
     frequent = [int(m) for m, _ in Counter(stream[LENGTH:-1].tolist()).most_common(queries)]
+    size = int(stream.max(initial=0)) + 1
     tokens, distinct, common = [], [], []
     for m in frequent:
         ends = np.flatnonzero(stream[LENGTH - 1 : -1] == m) + LENGTH - 1
         if len(ends) < LEAST_SEEN:
             continue
         cut = stream[ends[:, None] + np.arange(-LENGTH + 1, 2)]
-        followers: dict[int, set[int]] = {}
-        seen: Counter[int] = Counter()
-        for window in cut.tolist():
-            for key in set(window[:-2]):
-                followers.setdefault(key, set()).add(window[-1])
-                seen[key] += 1
-        known = {key for key, times in seen.items() if LEAST_SEEN <= times <= MOST_SEEN}
-        alone = np.array([key for key in known if len(followers[key]) == 1], np.int64)
-        shared = np.array([key for key in known if len(followers[key]) > 1], np.int64)
-        is_distinct, is_common = np.isin(cut[:, :-1], alone), np.isin(cut[:, :-1], shared)
+        # Each key once for every window that it is in, beside the token that followed that window.
+        keys = np.sort(cut[:, :-2], axis=1)
+        first = np.diff(keys, axis=1, prepend=-1) > 0
+        after = np.broadcast_to(cut[:, -1:], keys.shape)[first]
+        seen = np.bincount(keys[first], minlength=size)
+        followers = np.bincount(np.unique(keys[first].astype(np.int64) * size + after) // size, minlength=size)
+        known = (seen >= LEAST_SEEN) & (seen <= MOST_SEEN)
+        is_distinct = (known & (followers == 1))[cut[:, :-1]]
+        is_common = (known & (followers > 1))[cut[:, :-1]]
         is_distinct[:, -1] = is_common[:, -1] = False  # the query's own place
         both = np.flatnonzero(is_distinct.any(axis=1) & is_common.any(axis=1))
         chosen = both[:: max(1, len(both) * queries // KEY_WINDOWS)]

@@ -53,24 +53,24 @@ class PopulationRun:
     push: Float[np.ndarray, "time query token"]
 
 
-def _table_model(decoder: Array, table: Array) -> Parameters:
+def table_model(decoder: Array, table: Array) -> Parameters:
     """minitf parameters of Y [token, output] and Z [query, token]."""
     layer = Layer(attention=AttentionParameters(table=table[None, None]))
     return Parameters(layers=layer, unembedding=decoder)
 
 
-def _losses(tables: tuple[Array, Array], frequency: Array, query: Array, vocabulary: int) -> Array:
+def _losses(tables: tuple[Array, Array], frequency: Array, query: Array, vocabulary: Scalar) -> Array:
     """Cross-entropy of each class over all M outputs, the last column standing for the M - K never seen."""
     decoder, table = tables
-    logits = count_walk(_table_model(decoder, table), query, frequency).logits[:, 0]
+    logits = count_walk(table_model(decoder, table), query, frequency).logits[:, 0]
     classes, outputs = logits.shape
     shared = jnp.log(jnp.ones(outputs).at[classes].set(vocabulary - classes))
     return jax.nn.logsumexp(logits + shared, axis=1) - jnp.diagonal(logits)
 
 
-@functools.partial(jax.jit, static_argnames=("vocabulary", "queries", "steps"))
+@functools.partial(jax.jit, static_argnames=("queries", "steps"))
 def _descend(
-    frequency: Array, query: Array, eta_y: Scalar, eta_z: Scalar, *, vocabulary: int, queries: int, steps: int
+    frequency: Array, query: Array, eta_y: Scalar, eta_z: Scalar, vocabulary: Scalar, *, queries: int, steps: int
 ) -> tuple[Array, Array, Array]:
     classes, tokens = frequency.shape
 
@@ -103,7 +103,7 @@ def population_run(classes: Classes, eta_y: float, eta_z: float, steps: int) -> 
             jnp.asarray(classes.query),
             eta_y,
             eta_z,
-            vocabulary=classes.vocabulary,
+            float(classes.vocabulary),
             queries=int(classes.query.max()) + 1,
             steps=steps,
         )

@@ -24,7 +24,7 @@ def equal_gram(overlap: float, classes: int) -> Float[np.ndarray, "classes class
     return (1 - overlap) * np.eye(classes) + overlap
 
 
-def _residuals(logits: Array, vocabulary: int) -> tuple[Array, Array]:
+def _residuals(logits: Array, vocabulary: Scalar) -> tuple[Array, Array]:
     """e_n - alpha_n for logits [class, outputs], row n being class n; and each output's multiplicity."""
     classes, outputs = logits.shape
     multiplicity = jnp.ones(outputs).at[classes].set(vocabulary - classes)
@@ -34,9 +34,9 @@ def _residuals(logits: Array, vocabulary: int) -> tuple[Array, Array]:
     return jnp.eye(classes, outputs) - alpha, multiplicity
 
 
-@functools.partial(jax.jit, static_argnames=("vocabulary",))
+@jax.jit
 def _train_frozen_decoder(
-    start: Array, gram: Array, mixing: Array, order: Array, eta_y: Scalar, *, vocabulary: int
+    start: Array, gram: Array, mixing: Array, order: Array, eta_y: Scalar, vocabulary: Scalar
 ) -> Array:
     def step(coefficients: Array, visited: Array) -> tuple[Array, None]:
         residual, _ = _residuals(gram @ coefficients, vocabulary)
@@ -45,8 +45,8 @@ def _train_frozen_decoder(
     return jax.lax.scan(step, start, order)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("vocabulary",))
-def _push_coefficients(coefficients: Array, gram: Array, vocabulary: int) -> Array:
+@jax.jit
+def _push_coefficients(coefficients: Array, gram: Array, vocabulary: Scalar) -> Array:
     residual, multiplicity = _residuals(gram @ coefficients, vocabulary)
     return jnp.einsum("fo,no,o->fn", coefficients, residual, multiplicity)
 
@@ -73,15 +73,14 @@ def frozen_decoder(
     classes = gram.shape[0]
     mixing = np.linalg.inv(gram) if modified else np.eye(classes)
     with jax.enable_x64(True):
-        learn = functools.partial(_train_frozen_decoder, vocabulary=vocabulary)
-        train = jax.vmap(learn, in_axes=(0, None, None, 0, None))
+        train = jax.vmap(_train_frozen_decoder, in_axes=(0, None, None, 0, None, None))
         state = jnp.zeros((order.shape[0], classes, classes + 1))
         states, pushes = [], []
         for first, last in zip([0, *record[:-1]], record, strict=True):
-            state = train(state, jnp.asarray(gram), mixing, order[:, first:last], eta_y)
+            state = train(state, jnp.asarray(gram), mixing, order[:, first:last], eta_y, float(vocabulary))
             states.append(np.asarray(state))
             measure = jax.vmap(_push_coefficients, in_axes=(0, None, None))
-            pushes.append(np.asarray(measure(state, jnp.asarray(gram), vocabulary)))
+            pushes.append(np.asarray(measure(state, jnp.asarray(gram), float(vocabulary))))
     return np.stack(states, axis=1), np.stack(pushes, axis=1)
 
 
