@@ -63,11 +63,11 @@ def model(name, **fields):
 def weights(config, dtype=jnp.float32, seed=0):
     """The mixer's weights of the first layer."""
     whole = random_parameters(config, seed, dtype).layers.attention
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), whole)
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[0]), whole)
 
 
 def inputs(length, batch=2, dtype=jnp.float32, seed=0):
-    return jnp.asarray(np.asarray(np.random.default_rng(seed).normal(size=(batch, length, WIDTH)), dtype))
+    return jax.device_put(np.asarray(np.random.default_rng(seed).normal(size=(batch, length, WIDTH)), dtype))
 
 
 def filtered(mixer, own, x, config):

@@ -319,7 +319,6 @@ def chunked_products(
     most zero, so nothing overflows however long the sequence.
     """
     length = q.shape[1]
-    decay = jnp.broadcast_to(log_decay, (q.shape[0], *log_decay.shape[1:]))
     allowed = past(size)[None, :, :, None]
 
     def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -334,7 +333,7 @@ def chunked_products(
         return state, z
 
     empty = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), v.dtype)
-    _, z = jax.lax.scan(chunk, empty, tuple(in_chunks(x, size) for x in (q, k, v, decay)))
+    _, z = jax.lax.scan(chunk, empty, tuple(in_chunks(x, size) for x in (q, k, v, log_decay)))
     return from_chunks(z, length)
 
 
@@ -344,8 +343,7 @@ def decayed_products(
     log_decay: Float[Array, "#batch position head"],
 ) -> Float[Array, "batch head query key"]:
     """The association of :func:`chunked_products`, whole."""
-    decay = jnp.broadcast_to(log_decay, (q.shape[0], *log_decay.shape[1:]))
-    return jnp.einsum("bthc,bshc->bhts", q, k) * product_association(decay, jnp.ones_like(decay))
+    return jnp.einsum("bthc,bshc->bhts", q, k) * product_association(log_decay, jnp.ones_like(log_decay))
 
 
 def short_convolution(

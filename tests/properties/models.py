@@ -116,8 +116,8 @@ def random_config(generator, fixed):
 def random_parameters(config, seed=0, dtype=jnp.float32):
     """Weights of ordinary size everywhere: no bias is zero, no gain is one, so that each of them is tested."""
     generator = np.random.default_rng(seed)
-    # Rounded by numpy: JAX compiles a program for every shape.
-    in_dtype = lambda x: jnp.asarray(np.asarray(x, dtype))
+    # Rounded by numpy and put where it belongs: JAX's own asarray compiles a program for every shape.
+    in_dtype = lambda x: jax.device_put(np.asarray(x, dtype))
 
     def draw(path, declaration):
         noise = generator.normal(size=declaration.shape)
@@ -143,7 +143,7 @@ def inputs_of(name):
 
 def random_tokens(config, seed=0, batch=BATCH, length=LENGTH):
     tokens = np.random.default_rng(seed).integers(config.vocabulary, size=(batch, length))
-    return jnp.asarray(np.asarray(tokens, np.int32))
+    return jax.device_put(np.asarray(tokens, np.int32))
 
 
 def shapes(config, parameters=None, tokens=None):
@@ -179,7 +179,7 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 def in_float64(tree):
     """The same numbers with room; to be used under ``jax.enable_x64``."""
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.float64)), tree)
 
 
 def largest(x):
