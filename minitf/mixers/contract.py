@@ -293,10 +293,17 @@ def by_distance(kernel: Float[Array, "head lag"], length: int) -> Float[Array, "
     return jnp.where(jnp.asarray(within), kernel[:, np.where(within, lag, 0)], 0.0)[None]
 
 
+CHUNK = 64  # positions whose pairs are held at once
+
+
 def in_chunks(x: Array, size: int) -> Array:
-    """``[chunk, batch, size, ...]`` from ``[batch, position, ...]``, zeros after the end."""
+    """``[chunk, batch, size, ...]`` from ``[batch, position, ...]``, zeros after the end.
+
+    As few chunks as hold at most ``size`` each, and as short as so many can be.
+    """
     batch, length = x.shape[:2]
     chunks = -(-length // size)
+    size = -(-length // max(chunks, 1))
     padded = jnp.pad(x, ((0, 0), (0, chunks * size - length), *((0, 0),) * (x.ndim - 2)))
     return jnp.moveaxis(padded.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
 
@@ -311,7 +318,7 @@ def chunked_products(
     k: Float[Array, "batch position head key_width"],
     v: Float[Array, "batch position head head_width"],
     log_decay: Float[Array, "#batch position head"],
-    size: int = 64,
+    size: int = CHUNK,
 ) -> Float[Array, "batch position head head_width"]:
     """``sum over s <= t of exp(decay over s+1..t) (q[t] . k[s]) v[s]``, chunk by chunk (Sun et al. 2023, 2.4).
 
@@ -319,10 +326,10 @@ def chunked_products(
     most zero, so nothing overflows however long the sequence.
     """
     length = q.shape[1]
-    allowed = past(size)[None, :, :, None]
 
     def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v, decay = now
+        allowed = past(q.shape[1])[None, :, :, None]
         total = jnp.cumsum(decay, axis=1)
         between = jnp.where(allowed, total[:, :, None] - total[:, None, :], -jnp.inf)
         inside = jnp.einsum("bthc,bshc->btsh", q, k) * jnp.exp(between)

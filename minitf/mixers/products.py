@@ -13,6 +13,7 @@ from minitf import filter
 from minitf.config import ModelConfig
 from minitf.mixers.average import values_and_output
 from minitf.mixers.contract import (
+    CHUNK,
     About,
     At,
     Filtered,
@@ -196,19 +197,17 @@ class DeltaNet(_Products):
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Chunk by chunk; between chunks by the state."""
-        size = 64
-        allowed = past(size)
 
         def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
             q, k, v, rate = now
             fresh = (v - jnp.einsum("bshc,bhcv->bshv", k, state)) * rate[..., None]
             new = inverse_of_unit_triangle(_written(k, rate)) @ jnp.moveaxis(fresh, 2, 1)
-            products = jnp.where(allowed, jnp.einsum("bthc,bshc->bhts", q, k), 0.0)
+            products = jnp.where(past(q.shape[1]), jnp.einsum("bthc,bshc->bhts", q, k), 0.0)
             z = jnp.einsum("bthc,bhcv->bthv", q, state) + jnp.einsum("bhts,bhsv->bthv", products, new)
             return state + jnp.einsum("bshc,bhsv->bhcv", k, new), z
 
         empty = self.empty_state(config, f.v.shape[0], 0, f.v.dtype)
-        parts = tuple(in_chunks(x, size) for x in (f.q, f.k, f.v, f.extras["rate"]))
+        parts = tuple(in_chunks(x, CHUNK) for x in (f.q, f.k, f.v, f.extras["rate"]))
         return from_chunks(jax.lax.scan(chunk, empty, parts)[1], f.v.shape[1])
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
