@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,24 @@ def told_to_people() -> Iterator[None]:
         raise Problem(str(error)) from error
 
 
-def open_run_folder(out: Path, config: dict[str, Any], *, overwrite: bool = False, resume: bool = False) -> Path:
+def open_run_folder(
+    out: Path,
+    config: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    changed: Collection[str] = (),
+) -> Path:
     """A folder that can be written, with ``config.json`` in it, for one run.
 
     A folder that holds a run is refused, unless ``overwrite`` (what the run made is removed, other files stay) or
-    ``resume`` (it must be a run of the same configuration). A folder that holds anything else is always refused.
+    ``resume`` (it must be a run of the same configuration, but for what is ``changed``). A folder that holds
+    anything else is always refused.
 
     Raises:
         Problem: the folder cannot be made, written or used.
     """
-    check_run_folder(out, config, overwrite=overwrite, resume=resume)
+    check_run_folder(out, config, overwrite=overwrite, resume=resume, changed=changed)
     try:
         if overwrite:
             _remove_run(out)
@@ -65,7 +73,22 @@ def open_run_folder(out: Path, config: dict[str, Any], *, overwrite: bool = Fals
     return out
 
 
-def check_run_folder(out: Path, config: dict[str, Any], *, overwrite: bool = False, resume: bool = False) -> None:
+def recorded(out: Path) -> dict[str, Any]:
+    """The configuration of the run in ``out``; empty where there is none that can be read."""
+    try:
+        return _read_config(out / CONFIG) or {}
+    except OSError:
+        return {}
+
+
+def check_run_folder(
+    out: Path,
+    config: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    changed: Collection[str] = (),
+) -> None:
     """Refuse what :func:`open_run_folder` would refuse, as far as that can be told without writing.
 
     Raises:
@@ -100,7 +123,8 @@ def check_run_folder(out: Path, config: dict[str, Any], *, overwrite: bool = Fal
             f"{out} already holds a run. Add --resume to go on with it, --overwrite to replace it, or choose "
             "another folder with --out."
         )
-    _check_same(before, json.loads(_as_json(config)), out)
+    same = {name: value for name, value in json.loads(_as_json(config)).items() if name not in changed}
+    _check_same(before, same, out)
 
 
 def check_writable(out: Path) -> None:

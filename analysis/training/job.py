@@ -4,6 +4,7 @@ The same command again goes on from the newest checkpoint, with the same numbers
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from minitf.analysis.flops import flops
-from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people
+from minitf.analysis.run_folder import Problem, check_run_folder, open_run_folder, recorded, told_to_people
 from minitf.analysis.training.boards import boards
 from minitf.analysis.training.distributed import first_alone, is_first
 from minitf.analysis.training.page import page
@@ -45,7 +46,8 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
     with Progress(quiet or not is_first(), remaining=True) as progress, told_to_people():
         with first_alone("data"):
             if is_first():
-                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite)
+                longer = () if overwrite else _made_longer(config, held, out)
+                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=longer)
                 write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
             ready = prepared(config, out / "data", progress.note)
             _check_data(out, ready)
@@ -55,6 +57,26 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
     if is_first():
         write_atomically(report, page(out, config, ready).encode())
     return report
+
+
+def _made_longer(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[str, ...]:
+    """The name of the number of steps, where it may have grown since the run began, and has.
+
+    With a constant rate nothing that was done depended on it. The model so far then makes room for that of the
+    last step; its weights stay in the newest checkpoint.
+
+    Raises:
+        Problem: another setting has changed too.
+    """
+    steps = "training.steps"
+    before = recorded(out).get(steps)
+    constant = config.optimizer.schedule == "constant"
+    if not constant or not isinstance(before, int) or before >= config.training.steps:
+        return ()
+    check_run_folder(out, held, resume=True, changed=(steps,))
+    for folder in model_folders(out, trainer.models_of(config)):
+        shutil.rmtree(folder, ignore_errors=True)
+    return (steps,)
 
 
 def _finished(config: TrainConfig, out: Path) -> bool:

@@ -54,6 +54,27 @@ def test_many_models_leave_many_models_and_their_curves(several):
     assert "between" in page
 
 
+def test_a_finished_run_may_be_made_longer_where_its_rate_is_constant(tmp_path):
+    out, straight = tmp_path / "run", tmp_path / "straight"
+    constant = {"schedule": "constant"}
+    run(out, optimizer=constant)
+    short = load(out / "model").parameters
+    run(out, optimizer=constant, training={"steps": 9})
+    run(straight, optimizer=constant, training={"steps": 9})
+    longer, whole = (load(folder / "model").parameters for folder in (out, straight))
+    jax.tree.map(np.testing.assert_array_equal, longer, whole)
+    assert not np.array_equal(longer.embedding, short.embedding)
+    assert [line["step"] for line in read(out / "metrics.jsonl") if "validation_loss" in line] == [0, 3, 6, 9]
+    # Then shorter it may not be, and with another rate neither longer.
+    for changed in ({"training": {"steps": 8}}, {"training": {"steps": 12}, "optimizer": {"rate": 0.5}}):
+        with pytest.raises(Problem, match="other settings"):
+            run(out, **laid_over({"optimizer": constant}, changed))
+    assert (out / "model" / "config.json").exists()
+    run(tmp_path / "cosine")
+    with pytest.raises(Problem, match=r"training\.steps was 6 and is 9"):
+        run(tmp_path / "cosine", training={"steps": 9})
+
+
 def test_a_lost_model_among_others_does_not_stop_them(tmp_path, capsys):
     out = tmp_path / "run"
     run(out, optimizer={"name": "sgd", "clip": 0.0, "warm_up": 0}, sweep={"optimizer.rate": [1e-3, 1e30]})
