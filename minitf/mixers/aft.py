@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minitf.config import ModelConfig
@@ -25,7 +26,7 @@ from minitf.mixers.contract import (
     project,
     remember,
 )
-from minitf.mixers.weighted_mean import weighted_sums, with_term
+from minitf.mixers.weighted_mean import EMPTY, weighted_sums, with_term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,27 +95,32 @@ class AttentionFree(Mixer):
         return jax.nn.softmax(scores, axis=-1) * jnp.moveaxis(f.q, 1, 2)
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
-        """A ratio of two products; but for ``full``, of two running sums, put right inside the window."""
-        k, v = f.k[..., 0], f.v[..., 0]
+        """A ratio of two products; simple, of two running sums; where w ends early, of both."""
+        k, v, length = f.k[..., 0], f.v[..., 0], f.v.shape[1]
+        if self.kind == "simple":
+            top, bottom, _ = weighted_sums(k, v, jnp.zeros((config.width,), k.dtype))
+            return f.q * (top / bottom)[..., None]
         if self.kind == "full":
             return f.q * _ratio(k, v, weights["places"])[..., None]
-        top, bottom, peak = weighted_sums(k, v, jnp.zeros((config.width,), k.dtype))
-        for lag in range(min(self.window, v.shape[1]) if self.kind != "simple" else 0):
-            more = self._more(weights, config, lag, v.shape[1])
-            before = lambda x, fill: jnp.pad(x, ((0, 0), (lag, 0), (0, 0)), constant_values=fill)[:, : v.shape[1]]  # noqa: B023
-            weight = more * jnp.exp(before(k, -jnp.inf) - peak)
-            top, bottom = top + weight * before(v, 0.0), bottom + weight
-        return f.q * (top / bottom)[..., None]
+        return f.q * _near_and_far(k, v, self._near(weights, length))[..., None]
 
-    def _more(
-        self, weights: Weights, config: ModelConfig, lag: int, length: int
-    ) -> Float[Array, "position channels"]:
-        """``exp(w) - 1`` of the keys that far back."""
+    def _near(self, weights: Weights, length: int) -> Float[Array, "block group query key"]:
+        """w of each block's queries for the keys of the block before and their own; blocks as long as the window.
+
+        One block for all where only the distance counts.
+        """
+        size = min(self.window, length)
+        lag = size + np.arange(size)[:, None] - np.arange(2 * size)
+        reached = (lag >= 0) & (lag < self.window)
+        near = np.where(reached, lag, 0)
         if self.kind == "conv":
-            by_head = jnp.expm1(weights["places"][:, lag])
-            return jnp.repeat(by_head, config.width // config.heads)[None]
-        at = jnp.arange(length)
-        return jnp.expm1(weights["places"][at, jnp.maximum(at - lag, 0)])[:, None]
+            found = weights["places"][None, :, near]
+        else:
+            at = np.arange(-(-length // size))[:, None, None] * size + np.arange(size)[:, None]
+            last = weights["places"].shape[0] - 1
+            found = weights["places"][np.clip(at, 0, last), np.clip(at - near, 0, last)][:, None]
+        # Keys before the window count as without w, later ones not at all.
+        return jnp.where(reached, found, jnp.where(lag < 0, -jnp.inf, 0.0))
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for keys and values; simple, the running sums and the peak."""
@@ -182,3 +188,43 @@ def _ratio(
         top, bottom = (jnp.einsum("ts,bsc->btc", bias, x) for x in (weight * v[:, :stop], weight))
         found.append(top / bottom)
     return jnp.concatenate(found, axis=1)
+
+
+def _near_and_far(
+    k: Float[Array, "batch position channel"],
+    v: Float[Array, "batch position channel"],
+    near: Float[Array, "#block group query key"],
+) -> Float[Array, "batch position channel"]:
+    """The same where w is zero but for the block of the query and the one before; groups share out the channels.
+
+    Both parts keep their own highest exponent.
+    """
+    (batch, length, channels), (_, groups, size, _) = k.shape, near.shape
+    spread = lambda x, fill: jnp.pad(x, ((0, 0), (0, -length % size), (0, 0)), constant_values=fill)
+    k, v = (spread(x, fill).reshape(batch, -1, size, channels) for x, fill in ((k, -jnp.inf), (v, 0.0)))
+    blocks = k.shape[1]
+
+    # A block is a key itself: its sums are running sums over so few.
+    of_block = jax.nn.logsumexp(k, axis=2), jnp.sum(jax.nn.softmax(k, axis=2) * v, axis=2)
+    far_top, far_bottom, far_peak = (
+        jnp.pad(x, ((0, 0), (2, 0), (0, 0)), constant_values=fill)[:, :blocks, None]
+        for x, fill in zip(weighted_sums(*of_block, jnp.zeros((channels,), k.dtype)), EMPTY, strict=True)
+    )
+
+    before = lambda x, fill: jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=fill)
+    k, v = (jnp.concatenate([before(x, fill), x], axis=2) for x, fill in ((k, -jnp.inf), (v, 0.0)))
+    highest = jax.lax.stop_gradient(jnp.max(k, axis=2, keepdims=True))
+    most = jax.lax.stop_gradient(jnp.max(near, axis=3))
+    weight, bias = jnp.exp(k - highest), jnp.exp(near - most[..., None])
+    bias = jnp.broadcast_to(bias, (blocks, *bias.shape[1:]))
+    by_group = lambda x: x.reshape(batch, blocks, 2 * size, groups, -1)
+    top, bottom = (
+        jnp.einsum("ngts,bnsgc->bntgc", bias, by_group(x)).reshape(batch, blocks, size, channels)
+        for x in (weight * v, weight)
+    )
+    near_peak = highest + jnp.repeat(jnp.moveaxis(most, 1, 2), channels // groups, axis=2)
+
+    peak = jnp.maximum(near_peak, far_peak)
+    near_share, far_share = jnp.exp(near_peak - peak), jnp.exp(far_peak - peak)
+    mean = (near_share * top + far_share * far_top) / (near_share * bottom + far_share * far_bottom)
+    return mean.reshape(batch, -1, channels)[:, :length]

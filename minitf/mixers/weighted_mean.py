@@ -1,30 +1,54 @@
-"""Means under weights that fade: the aggregate of AFT-simple and RWKV-4, without overflow."""
+"""Means under weights that fade: the aggregate of AFT-simple and RWKV-4, without overflow.
+
+Sums are kept as ``(top, bottom, peak)``: ``sum of exp(k) v`` and the same without v, over ``exp(peak)``, so that
+none overflows (Milakov and Gimelshein 2018). No ratio depends on the peaks, and no gradient passes through them.
+"""
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+EMPTY = (0.0, 0.0, -jnp.inf)  # the sums over nothing
+Sums = tuple[Array, Array, Array]
 
 
 def weighted_sums(
     k: Float[Array, "batch position channel"],
     v: Float[Array, "batch position channel"],
     fade: Float[Array, " channel"],
-) -> tuple[Array, Array, Array]:
-    """``sum_s exp(k_s - (t - s) fade) v_s`` and the same without v, for all t, over ``exp(peak)``; and peak.
+) -> Sums:
+    """Sums over s <= t with ``exp(k_s - (t - s) fade)``, for all t.
 
-    Every sum is kept relative to its own highest exponent (Milakov and Gimelshein 2018), so that none overflows.
+    As many blocks as each has positions: all blocks at once, position by position, then what the blocks before
+    each add. So few steps follow one another, and they are two small programs.
     """
+    batch, length, channels = k.shape
+    size = math.isqrt(max(length - 1, 0)) + 1
+    spread = lambda x, fill: jnp.moveaxis(
+        jnp.pad(x, ((0, 0), (0, -length % size), (0, 0)), constant_values=fill).reshape(batch, -1, size, channels),
+        (2, 1),
+        (0, 1),
+    )
 
-    def after(first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple[Array, ...]:
-        (top, bottom, peak, faded), (more_top, more_bottom, more_peak, more_faded) = first, second
-        earlier = peak - more_faded
-        highest = jnp.maximum(earlier, more_peak)
-        a, b = jnp.exp(earlier - highest), jnp.exp(more_peak - highest)
-        return a * top + b * more_top, a * bottom + b * more_bottom, highest, faded + more_faded
+    def add(sums: Sums, now: tuple[Array, Array]) -> tuple[Sums, Sums]:
+        after = with_term(faded(sums, fade), *now)
+        return after, after
 
-    fades = jnp.broadcast_to(fade, k.shape)
-    top, bottom, peak, _ = jax.lax.associative_scan(after, (v, jnp.ones_like(v), k, fades), axis=1)
-    return top, bottom, peak
+    def join(sums: Sums, block: Sums) -> tuple[Sums, Sums]:
+        return together(faded(sums, size * fade), block), sums
+
+    keys, values = spread(k, -jnp.inf), spread(v, 0.0)
+    _, inside = jax.lax.scan(add, nothing(values[0]), (keys, values))
+    ends: Sums = jax.tree.map(lambda x: x[-1], inside)
+    _, before = jax.lax.scan(join, nothing(values[0, 0]), ends)
+    since = jnp.arange(1, size + 1)[:, None, None, None] * fade
+    sums = together(faded(before, since), inside)
+    # Computed once, not anew wherever they are used.
+    whole = tuple(jnp.moveaxis(x, (0, 1), (2, 1)).reshape(batch, -1, channels)[:, :length] for x in sums)
+    return jax.lax.optimization_barrier(whole)
 
 
 def weighted_means(
@@ -34,18 +58,35 @@ def weighted_means(
     bonus: Float[Array, " channel"],
 ) -> Float[Array, "batch position channel"]:
     """Means of v: the present key weighs ``exp(k_t + bonus)``, those before ``exp(k_s - (t - 1 - s) fade)``."""
-    top, bottom, peak = weighted_sums(k, v, fade)
     # The sums before each position, none before the first; then the present one with its bonus.
-    before = lambda x, fill: jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=fill)
-    top, bottom, _ = with_term((before(top, 0.0), before(bottom, 0.0), before(peak, -jnp.inf)), k + bonus, v)
+    top, bottom, peak = (
+        jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=fill)
+        for x, fill in zip(weighted_sums(k, v, fade), EMPTY, strict=True)
+    )
+    top, bottom, _ = with_term((top, bottom, peak), k + bonus, v)
     return top / bottom
 
 
-def with_term(
-    sums: tuple[Array, Array, Array], exponent: Float[Array, "*axes"], v: Float[Array, "*axes"]
-) -> tuple[Array, Array, Array]:
-    """Sums as :func:`weighted_sums` has them, with ``exp(exponent) v`` and ``exp(exponent)`` added."""
+def nothing(like: Float[Array, "*axes"]) -> Sums:
+    """The sums over nothing, each of that shape."""
+    top, bottom, peak = (jnp.full_like(like, fill) for fill in EMPTY)
+    return top, bottom, peak
+
+
+def faded(sums: Sums, fade: Any) -> Sums:
+    """The same sums, each term ``exp(-fade)`` of what it was."""
     top, bottom, peak = sums
-    highest = jnp.maximum(peak, exponent)
-    before, now = jnp.exp(peak - highest), jnp.exp(exponent - highest)
-    return before * top + now * v, before * bottom + now, highest
+    return top, bottom, peak - fade
+
+
+def with_term(sums: Sums, exponent: Float[Array, "*axes"], v: Float[Array, "*axes"]) -> Sums:
+    """The sums with ``exp(exponent) v`` and ``exp(exponent)`` added."""
+    return together(sums, (v, jnp.ones_like(v), exponent))
+
+
+def together(one: Sums, other: Sums) -> Sums:
+    """The sums over both."""
+    (top, bottom, peak), (more_top, more_bottom, more_peak) = one, other
+    highest = jax.lax.stop_gradient(jnp.maximum(peak, more_peak))
+    a, b = jnp.exp(peak - highest), jnp.exp(more_peak - highest)
+    return a * top + b * more_top, a * bottom + b * more_bottom, highest
