@@ -12,6 +12,7 @@ it declares. :mod:`minitf.layer` runs it.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -258,17 +259,40 @@ def remember(kept: Float[Array, "batch slot ..."], new: Array, position: Int[Arr
     return kept.at[jnp.arange(kept.shape[0]), position].set(new[:, 0])
 
 
+Two = tuple[Array, Array]
+
+
 def recurrence(
     decay: Float[Array, "#batch #position ..."], inputs: Float[Array, "batch position ..."]
 ) -> Float[Array, "batch position ..."]:
-    """``h[t] = decay[t] * h[t-1] + inputs[t]`` for all t at once (Blelloch 1990), from ``h[-1] = 0``."""
+    """``h[t] = decay[t] * h[t-1] + inputs[t]`` for all t, from ``h[-1] = 0``.
 
-    return jax.lax.associative_scan(then, (jnp.broadcast_to(decay, inputs.shape), inputs), axis=1)[1]
+    In as many blocks as each has positions: all blocks at once, position by position, then what the blocks before
+    each leave. So few steps follow one another, in two small programs: a scan in log2 steps over all positions
+    (Blelloch 1990) takes XLA ten times as long to compile, and longer to run.
+    """
+    (batch, length), rest = inputs.shape[:2], inputs.shape[2:]
+    size = math.isqrt(max(length - 1, 0)) + 1
+    spread = lambda x: jnp.moveaxis(
+        jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * len(rest))).reshape(batch, -1, size, *rest), 2, 0
+    )
 
+    def step(
+        held: tuple[Array, Array], now: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        (kept, h), (decay, new) = held, now
+        after = kept * decay, decay * h + new
+        return after, after
 
-def then(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Two stretches of ``h -> decay * h + inputs``, one after the other, as one."""
-    return first[0] * second[0], second[0] * first[1] + second[1]
+    def join(h: Array, block: Two) -> Two:
+        return block[0] * h + block[1], h
+
+    decays, new = spread(jnp.broadcast_to(decay, inputs.shape)), spread(inputs)
+    _, (kept, inside) = jax.lax.scan(step, (jnp.ones_like(new[0]), jnp.zeros_like(new[0])), (decays, new))
+    ends: Two = jax.tree.map(lambda x: jnp.moveaxis(x[-1], 1, 0), (kept, inside))
+    _, before = jax.lax.scan(join, jnp.zeros_like(new[0, :, 0]), ends)
+    h = inside + kept * jnp.moveaxis(before, 0, 1)
+    return jnp.moveaxis(h, 0, 2).reshape(batch, -1, *rest)[:, :length]
 
 
 def product_association(

@@ -28,9 +28,9 @@ from minitf.mixers.contract import (
     normed,
     past,
     project,
+    recurrence,
     short_convolution,
     sums_between,
-    then,
 )
 
 CHUNK = 32  # positions whose states are held at once
@@ -137,7 +137,7 @@ class Mamba(_Convolved):
         return jax.lax.scan(add, jnp.zeros_like(between), jnp.arange(self.states))[0]
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
-        """A parallel scan inside chunks, one chunk after another, so that few states are held at once."""
+        """One chunk after another, so that few states are held at once."""
         rate = jnp.exp(weights["log_decay"])
 
         @jax.checkpoint
@@ -145,8 +145,7 @@ class Mamba(_Convolved):
             q, k, v, step = now
             decay = jnp.exp(-step[..., None] * rate)
             inputs = (step * v)[..., None] * k[:, :, None, :]
-            kept, h = jax.lax.associative_scan(then, (decay, inputs), axis=1)
-            h = h + kept * state[:, None]
+            h = recurrence(decay, inputs.at[:, 0].add(decay[:, 0] * state))
             return h[:, -1], jnp.einsum("btcn,btn->btc", h, q)
 
         empty = self.empty_state(config, f.v.shape[0], 0, f.v.dtype)
