@@ -103,8 +103,9 @@ def _what(ready: Prepared, models: trainer.Models, work: float) -> str:
     model, many = ready.program.model, len(models.seeds)
     device = jax.devices()[0]
     each = "" if many == 1 else f"{many} models of "
+    layers = f"{model.layers} layer{'' if model.layers == 1 else 's'}"
     return (
-        f"{each}{count(model):,} parameters ({model.layers} layers, width {model.width}), on {ready.source}; "
+        f"{each}{count(model):,} parameters ({layers}, width {model.width}), on {ready.source}; "
         f"{work / 1e9:.3g} GFLOP a step{' each' if many > 1 else ''}, on {device.device_kind}"
     )
 
