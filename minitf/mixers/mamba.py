@@ -137,17 +137,14 @@ class Mamba(_Convolved):
         return jax.lax.scan(add, jnp.zeros_like(between), jnp.arange(self.states))[0]
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
-        """One chunk after another, so that few states are held at once."""
+        """One chunk after another, so that few states are held at once.
+
+        Inside, on a CPU, position after position, whose states stay in its caches; elsewhere so many small steps
+        would take longer than all positions of a chunk together.
+        """
         rate = jnp.exp(weights["log_decay"])
-
-        @jax.checkpoint
-        def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
-            q, k, v, step = now
-            decay = jnp.exp(-step[..., None] * rate)
-            inputs = (step * v)[..., None] * k[:, :, None, :]
-            h = recurrence(decay, inputs.at[:, 0].add(decay[:, 0] * state))
-            return h[:, -1], jnp.einsum("btcn,btn->btc", h, q)
-
+        inside = jax.checkpoint(_in_turn if jax.default_backend() == "cpu" else _together)
+        chunk = lambda state, now: inside(rate, state, now)
         empty = self.empty_state(config, f.v.shape[0], 0, f.v.dtype)
         parts = (f.q[:, :, 0], f.k[:, :, 0], f.v[..., 0], f.extras["step"])
         _, z = jax.lax.scan(chunk, empty, tuple(in_chunks(x, CHUNK) for x in parts))
@@ -167,6 +164,30 @@ class Mamba(_Convolved):
     def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """What the channel holds now, added; then swish."""
         return (z + weights["skip"][:, None] * f.v) * jax.nn.silu(f.extras["gate"])
+
+
+Chunk = tuple[Array, ...]  # queries, keys, values, steps
+
+
+def _in_turn(rate: Array, state: Array, now: Chunk) -> tuple[Array, Array]:
+    """The state after a chunk, and what is read at each of its positions."""
+
+    def one(h: Array, now: Chunk) -> tuple[Array, Array]:
+        q, k, v, step = now
+        h = jnp.exp(-step[..., None] * rate) * h + (step * v)[..., None] * k[:, None, :]
+        return h, jnp.einsum("bcn,bn->bc", h, q)
+
+    state, z = jax.lax.scan(one, state, tuple(jnp.moveaxis(x, 1, 0) for x in now))
+    return state, jnp.moveaxis(z, 0, 1)
+
+
+def _together(rate: Array, state: Array, now: Chunk) -> tuple[Array, Array]:
+    """The same; the states of all positions are held."""
+    q, k, v, step = now
+    decay = jnp.exp(-step[..., None] * rate)
+    inputs = (step * v)[..., None] * k[:, :, None, :]
+    h = recurrence(decay, inputs.at[:, 0].add(decay[:, 0] * state))
+    return h[:, -1], jnp.einsum("btcn,btn->btc", h, q)
 
 
 @dataclasses.dataclass(frozen=True)

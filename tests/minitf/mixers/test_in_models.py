@@ -10,6 +10,7 @@ from properties.models import compiled, compiled_logits, random_parameters, rand
 
 from minitf import ModelConfig, initialize, mixers, walk
 from minitf.decode import empty_cache, generate
+from minitf.mixers.mamba import _in_turn, _together
 from minitf.mixers.products import inverse_of_unit_triangle
 from minitf.model import walk_on
 
@@ -109,3 +110,16 @@ def test_the_inverse_of_a_unit_triangle_is_scipys(size):
     # The same key all along: differences of neighbors.
     alike = jnp.asarray(np.tril(np.ones((size, size), np.float32)))
     np.testing.assert_array_equal(jax.jit(inverse_of_unit_triangle)(alike), np.eye(size) - np.eye(size, k=-1))
+
+
+def test_mambas_chunks_are_the_same_in_turn_and_together():
+    rng = np.random.default_rng(0)
+    of = lambda *shape: rng.normal(size=shape)
+    with jax.enable_x64(True):
+        rate, state, steps = np.exp(of(5, 3)), of(2, 5, 3), np.log1p(np.exp(of(2, 7, 5)))
+        now = (of(2, 7, 3), of(2, 7, 3), of(2, 7, 5), steps)
+        loss = lambda way: lambda *x: sum(jnp.sum(jnp.sin(part)) for part in way(*x))
+        found = [
+            jax.jit(jax.value_and_grad(loss(way), (0, 1, 2)))(rate, state, now) for way in (_in_turn, _together)
+        ]
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12), *found)
