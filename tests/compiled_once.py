@@ -1,8 +1,18 @@
 """Commands that tests run again and again compile the same programs: once is enough for all of them."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+# ``python -m minitf``, with the usual answer to Ctrl-C whoever started the tests: a shell starts what runs in the
+# background without one.
+INTERRUPTIBLE = [
+    sys.executable,
+    "-c",
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('minitf', run_name='__main__', alter_sys=True)",
+]
 
 _ROOT = Path(__file__).parents[1]
 _FOLDER = tempfile.TemporaryDirectory()

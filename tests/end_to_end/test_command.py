@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from compiled_once import environment
+from compiled_once import INTERRUPTIBLE, environment
 
 from minitf import cli
 from minitf.analysis import bench
@@ -29,13 +29,9 @@ MINUTES = 60
 
 
 def start(*arguments):
-    """The real command in a process of its own, with the usual answer to Ctrl-C whoever started the tests."""
-    program = (
-        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "runpy.run_module('minitf', run_name='__main__', alter_sys=True)"
-    )
+    """The real command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
+        [*INTERRUPTIBLE, *arguments],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

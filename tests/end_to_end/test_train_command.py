@@ -10,7 +10,7 @@ import time
 
 import pytest
 import safetensors.numpy
-from compiled_once import lightly
+from compiled_once import INTERRUPTIBLE, lightly
 
 SMALL = [
     *("model.layers=1", "model.width=16", "model.heads=2", "model.length=16", "data.encoding=bytes"),
@@ -32,7 +32,7 @@ def text(tmp_path_factory):
 
 def command(out, text, *more):
     arguments = ["train", *SMALL, *more, "--text", str(text), "--steps", str(STEPS), "--out", str(out), "--quiet"]
-    return [sys.executable, "-m", "minitf", *arguments]
+    return [*INTERRUPTIBLE, *arguments]
 
 
 def run(out, text, *more):
