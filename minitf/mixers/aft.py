@@ -26,7 +26,7 @@ from minitf.mixers.contract import (
     project,
     remember,
 )
-from minitf.mixers.weighted_mean import EMPTY, weighted_sums, with_term
+from minitf.mixers.weighted_mean import EMPTY, nothing, together, weighted_sums, with_term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,7 @@ class AttentionFree(Mixer):
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for keys and values; simple, the running sums and the peak."""
         if self.kind == "simple":
-            zero = jnp.zeros((batch, config.width), dtype)
-            return zero, zero, jnp.full_like(zero, -jnp.inf)
+            return nothing(jnp.zeros((batch, config.width), dtype))
         room = jnp.zeros((batch, slots, config.width), dtype)
         return room, room
 
@@ -206,10 +205,9 @@ def _near_and_far(
 
     # A block is a key itself: its sums are running sums over so few.
     of_block = jax.nn.logsumexp(k, axis=2), jnp.sum(jax.nn.softmax(k, axis=2) * v, axis=2)
-    far_top, far_bottom, far_peak = (
-        jnp.pad(x, ((0, 0), (2, 0), (0, 0)), constant_values=fill)[:, :blocks, None]
-        for x, fill in zip(weighted_sums(*of_block, jnp.zeros((channels,), k.dtype)), EMPTY, strict=True)
-    )
+    sums = weighted_sums(*of_block, jnp.zeros((channels,), k.dtype))
+    two_back = lambda x, fill: jnp.pad(x, ((0, 0), (2, 0), (0, 0)), constant_values=fill)[:, :blocks, None]
+    far = two_back(sums[0], EMPTY[0]), two_back(sums[1], EMPTY[1]), two_back(sums[2], EMPTY[2])
 
     before = lambda x, fill: jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=fill)
     k, v = (jnp.concatenate([before(x, fill), x], axis=2) for x, fill in ((k, -jnp.inf), (v, 0.0)))
@@ -224,7 +222,5 @@ def _near_and_far(
     )
     near_peak = highest + jnp.repeat(jnp.moveaxis(most, 1, 2), channels // groups, axis=2)
 
-    peak = jnp.maximum(near_peak, far_peak)
-    near_share, far_share = jnp.exp(near_peak - peak), jnp.exp(far_peak - peak)
-    mean = (near_share * top + far_share * far_top) / (near_share * bottom + far_share * far_bottom)
-    return mean.reshape(batch, -1, channels)[:, :length]
+    top, bottom, _ = together((top, bottom, near_peak), far)
+    return (top / bottom).reshape(batch, -1, channels)[:, :length]

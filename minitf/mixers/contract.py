@@ -271,15 +271,8 @@ def recurrence(
     each leave. So few steps follow one another, in two small programs: a scan in log2 steps over all positions
     (Blelloch 1990) takes XLA ten times as long to compile, and longer to run.
     """
-    (batch, length), rest = inputs.shape[:2], inputs.shape[2:]
-    size = math.isqrt(max(length - 1, 0)) + 1
-    spread = lambda x: jnp.moveaxis(
-        jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * len(rest))).reshape(batch, -1, size, *rest), 2, 0
-    )
 
-    def step(
-        held: tuple[Array, Array], now: tuple[Array, Array]
-    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    def step(held: Two, now: Two) -> tuple[Two, Two]:
         (kept, h), (decay, new) = held, now
         after = kept * decay, decay * h + new
         return after, after
@@ -287,12 +280,10 @@ def recurrence(
     def join(h: Array, block: Two) -> Two:
         return block[0] * h + block[1], h
 
-    decays, new = spread(jnp.broadcast_to(decay, inputs.shape)), spread(inputs)
+    decays, new = in_short_chunks(jnp.broadcast_to(decay, inputs.shape)), in_short_chunks(inputs)
     _, (kept, inside) = jax.lax.scan(step, (jnp.ones_like(new[0]), jnp.zeros_like(new[0])), (decays, new))
-    ends: Two = jax.tree.map(lambda x: jnp.moveaxis(x[-1], 1, 0), (kept, inside))
-    _, before = jax.lax.scan(join, jnp.zeros_like(new[0, :, 0]), ends)
-    h = inside + kept * jnp.moveaxis(before, 0, 1)
-    return jnp.moveaxis(h, 0, 2).reshape(batch, -1, *rest)[:, :length]
+    _, before = jax.lax.scan(join, jnp.zeros_like(new[0, 0]), (kept[-1], inside[-1]))
+    return from_short_chunks(inside + kept * before, inputs.shape[1])
 
 
 def product_association(
@@ -320,21 +311,32 @@ def by_distance(kernel: Float[Array, "head lag"], length: int) -> Float[Array, "
 CHUNK = 64  # positions whose pairs are held at once
 
 
-def in_chunks(x: Array, size: int) -> Array:
-    """``[chunk, batch, size, ...]`` from ``[batch, position, ...]``, zeros after the end.
+def in_chunks(x: Array, size: int, fill: float = 0.0) -> Array:
+    """``[chunk, batch, size, ...]`` from ``[batch, position, ...]``, ``fill`` after the end.
 
     As few chunks as hold at most ``size`` each, and as short as so many can be.
     """
     batch, length = x.shape[:2]
     chunks = -(-length // size)
     size = -(-length // max(chunks, 1))
-    padded = jnp.pad(x, ((0, 0), (0, chunks * size - length), *((0, 0),) * (x.ndim - 2)))
+    rest = ((0, 0), (0, chunks * size - length), *((0, 0),) * (x.ndim - 2))
+    padded = jnp.pad(x, rest, constant_values=fill)
     return jnp.moveaxis(padded.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
 
 
 def from_chunks(x: Array, length: int) -> Array:
     """What :func:`in_chunks` took apart, put together."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
+
+
+def in_short_chunks(x: Array, fill: float = 0.0) -> Array:
+    """``[size, chunk, batch, ...]``, as many chunks as each has positions, about: to step through side by side."""
+    return jnp.moveaxis(in_chunks(x, math.isqrt(max(x.shape[1] - 1, 0)) + 1, fill), 2, 0)
+
+
+def from_short_chunks(x: Array, length: int) -> Array:
+    """What :func:`in_short_chunks` took apart, put together."""
+    return from_chunks(jnp.moveaxis(x, 0, 2), length)
 
 
 def chunked_products(

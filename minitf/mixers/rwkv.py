@@ -30,7 +30,7 @@ from minitf.mixers.contract import (
     project,
     sums_between,
 )
-from minitf.mixers.weighted_mean import weighted_means, with_term
+from minitf.mixers.weighted_mean import faded, nothing, weighted_means, with_term
 
 CHUNK = 16  # of RWKV-6, whose chunks hold an exponent for each pair and channel
 
@@ -91,15 +91,14 @@ class Rwkv4(Mixer):
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Two sums and their highest exponent."""
-        zero = jnp.zeros((batch, config.width), dtype)
-        return zero, zero, jnp.full_like(zero, -jnp.inf)
+        return nothing(jnp.zeros((batch, config.width), dtype))
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """The present key with its bonus is read, and then added without."""
-        (top, bottom, peak), (fade, bonus) = state, self._constants(weights)
+        fade, bonus = self._constants(weights)
         k, v = f.k[:, 0, :, 0], f.v[:, 0, :, 0]
         read, weight, _ = with_term(state, k + bonus, v)
-        return f.q * (read / weight)[:, None, :, None], with_term((top, bottom, peak - fade), k, v)
+        return f.q * (read / weight)[:, None, :, None], with_term(faded(state, fade), k, v)
 
     @staticmethod
     def _constants(weights: Weights) -> tuple[Array, Array]:

@@ -4,12 +4,13 @@ Sums are kept as ``(top, bottom, peak)``: ``sum of exp(k) v`` and the same witho
 none overflows (Milakov and Gimelshein 2018). No ratio depends on the peaks, and no gradient passes through them.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from minitf.mixers.contract import from_short_chunks, in_short_chunks
 
 EMPTY = (0.0, 0.0, -jnp.inf)  # the sums over nothing
 Sums = tuple[Array, Array, Array]
@@ -25,13 +26,8 @@ def weighted_sums(
     As many blocks as each has positions: all blocks at once, position by position, then what the blocks before
     each add. So few steps follow one another, and they are two small programs.
     """
-    batch, length, channels = k.shape
-    size = math.isqrt(max(length - 1, 0)) + 1
-    spread = lambda x, fill: jnp.moveaxis(
-        jnp.pad(x, ((0, 0), (0, -length % size), (0, 0)), constant_values=fill).reshape(batch, -1, size, channels),
-        (2, 1),
-        (0, 1),
-    )
+    keys, values = in_short_chunks(k, -jnp.inf), in_short_chunks(v)
+    size = keys.shape[0]
 
     def add(sums: Sums, now: tuple[Array, Array]) -> tuple[Sums, Sums]:
         after = with_term(faded(sums, fade), *now)
@@ -40,15 +36,13 @@ def weighted_sums(
     def join(sums: Sums, block: Sums) -> tuple[Sums, Sums]:
         return together(faded(sums, size * fade), block), sums
 
-    keys, values = spread(k, -jnp.inf), spread(v, 0.0)
     _, inside = jax.lax.scan(add, nothing(values[0]), (keys, values))
     ends: Sums = jax.tree.map(lambda x: x[-1], inside)
     _, before = jax.lax.scan(join, nothing(values[0, 0]), ends)
     since = jnp.arange(1, size + 1)[:, None, None, None] * fade
     sums = together(faded(before, since), inside)
     # Computed once, not anew wherever they are used.
-    whole = tuple(jnp.moveaxis(x, (0, 1), (2, 1)).reshape(batch, -1, channels)[:, :length] for x in sums)
-    return jax.lax.optimization_barrier(whole)
+    return jax.lax.optimization_barrier(jax.tree.map(lambda x: from_short_chunks(x, k.shape[1]), sums))
 
 
 def weighted_means(
