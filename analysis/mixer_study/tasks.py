@@ -147,7 +147,7 @@ def classification(
         targets = jnp.full((count, length), NO_TARGET).at[:, -1].set(label)
         return Batch(tokens=tokens.T, targets=targets)
 
-    many = draw(_key("reference"), REFERENCE)
+    many = _drawn(draw, "reference", REFERENCE)
     label = np.asarray(many.targets[:, -1])
     of_counts = jnp.sum(log_start[:, many.tokens], axis=-1)
     of_pairs = log_start[:, many.tokens[:, 0]] + jnp.sum(
@@ -163,7 +163,7 @@ def classification(
         steps=1500,
         quick_steps=400,
         draw=draw,
-        held_out=draw(_key("classification"), 2 * HELD_OUT),
+        held_out=_drawn(draw, "classification", 2 * HELD_OUT),
         measure="accuracy",
         pooled=True,
         answers_inside=False,
@@ -203,7 +203,7 @@ def recall(pairs: int = 6, keys: int = 16) -> Task:
         steps=3000,
         quick_steps=800,
         draw=draw,
-        held_out=draw(_key("recall"), HELD_OUT),
+        held_out=_drawn(draw, "recall", HELD_OUT),
         measure="accuracy",
         references={"chance among the values present": 1 / pairs},
     )
@@ -234,7 +234,7 @@ def addition(digits: int = 3) -> Task:
         steps=3000,
         quick_steps=800,
         draw=draw,
-        held_out=draw(_key("addition"), 4 * HELD_OUT),
+        held_out=_drawn(draw, "addition", 4 * HELD_OUT),
         measure="accuracy",
         references={"chance": 0.1},
     )
@@ -285,6 +285,11 @@ def _bytes_of(documents: tuple[str, ...]) -> Int[np.ndarray, " byte"]:
 
 def _key(of: str) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(DATA), sum(of.encode()))
+
+
+def _drawn(draw: Callable[[Any, int], Batch], of: str, count: int) -> Batch:
+    """So many sequences, as one program."""
+    return jax.jit(draw, static_argnums=1)(_key(of), count)
 
 
 def _stationary(chain: Float[np.ndarray, "symbol symbol"]) -> Float[np.ndarray, " symbol"]:

@@ -1,10 +1,11 @@
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from properties.models import GPT2, LLAMA, random_parameters, random_tokens
+from properties.models import GPT2, LLAMA, compiled, random_parameters, random_tokens
 
 from minitf import walk
 from minitf.analysis import association
@@ -24,14 +25,22 @@ from minitf.edits import set_to
 
 KEY = jax.random.key(0)
 PARAMETERS, TOKENS = random_parameters(GPT2), random_tokens(GPT2, batch=3, length=7)
-INTACT = walk(PARAMETERS, TOKENS, GPT2)
-DATA = walk(PARAMETERS, random_tokens(GPT2, seed=1, batch=8, length=7), GPT2)
+
+
+@cache
+def intact_walk():
+    return compiled(GPT2)(PARAMETERS, TOKENS)
+
+
+@cache
+def data_walk():
+    return compiled(GPT2)(PARAMETERS, random_tokens(GPT2, seed=1, batch=8, length=7))
 
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
 def test_every_replacement_is_an_association_of_what_is_in_sight(name):
-    found = np.asarray(REPLACEMENTS[name](INTACT, DATA, GPT2, KEY))
-    assert found.shape == INTACT.layers.pattern.shape
+    found = np.asarray(REPLACEMENTS[name](intact_walk(), data_walk(), GPT2, KEY))
+    assert found.shape == intact_walk().layers.pattern.shape
     np.testing.assert_allclose(found.sum(axis=-1), 1, atol=1e-5)
     assert found.min() >= 0 and not np.any(np.triu(found, 1))
 
@@ -40,13 +49,15 @@ def test_constant_ones_have_no_part_of_the_text_and_the_others_do():
     other = walk(PARAMETERS, random_tokens(GPT2, seed=2, batch=3, length=7), GPT2)
     constant = {"uniform", "mean over data", "mean per lag", "identity", "random", "positions only"}
     for name, replacement in REPLACEMENTS.items():
-        same = np.array_equal(replacement(INTACT, DATA, GPT2, KEY), replacement(other, DATA, GPT2, KEY))
+        same = np.array_equal(
+            replacement(intact_walk(), data_walk(), GPT2, KEY), replacement(other, data_walk(), GPT2, KEY)
+        )
         assert same == (name in constant), name
 
 
 def test_the_mean_per_lag_is_a_function_of_the_distance_before_rows_sum_to_one():
-    average = np.asarray(DATA.layers.pattern).mean(axis=1)
-    found = np.asarray(association.by_lag(INTACT, DATA, GPT2, KEY))[:, 0]
+    average = np.asarray(data_walk().layers.pattern).mean(axis=1)
+    found = np.asarray(association.by_lag(intact_walk(), data_walk(), GPT2, KEY))[:, 0]
     for t in range(7):
         distances = [np.diagonal(average, -lag, -2, -1).mean(axis=-1) for lag in range(t + 1)]
         by_distance = np.stack(distances)
@@ -55,16 +66,18 @@ def test_the_mean_per_lag_is_a_function_of_the_distance_before_rows_sum_to_one()
 
 
 def test_shuffled_rows_keep_their_weights_and_lose_their_places():
-    found = np.asarray(association.shuffled(INTACT, DATA, GPT2, KEY))
-    np.testing.assert_array_equal(np.sort(found, axis=-1), np.sort(INTACT.layers.pattern, axis=-1))
-    assert np.abs(found - INTACT.layers.pattern).max() > 0.01
+    found = np.asarray(association.shuffled(intact_walk(), data_walk(), GPT2, KEY))
+    np.testing.assert_array_equal(np.sort(found, axis=-1), np.sort(intact_walk().layers.pattern, axis=-1))
+    assert np.abs(found - intact_walk().layers.pattern).max() > 0.01
 
 
 def test_all_of_the_weights_and_the_whole_rank_are_the_pattern_itself():
     for replacement in (top_k(7), low_rank(7)):
-        np.testing.assert_allclose(replacement(INTACT, DATA, GPT2, KEY), INTACT.layers.pattern, atol=1e-5)
-    first = np.asarray(top_k(1)(INTACT, DATA, GPT2, KEY))
-    np.testing.assert_array_equal(first.argmax(axis=-1), np.asarray(INTACT.layers.pattern).argmax(axis=-1))
+        np.testing.assert_allclose(
+            replacement(intact_walk(), data_walk(), GPT2, KEY), intact_walk().layers.pattern, atol=1e-5
+        )
+    first = np.asarray(top_k(1)(intact_walk(), data_walk(), GPT2, KEY))
+    np.testing.assert_array_equal(first.argmax(axis=-1), np.asarray(intact_walk().layers.pattern).argmax(axis=-1))
     np.testing.assert_allclose(first.max(axis=-1), 1, rtol=1e-6)
 
 
@@ -83,8 +96,8 @@ def test_where_places_alone_make_the_scores_they_are_all_of_the_association():
 
 
 def test_quality_is_that_of_numpy():
-    logits, other = np.asarray(INTACT.logits, np.float64), np.asarray(DATA.logits[:3], np.float64)
-    found = quality(INTACT.logits, TOKENS, DATA.logits[:3])
+    logits, other = np.asarray(intact_walk().logits, np.float64), np.asarray(data_walk().logits[:3], np.float64)
+    found = quality(intact_walk().logits, TOKENS, data_walk().logits[:3])
     log = lambda x: (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))[:, :-1]
     target = np.asarray(TOKENS)[:, 1:]
     expected = -np.take_along_axis(log(logits), target[..., None], axis=-1).mean()
@@ -92,7 +105,9 @@ def test_quality_is_that_of_numpy():
     np.testing.assert_allclose(found.accuracy, np.mean(log(logits).argmax(axis=-1) == target))
     divergence = (np.exp(log(other)) * (log(other) - log(logits))).sum(axis=-1).mean()
     np.testing.assert_allclose(found.divergence, divergence, rtol=1e-4)
-    np.testing.assert_allclose(quality(INTACT.logits, TOKENS, INTACT.logits).divergence, 0, atol=1e-6)
+    np.testing.assert_allclose(
+        quality(intact_walk().logits, TOKENS, intact_walk().logits).divergence, 0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -112,18 +127,18 @@ def test_a_head_replaced_is_one_edited_walk(config):
 
 
 def test_a_share_of_the_heads_is_replaced_together():
-    replacement = association.shuffled(INTACT, DATA, GPT2, KEY)
-    metric = association.metric(TOKENS, INTACT.logits)
-    importance = as_quality(by_head(PARAMETERS, INTACT, replacement, metric, GPT2)).loss
+    replacement = association.shuffled(intact_walk(), data_walk(), GPT2, KEY)
+    metric = association.metric(TOKENS, intact_walk().logits)
+    importance = as_quality(by_head(PARAMETERS, intact_walk(), replacement, metric, GPT2)).loss
     first = orders(np.asarray(importance), [0])["most important first"]
     masks = jnp.stack([in_order(first, fraction, GPT2.layers) for fraction in FRACTIONS])
     assert masks.sum(axis=(1, 2)).tolist() == [0, 2, 3, 4, 6]
     found = as_quality(with_heads_replaced(PARAMETERS, TOKENS, replacement, masks, metric, GPT2))
-    intact = quality(INTACT.logits, TOKENS, INTACT.logits)
+    intact = quality(intact_walk().logits, TOKENS, intact_walk().logits)
     np.testing.assert_allclose(found.loss[0], intact.loss, rtol=1e-5)
-    every = set_to(INTACT, "layers.pattern", replacement)
+    every = set_to(intact_walk(), "layers.pattern", replacement)
     logits = walk(PARAMETERS, TOKENS, GPT2, edit=every).logits
-    np.testing.assert_allclose(found.loss[-1], quality(logits, TOKENS, INTACT.logits).loss, rtol=1e-5)
+    np.testing.assert_allclose(found.loss[-1], quality(logits, TOKENS, intact_walk().logits).loss, rtol=1e-5)
     assert found.divergence[0] < 1e-6 < found.divergence[-1]
 
 
@@ -135,6 +150,6 @@ def test_orders_go_from_least_to_most_and_back_and_at_random():
 
 
 def test_what_cannot_be_is_told():
-    replacement = association.uniform(INTACT, DATA, GPT2, KEY)
+    replacement = association.uniform(intact_walk(), data_walk(), GPT2, KEY)
     with pytest.raises(ValueError, match=r"^the masks are of \(3, 3\) layers and heads; the model has \(2, 3\)$"):
         with_heads_replaced(PARAMETERS, TOKENS, replacement, jnp.ones((1, 3, 3), bool), jnp.mean, GPT2)

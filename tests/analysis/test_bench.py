@@ -17,8 +17,6 @@ from minitf.parameters import initialize
 from minitf.train.optimizers import Rates
 from minitf.train.sequence_classes import SequenceClasses, sample_counts, sample_tokens
 
-pytestmark = pytest.mark.optimized
-
 KEYS = ["name", "peer", "ratio", "ours", "theirs", "unit", "rounds", "note"]
 
 

@@ -11,7 +11,6 @@ from minitf.analysis.train_bench.sizes import Size
 SMALL = Size("small", 1, 8, 2, 16, 4, 2, 3, seeds=2)
 
 
-@pytest.mark.optimized
 def test_training_is_measured_beside_pytorch_where_that_is_installed():
     said = []
     rows = bench_train(rounds=1, say=said.append, sizes=(SMALL,), compiled=False, allocators={"as usual": {}})
@@ -27,7 +26,6 @@ def test_training_is_measured_beside_pytorch_where_that_is_installed():
         assert "not installed" in rows[0].note
 
 
-@pytest.mark.optimized
 def test_both_sides_train_the_same_model():
     pytest.importorskip("torch")
     from minitf import ModelConfig

@@ -7,8 +7,6 @@ import pytest
 from minitf.analysis.walk_bench import job
 from minitf.analysis.walk_bench.sizes import Size
 
-pytestmark = pytest.mark.optimized
-
 SMALL = Size(layers=2, width=8, heads=2, vocabulary=16, batch=2, length=4)
 needs_peers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.optimized
-
 ROOT = Path(__file__).parents[2]
 CORE = sorted(
     [p for p in (ROOT / "minitf").glob("*.py") if p.name not in ("cli.py", "cli_training.py", "__main__.py")]

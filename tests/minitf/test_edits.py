@@ -1,3 +1,5 @@
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,49 +13,58 @@ PARAMETERS = random_parameters(GPT2)
 TOKENS = random_tokens(GPT2)
 OTHER = (TOKENS + 1) % GPT2.vocabulary
 run = jax.jit(lambda tokens, edit=None: walk(PARAMETERS, tokens, GPT2, edit=edit))
-PLAIN, SOURCE = run(TOKENS), run(OTHER)
+
+
+@cache
+def plain():
+    return run(TOKENS)
+
+
+@cache
+def source():
+    return run(OTHER)
 
 
 def test_an_ablated_head_adds_no_step():
-    edited = run(TOKENS, ablate(PLAIN, "layers.z", layer=1, head=2))
+    edited = run(TOKENS, ablate(plain(), "layers.z", layer=1, head=2))
     assert not np.any(edited.layers.head_steps[1, :, :, 2])
-    np.testing.assert_array_equal(edited.layers.z[0], PLAIN.layers.z[0])
-    np.testing.assert_array_equal(edited.layers.z[1, :, :, :2], PLAIN.layers.z[1, :, :, :2])
+    np.testing.assert_array_equal(edited.layers.z[0], plain().layers.z[0])
+    np.testing.assert_array_equal(edited.layers.z[1, :, :, :2], plain().layers.z[1, :, :, :2])
 
 
 def test_a_patch_holds_what_the_other_walk_had_there_and_nowhere_else():
-    edited = run(TOKENS, patch(PLAIN, "layers.z", SOURCE, layer=0, head=[0, 2], position=slice(1, 3)))
-    expected = np.array(PLAIN.layers.z)
+    edited = run(TOKENS, patch(plain(), "layers.z", source(), layer=0, head=[0, 2], position=slice(1, 3)))
+    expected = np.array(plain().layers.z)
     for head in (0, 2):
-        expected[0, :, 1:3, head] = SOURCE.layers.z[0, :, 1:3, head]
+        expected[0, :, 1:3, head] = source().layers.z[0, :, 1:3, head]
     np.testing.assert_array_equal(edited.layers.z[0], expected[0])
 
 
 def test_patching_a_whole_layers_point_continues_as_the_other_run():
-    edited = run(TOKENS, patch(PLAIN, "layers.resid_post", SOURCE, layer=0))
-    np.testing.assert_allclose(edited.logits, SOURCE.logits, rtol=1e-5, atol=1e-5)
+    edited = run(TOKENS, patch(plain(), "layers.resid_post", source(), layer=0))
+    np.testing.assert_allclose(edited.logits, source().logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_mean_ablated_place_holds_the_mean_of_the_data():
-    edited = run(TOKENS, mean_ablate(PLAIN, "layers.post", SOURCE, layer=1, hidden=[3, 5]))
+    edited = run(TOKENS, mean_ablate(plain(), "layers.post", source(), layer=1, hidden=[3, 5]))
     for neuron in (3, 5):
-        expected = np.broadcast_to(np.mean(SOURCE.layers.post[1, :, :, neuron], axis=0), TOKENS.shape)
+        expected = np.broadcast_to(np.mean(source().layers.post[1, :, :, neuron], axis=0), TOKENS.shape)
         np.testing.assert_allclose(edited.layers.post[1, :, :, neuron], expected, rtol=1e-6)
-    np.testing.assert_array_equal(edited.layers.post[1, ..., 4], PLAIN.layers.post[1, ..., 4])
+    np.testing.assert_array_equal(edited.layers.post[1, ..., 4], plain().layers.post[1, ..., 4])
 
 
 def test_a_frozen_association_does_not_look_at_the_data():
-    edited = run(TOKENS, freeze_association(PLAIN, SOURCE, layer=1))
-    np.testing.assert_array_equal(edited.layers.pattern[1], SOURCE.layers.pattern[1])
-    np.testing.assert_array_equal(edited.layers.pattern[0], PLAIN.layers.pattern[0])
+    edited = run(TOKENS, freeze_association(plain(), source(), layer=1))
+    np.testing.assert_array_equal(edited.layers.pattern[1], source().layers.pattern[1])
+    np.testing.assert_array_equal(edited.layers.pattern[0], plain().layers.pattern[0])
 
 
 def test_an_association_may_be_set_and_a_step_scaled_and_both_at_once():
     length = TOKENS.shape[1]
     uniform = jnp.tri(length) / jnp.arange(1, length + 1)[:, None]
     both = compose(
-        set_to(PLAIN, "layers.pattern", uniform, layer=0, head=1),
-        scale(PLAIN, "layers.feed_forward_step", 0.5, layer=0),
+        set_to(plain(), "layers.pattern", uniform, layer=0, head=1),
+        scale(plain(), "layers.feed_forward_step", 0.5, layer=0),
     )
     edited = run(TOKENS, both)
     np.testing.assert_allclose(edited.layers.pattern[0, :, 1], np.broadcast_to(uniform, (2, length, length)))
@@ -73,9 +84,9 @@ def test_the_gradient_by_a_steering_coefficient_is_the_slope():
     vector = jnp.sin(jnp.arange(GPT2.width))
 
     def logit(coefficient):
-        return walk(PARAMETERS, TOKENS, GPT2, edit=steer(PLAIN, vector, layer=0, coefficient=coefficient)).logits[
-            0, -1, 0
-        ]
+        return walk(
+            PARAMETERS, TOKENS, GPT2, edit=steer(plain(), vector, layer=0, coefficient=coefficient)
+        ).logits[0, -1, 0]
 
     slope = jax.grad(logit)(0.0)
     assert float(slope) == pytest.approx(float(logit(5e-3) - logit(-5e-3)) / 1e-2, rel=2e-2)
@@ -83,21 +94,21 @@ def test_the_gradient_by_a_steering_coefficient_is_the_slope():
 
 def test_what_cannot_be_is_said_in_a_sentence():
     with pytest.raises(ValueError, match="no leaf 'layers.zz'"):
-        ablate(PLAIN, "layers.zz")
+        ablate(plain(), "layers.zz")
     with pytest.raises(ValueError, match=r"^head=9 is outside 'layers.z'"):
-        ablate(PLAIN, "layers.z", head=9)
+        ablate(plain(), "layers.z", head=9)
     with pytest.raises(ValueError, match="^the walk to read from has no 'layers.gated'$"):
-        patch(shapes(LLAMA), "layers.gated", SOURCE)
+        patch(shapes(LLAMA), "layers.gated", source())
     with pytest.raises(ValueError, match="'position_embedding' has no batch to take a mean over"):
-        mean_ablate(PLAIN, "position_embedding", SOURCE)
+        mean_ablate(plain(), "position_embedding", source())
     with pytest.raises(
         ValueError, match=r"^steering adds to a layer's point or step, such as .* not to 'layers.z'$"
     ):
-        steer(PLAIN, jnp.ones(12), layer=0, name="layers.z")
+        steer(plain(), jnp.ones(12), layer=0, name="layers.z")
     with pytest.raises(ValueError, match=r"^the vector has the shape \(3,\); it must be \(12,\)$"):
-        steer(PLAIN, jnp.ones(3), layer=0)
+        steer(plain(), jnp.ones(3), layer=0)
     with pytest.raises(ValueError, match="^layer=2 is outside 'layers.resid_post', which has 2 on that axis$"):
-        steer(PLAIN, jnp.ones(12), layer=2)
+        steer(plain(), jnp.ones(12), layer=2)
 
 
 def test_a_resampled_place_holds_what_another_sequence_has_there_each_once():
@@ -120,6 +131,6 @@ def test_what_cannot_be_resampled_is_told():
     with pytest.raises(ValueError, match="^there is 1 sequence; another one is drawn from at least 2$"):
         resample(one, "layers.z", one, jax.random.key(0))
     with pytest.raises(ValueError, match="^'position_embedding' is resampled over its whole batch"):
-        resample(PLAIN, "position_embedding", PLAIN, jax.random.key(0))
+        resample(plain(), "position_embedding", plain(), jax.random.key(0))
     with pytest.raises(ValueError, match="^'layers.z' is resampled over its whole batch"):
-        resample(PLAIN, "layers.z", PLAIN, jax.random.key(0), batch=0)
+        resample(plain(), "layers.z", plain(), jax.random.key(0), batch=0)

@@ -1,3 +1,5 @@
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,11 @@ from minitf.record import record
 from minitf.walk import leaves
 
 PARAMETERS, TOKENS = random_parameters(GPT2), random_tokens(GPT2)
-PLAIN = walk(PARAMETERS, TOKENS, GPT2)
+
+
+@cache
+def plain():
+    return walk(PARAMETERS, TOKENS, GPT2)
 
 
 def names(kept):
@@ -18,27 +24,27 @@ def names(kept):
 
 
 def test_what_is_named_is_kept_and_nothing_else():
-    kept = record(PLAIN, ["layers.pattern", "logits"])
+    kept = record(plain(), ["layers.pattern", "logits"])
     assert names(kept) == ["layers.pattern", "logits"]
-    np.testing.assert_array_equal(kept.layers.pattern, PLAIN.layers.pattern)
+    np.testing.assert_array_equal(kept.layers.pattern, plain().layers.pattern)
 
 
 def test_a_predicate_chooses_among_the_leaves_that_are_there():
-    assert names(record(PLAIN, lambda name: name.endswith("_step"))) == [
+    assert names(record(plain(), lambda name: name.endswith("_step"))) == [
         "layers.attention_step",
         "layers.feed_forward_step",
     ]
     with pytest.raises(ValueError, match="^no leaf was chosen; this walk has token_embedding, "):
-        record(PLAIN, lambda name: False)
+        record(plain(), lambda name: False)
 
 
 def test_layers_and_positions_are_taken_from_every_leaf_that_has_them():
-    kept = record(PLAIN, ["layers.z", "layers.pattern", "end"], layer=[1], position=slice(1, 3))
-    np.testing.assert_array_equal(kept.layers.z, PLAIN.layers.z[1:, :, 1:3])
-    np.testing.assert_array_equal(kept.layers.pattern, PLAIN.layers.pattern[1:, :, :, 1:3])
-    np.testing.assert_array_equal(kept.end, PLAIN.end[:, 1:3])
-    last = record(PLAIN, "layers.pattern", layer=0, position=-1)
-    np.testing.assert_array_equal(last.layers.pattern, PLAIN.layers.pattern[0, :, :, -1])
+    kept = record(plain(), ["layers.z", "layers.pattern", "end"], layer=[1], position=slice(1, 3))
+    np.testing.assert_array_equal(kept.layers.z, plain().layers.z[1:, :, 1:3])
+    np.testing.assert_array_equal(kept.layers.pattern, plain().layers.pattern[1:, :, :, 1:3])
+    np.testing.assert_array_equal(kept.end, plain().end[:, 1:3])
+    last = record(plain(), "layers.pattern", layer=0, position=-1)
+    np.testing.assert_array_equal(last.layers.pattern, plain().layers.pattern[0, :, :, -1])
 
 
 def test_a_sweeps_own_axes_are_left_as_they_are():
@@ -54,8 +60,8 @@ def test_only_what_is_kept_is_stored():
         )
         return run.memory_analysis().output_size_in_bytes
 
-    assert bytes_of("layers.z") == PLAIN.layers.z.nbytes
-    assert bytes_of("layers.z", layer=0, position=-1) == PLAIN.layers.z[0, :, -1].nbytes
+    assert bytes_of("layers.z") == plain().layers.z.nbytes
+    assert bytes_of("layers.z", layer=0, position=-1) == plain().layers.z[0, :, -1].nbytes
 
 
 def test_what_is_recorded_while_decoding_is_a_small_walk():
@@ -66,10 +72,10 @@ def test_what_is_recorded_while_decoding_is_a_small_walk():
 
 def test_a_misspelt_name_gets_a_suggestion():
     with pytest.raises(ValueError, match=r"did you mean 'layers.pattern'\?$"):
-        record(PLAIN, "layers.patern")
+        record(plain(), "layers.patern")
     with pytest.raises(ValueError, match=r"did you mean 'layers.pattern'\?$"):
-        record(PLAIN, "pattern")
+        record(plain(), "pattern")
     with pytest.raises(ValueError, match="^this model's walk has no 'layers.gated', so it cannot be recorded$"):
-        record(PLAIN, "layers.gated")
+        record(plain(), "layers.gated")
     with pytest.raises(ValueError, match="^layer=2 is outside 'layers.z', which has 2 on that axis$"):
-        record(PLAIN, "layers.z", layer=2)
+        record(plain(), "layers.z", layer=2)

@@ -256,12 +256,12 @@ def bad_edits():
     }
 
 
-@pytest.mark.parametrize("kind", bad_edits())
-def test_an_edit_that_does_not_fit_is_refused_and_leaves_everything_as_it_was(gpt2, kind):
+def test_an_edit_that_does_not_fit_is_refused_and_leaves_everything_as_it_was(gpt2):
     parameters, tokens = gpt2
     before = bits(parameters), bits(compiled_logits(GPT2)(parameters, tokens))
-    with pytest.raises(ValueError, match="edit of|does not fit"):
-        walk(parameters, tokens, GPT2, edit=bad_edits()[kind])
+    for edit in bad_edits().values():
+        with pytest.raises(ValueError, match="edit of|does not fit"):
+            walk(parameters, tokens, GPT2, edit=edit)
     assert (bits(parameters), bits(compiled_logits(GPT2)(parameters, tokens))) == before
 
 
