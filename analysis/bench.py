@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from minitf.analysis.run_folder import ANEW, writing_results
 from minitf.files import write_atomically
 
 Say = Callable[[str], None]  # progress, for people
@@ -210,7 +211,7 @@ def run_benchmarks(
     """Run the benchmarks of these names (all, when none is given), print their table, write ``out/bench.json``.
 
     ``pythons`` are interpreters of environments with further peers, such as another version of TransformerLens.
-    Raises ValueError for an unknown name, OSError when the folder cannot be written.
+    Raises ValueError for an unknown name, OSError for a folder that cannot be made, Problem for a full disk.
     """
     from minitf.analysis.fourbit.bench import bench_fourbit  # noqa: PLC0415 (they use this file)
     from minitf.analysis.mixer_bench import bench_mixers  # noqa: PLC0415
@@ -237,7 +238,8 @@ def run_benchmarks(
             say = status.update
         for name in names or known:
             rows += known[name](seed=seed, rounds=rounds, say=say)
-            write_atomically(out / "bench.json", as_json(rows).encode())
+            with writing_results(out, ANEW):
+                write_atomically(out / "bench.json", as_json(rows).encode())
     if not quiet:
         Console().print(as_table(rows))
     return rows

@@ -42,6 +42,19 @@ def told_to_people() -> Iterator[None]:
         raise Problem(str(error)) from error
 
 
+WITH_RESUME = "What was finished is there; when this is put right, the same command with --resume goes on."
+ANEW = "When this is put right, run the same command again."
+
+
+@contextmanager
+def writing_results(folder: Path, then: str = WITH_RESUME) -> Iterator[None]:
+    """Tell people where results cannot be written, and what to do then; raises Problem in place of OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise Problem(f"the results could not be written to {folder}: {error}. {then}") from error
+
+
 def open_run_folder(
     out: Path,
     config: dict[str, Any],

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from minitf.analysis.arrays import load_run, save_run
 from minitf.analysis.claims import Claim, as_json, claim
-from minitf.analysis.run_folder import Diverged, Problem
+from minitf.analysis.run_folder import Diverged
 from minitf.files import write_atomically
 from minitf.train.loop import History, Report
 from minitf.train.progress import Progress
@@ -142,18 +142,6 @@ def noticing_interrupts() -> Iterator[Callable[[], bool]]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextmanager
-def writing_results(folder: Path) -> Iterator[None]:
-    """Tell people what to do where results cannot be written; raises Problem in place of OSError."""
-    try:
-        yield
-    except OSError as error:
-        raise Problem(
-            f"the results could not be written to {folder}: {error}. What was finished is there; when this is put "
-            "right, the same command with --resume goes on."
-        ) from error
 
 
 def read_claims(file: Path) -> list[Claim]:

@@ -18,7 +18,7 @@ from minitf.analysis.association import FRACTIONS, REPLACEMENTS, Quality
 from minitf.analysis.given import check_tokens
 from minitf.analysis.page_parts import script_json
 from minitf.analysis.patching import Metric
-from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people
+from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people, writing_results
 from minitf.files import write_atomically
 from minitf.model import walk
 from minitf.pretrained import Pretrained, load
@@ -78,12 +78,13 @@ def run(
         measured, data = windows(tokens_of(config, model), config)
         settings = {**vars(config), "text": str(config.text), "tokens": _digest(measured, data)}
         open_run_folder(out, settings, overwrite=overwrite, resume=resume)
-    # The page and the file say the same, to the last digit.
-    found = json.loads(script_json(measure(model, measured, data, config.seed, say, out / "arrays")))
     path = out / "report.html"
-    write_atomically(out / "ablate.json", (json.dumps(found, indent=1) + "\n").encode())
-    shown = [(name, str(value)) for name, value in vars(config).items() if name != "model"]
-    write_atomically(path, page(found, model, config.model, shown).encode())
+    with writing_results(out):
+        # The page and the file say the same, to the last digit.
+        found = json.loads(script_json(measure(model, measured, data, config.seed, say, out / "arrays")))
+        write_atomically(out / "ablate.json", (json.dumps(found, indent=1) + "\n").encode())
+        shown = [(name, str(value)) for name, value in vars(config).items() if name != "model"]
+        write_atomically(path, page(found, model, config.model, shown).encode())
     return path
 
 

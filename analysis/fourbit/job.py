@@ -4,8 +4,7 @@ from pathlib import Path
 
 from minitf.analysis.claims import Claim, save_claims
 from minitf.analysis.fourbit.claims import measure
-from minitf.analysis.run_folder import open_run_folder
-from minitf.analysis.stages import writing_results
+from minitf.analysis.run_folder import ANEW, open_run_folder, writing_results
 
 
 def run(out: Path, *, training: bool = True, overwrite: bool = False) -> list[Claim]:
@@ -16,6 +15,6 @@ def run(out: Path, *, training: bool = True, overwrite: bool = False) -> list[Cl
     """
     open_run_folder(out, {"job": "fourbit", "training": training}, overwrite=overwrite)
     claims = measure(quick=not training)
-    with writing_results(out):
+    with writing_results(out, ANEW):
         save_claims(out / "claims.json", claims)
     return claims

@@ -23,8 +23,8 @@ from minitf.analysis.mixer_study.replaced import Replaced, replace_all
 from minitf.analysis.mixer_study.rows import QUICK, ROWS, model_for, possible
 from minitf.analysis.mixer_study.tasks import Task
 from minitf.analysis.page_parts import script_json
-from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people
-from minitf.analysis.stages import Stages, noticing_interrupts, writing_results
+from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people, writing_results
+from minitf.analysis.stages import Stages, noticing_interrupts
 from minitf.files import write_atomically
 from minitf.train import corpus
 from minitf.train.loop import Report, cores

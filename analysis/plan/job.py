@@ -22,6 +22,7 @@ from minitf.analysis.flops import flops
 from minitf.analysis.plan import model as paper
 from minitf.analysis.plan.devices import Collective, Device, Time, named
 from minitf.analysis.plan.model import Memory, Run
+from minitf.analysis.run_folder import ANEW, writing_results
 from minitf.analysis.training.prepared import model_of
 from minitf.files import write_atomically
 from minitf.parameters import count
@@ -363,10 +364,11 @@ def run(
     utilization: float = 0.4,
     console: Console | None = None,
 ) -> Path:
-    """Plan, print, and write ``plan.json`` to ``out``; returns its path. Raises ValueError and OSError."""
+    """Plan, print, and write ``plan.json`` to ``out``; returns its path. Raises ValueError."""
     found = plan(config, device, devices, utilization)
     for table in as_tables(found):
         (console or Console()).print(table)
     file = out / "plan.json"
-    write_atomically(file, (json.dumps(as_json(found), indent=1) + "\n").encode())
+    with writing_results(out, ANEW):
+        write_atomically(file, (json.dumps(as_json(found), indent=1) + "\n").encode())
     return file

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 
 from minitf.analysis.claims import Claim, save_claims
-from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people
+from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people, writing_results
 from minitf.analysis.scan_snap import synthetic
 from minitf.analysis.scan_snap import text as text_runs
 from minitf.analysis.scan_snap.joma import JomaResults, run_joma
@@ -25,7 +25,7 @@ from minitf.analysis.scan_snap.results import MediumPanel, ScanSnapResults, Smal
 from minitf.analysis.scan_snap.synthetic_claims import fig6_rows, medium_claims, row_sum_claims, small_claims
 from minitf.analysis.scan_snap.text_claims import text_claims
 from minitf.analysis.scan_snap.theory_claims import theory_claims
-from minitf.analysis.stages import Stages, noticing_interrupts, writing_results
+from minitf.analysis.stages import Stages, noticing_interrupts
 from minitf.files import write_atomically
 from minitf.train import corpus
 from minitf.train.loop import History, Report

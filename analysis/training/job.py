@@ -5,8 +5,6 @@ The same command again goes on from the newest checkpoint, with the same numbers
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,14 @@ import jax
 from jax.sharding import Mesh
 
 from minitf.analysis.flops import flops
-from minitf.analysis.run_folder import Problem, check_run_folder, open_run_folder, recorded, told_to_people
+from minitf.analysis.run_folder import (
+    Problem,
+    check_run_folder,
+    open_run_folder,
+    recorded,
+    told_to_people,
+    writing_results,
+)
 from minitf.analysis.training.boards import boards
 from minitf.analysis.training.distributed import first_alone, is_first
 from minitf.analysis.training.page import page
@@ -30,6 +35,7 @@ from minitf.train.settings import as_tables, as_toml, by_name
 
 # What may change when a run goes on: where it runs and what it keeps, not what it computes.
 FREE = ("mesh", "keep")
+GOES_ON = "The checkpoints before are whole; when this is put right, the same command goes on from the newest."
 
 
 def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool = False) -> Path:
@@ -43,7 +49,8 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
     with told_to_people():
         mesh = sharding.mesh_of(config.mesh)
     held = {name: value for name, value in by_name(config).items() if name.partition(".")[0] not in FREE}
-    with Progress(quiet or not is_first(), remaining=True) as progress, told_to_people():
+    silent = quiet or not is_first()
+    with Progress(silent, remaining=True) as progress, told_to_people(), writing_results(out, GOES_ON):
         with first_alone("data"):
             if is_first():
                 longer = () if overwrite else _made_longer(config, held, out)
@@ -53,9 +60,9 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
             _check_data(out, ready)
         if not _finished(config, out):
             _train(config, ready, mesh, out, progress)
-    report = out / "report.html"
-    if is_first():
-        write_atomically(report, page(out, config, ready).encode())
+        report = out / "report.html"
+        if is_first():
+            write_atomically(report, page(out, config, ready).encode())
     return report
 
 
@@ -85,17 +92,14 @@ def _finished(config: TrainConfig, out: Path) -> bool:
 
 
 def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress: Progress) -> None:
-    with told_to_people():
-        shown = boards(config.keep, out) if is_first() else []
-        state, batch, numbers, key = ready.program.shapes()
-        work = flops(ready.program.gradient, state.parameters, batch, numbers, key)
-        models = trainer.models_of(config)
-        progress.note(_what(ready, models, work))
-        programs = trainer.compiled(ready.program, mesh, work * len(models.seeds), ready.length)
-        with Checkpoints(out / "checkpoints", config.keep, config.training.steps) as checkpoints:
-            training = Training(config, ready, programs, mesh, models, checkpoints, out, progress, work, shown)
-            with _writing(out):
-                training.run()
+    shown = boards(config.keep, out) if is_first() else []
+    state, batch, numbers, key = ready.program.shapes()
+    work = flops(ready.program.gradient, state.parameters, batch, numbers, key)
+    models = trainer.models_of(config)
+    progress.note(_what(ready, models, work))
+    programs = trainer.compiled(ready.program, mesh, work * len(models.seeds), ready.length)
+    with Checkpoints(out / "checkpoints", config.keep, config.training.steps) as checkpoints:
+        Training(config, ready, programs, mesh, models, checkpoints, out, progress, work, shown).run()
 
 
 def _what(ready: Prepared, models: trainer.Models, work: float) -> str:
@@ -129,15 +133,3 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_bytes())
     except ValueError:
         return None
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Tell people what to do where results cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise Problem(
-            f"the results could not be written to {out}: {error}. The checkpoints before are whole; when this is "
-            "put right, the same command goes on from the newest."
-        ) from error

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minitf.analysis.given import check_tokens
-from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people
+from minitf.analysis.run_folder import ANEW, Problem, open_run_folder, told_to_people, writing_results
 from minitf.analysis.walk_report import page
 from minitf.analysis.walk_report.data import both_sides
 from minitf.config import ModelConfig
@@ -82,8 +82,10 @@ def run(
             tokens = _generated(config, model, tokens, edit, say)
         data = both_sides(model, tokens, edit, prompt=prompt)
         path = out / "report.html"
-        write_atomically(out / "walk.json", page.as_json(data).encode())
-        write_atomically(path, page.page(data, model, config.model, _in_words(config), _settings(config)).encode())
+        shown = page.page(data, model, config.model, _in_words(config), _settings(config))
+        with writing_results(out, ANEW):
+            write_atomically(out / "walk.json", page.as_json(data).encode())
+            write_atomically(path, shown.encode())
     return path
 
 

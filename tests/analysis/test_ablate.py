@@ -4,6 +4,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import no_file_larger_than
 from walk_example import CONFIG, model, saved
 
 from minitf import walk
@@ -71,6 +72,9 @@ def test_a_run_goes_on_with_the_replacements_that_are_not_there_yet(given, done,
     changed = json.loads(kept[2].read_text())
     changed["heads"]["loss"][0][0] = 17.0  # to be found again, since it is not made anew
     kept[2].write_text(json.dumps(changed))
+    found = r"could not be written to .*File too large.*with --resume goes on"
+    with no_file_larger_than(100_000), pytest.raises(Problem, match=found):
+        job.run(configured(given), out, resume=True)
     job.run(configured(given), out, resume=True)
     found = json.loads((out / "ablate.json").read_text())["replacements"]
     name = next(name for name in REPLACEMENTS if name.replace(" ", "_") == kept[2].stem)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import no_file_larger_than
 
 from minitf import ModelConfig, initialize, mixers, walk
 from minitf.analysis.run_folder import Diverged, Problem
@@ -52,6 +53,15 @@ def test_many_models_leave_many_models_and_their_curves(several):
     page = (several / "report.html").read_text()
     assert "seed 1, rate 0.01" in page
     assert "between" in page
+
+
+def test_a_report_that_has_no_room_is_told_and_the_one_before_stays(several):
+    before = (several / "report.html").read_bytes()
+    found = r"could not be written to .*File too large.*the same command goes on"
+    with no_file_larger_than(100_000), pytest.raises(Problem, match=found):
+        run(several, training={"seeds": 2}, sweep={"optimizer.rate": [1e-3, 1e-2]})
+    assert (several / "report.html").read_bytes() == before
+    assert not list(several.glob(".*"))
 
 
 def test_a_finished_run_may_be_made_longer_where_its_rate_is_constant(tmp_path):

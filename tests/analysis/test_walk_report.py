@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import no_file_larger_than
 from walk_example import CONFIG, EVIL, EvilTokenizer, model, saved
 
 from minitf import initialize, mixers, walk
@@ -75,6 +76,13 @@ def test_an_edited_side_is_asked_about_the_same_token(folder, tmp_path):
     )
     assert np.any(np.array(written["before"]["heads"])[:, 0, 1])
     assert written["tokens"] == ["3", "1", "4", "1", "5"]
+
+
+def test_a_page_that_has_no_room_is_told(folder, tmp_path):
+    found = r"could not be written to .*File too large.*run the same command again"
+    with no_file_larger_than(100_000), pytest.raises(Problem, match=found):
+        job.run(WalkConfig(str(folder), "3 1 4", ids=True), tmp_path / "out")
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_generated_tokens_are_said_as_they_come_and_walked(folder, tmp_path):
