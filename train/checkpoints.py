@@ -70,7 +70,7 @@ class Checkpoints:
             return
         if jax.default_backend() == "cpu":
             # On a CPU Orbax would write from the memory that the next steps write to.
-            state = jax.tree.map(jnp.copy, state)
+            state = _copied(state)
         with self._told():
             kept = {"state": state, "digests": digests(state)}
             self._manager.save(step, args=ocp.args.StandardSave(kept))
@@ -147,3 +147,8 @@ def dynamics_steps(steps: int) -> list[int]:
     """0, 1, 2, 4, ... 512, then every 1000, and the last: where Pythia was kept (Biderman et al. 2023)."""
     doubled = [0, *(2**power for power in range(10))]
     return sorted({*(step for step in (*doubled, *range(1000, steps, 1000)) if step < steps), steps})
+
+
+@jax.jit
+def _copied(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tree)

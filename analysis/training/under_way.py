@@ -52,6 +52,7 @@ class Training:
         self.boards = boards
         self.batched = models.batched
         self.evaluate = trainer.evaluator(ready.program, mesh, self.batched)
+        self.norm = jax.jit(optax.tree.norm)
         self.look = looker(ready.looked_at, ready.program.model, self.batched)
         self.tokens = len(models.seeds) * config.training.batch * ready.length  # of a step
         self.was_told: set[int] = set()
@@ -179,7 +180,7 @@ class Training:
     def check_weights(self, step: int, state: State) -> None:
         """Keep no weights that are lost: a finite gradient can still lead to some that are not."""
         if self.config.training.when_not_finite == "stop" and not self.batched:
-            norm = float(optax.tree.norm(state.parameters))
+            norm = float(self.norm(state.parameters))
             if not np.isfinite(norm):
                 raise Diverged(f"training stopped: the weights are not finite after step {step}. {self.advice()}")
 

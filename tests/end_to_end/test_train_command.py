@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,8 +96,8 @@ def test_a_run_leaves_everything_it_says(whole):
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(whole, text, tmp_path):
     out, chance = tmp_path / "run", random.Random(os.urandom(8))
     kills = []
-    # During the first steps, the middle and the end; the last time while a checkpoint is being written.
-    for least in (1, 30, 70):
+    # During the first steps and in the middle; the last time while a checkpoint is being written.
+    for least in (1, 60):
         process = started(out, text)
         wait_for(lambda: any(step >= least for step in checkpoints(out)), process)  # noqa: B023
         time.sleep(chance.uniform(0, 0.3))
@@ -146,9 +147,8 @@ def test_a_finished_run_is_finished_and_other_settings_are_refused(whole, text):
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(whole, text, tmp_path):
     out = tmp_path / "run"
-    process = started(out, text)
-    wait_for(lambda: len(checkpoints(out)) >= 2, process)
-    killed(process)
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")  # as if it had not come to its end
     newest = out / "checkpoints" / str(max(checkpoints(out)))
     for file in newest.rglob("*"):
         if file.is_file() and file.parent.name == "d":

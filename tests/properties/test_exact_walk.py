@@ -91,7 +91,7 @@ def check_description(walk, config, parameters, tokens):
         assert d.bytes == actual[name].nbytes
 
 
-@examples(12)
+@examples(8)
 @given(config=configs())
 def test_every_walk_adds_up_and_is_what_was_described(config):
     parameters, tokens = random_parameters(config), random_tokens(config)

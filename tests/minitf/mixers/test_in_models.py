@@ -61,7 +61,7 @@ def test_decoding_gives_the_full_passs_logits_at_every_position(name):
 @pytest.mark.parametrize("name", ["softmax", "uniform", "frozen", "aft simple", "rwkv6", "mamba", "lstm"])
 def test_prompts_of_different_lengths_continue_as_each_would_alone(name):
     config = model(name, length=10)
-    parameters, prompts = random_parameters(config), [[3, 1, 4, 1], [5], [9, 2]]
+    parameters, prompts = random_parameters(config), [[3, 1, 4, 1], [5]]
     together = generate(parameters, prompts, config, steps=3).tokens
     for prompt, continued in zip(prompts, together, strict=True):
         alone = generate(parameters, [prompt], config, steps=3).tokens[0]
