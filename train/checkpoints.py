@@ -39,7 +39,7 @@ class Checkpoints:
         if keep.dynamics:
             kept.append(policies.CustomSteps(dynamics_steps(steps)))
         # Of what it does, it tells at length; of what it cannot do, it raises.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
