@@ -18,6 +18,10 @@ FILES = (
     *("config.toml", "data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"),
 )
 
+# What to do when results can be written again.
+WITH_RESUME = "What was finished is there; when this is put right, the same command with --resume goes on."
+ANEW = "When this is put right, run the same command again."
+
 
 class Problem(ValueError):
     """Something that a person can put right; its message says how. ``exit_code`` is that of the command."""
@@ -40,10 +44,6 @@ def told_to_people() -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:
         raise Problem(str(error)) from error
-
-
-WITH_RESUME = "What was finished is there; when this is put right, the same command with --resume goes on."
-ANEW = "When this is put right, run the same command again."
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from compiled_once import INTERRUPTIBLE, environment
+from compiled_once import INTERRUPTIBLE, quickly
 
 from minitf import cli
 from minitf.analysis import bench
@@ -24,18 +24,13 @@ QUICK = ["scan-snap", "--quick", "--text-steps", "40"]
 STORY = [*QUICK, "--vocabulary", "500"]
 MINITF = [sys.executable, "-m", "minitf"]
 MINUTES = 60
-# Its programs run for seconds, as long as it takes to compile them: half as well is sooner.
-QUICKLY = {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1",
-}
 
 
 def start(*arguments):
     """The real command in a process of its own."""
     return subprocess.Popen(
         [*INTERRUPTIBLE, *arguments],
-        env=environment(**QUICKLY),
+        env=quickly(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -45,7 +40,7 @@ def start(*arguments):
 def finish(*arguments, command=MINITF):
     return subprocess.run(
         [*command, *map(str, arguments)],
-        env=environment(**QUICKLY),
+        env=quickly(),
         capture_output=True,
         text=True,
         check=False,
@@ -241,12 +236,18 @@ def test_resuming_with_other_settings_is_refused(out, capsys):
     assert "other settings (seed was 0 and is 1)" in err
 
 
+def test_the_installed_command_is_the_module_and_quiet_prints_nothing_on_stderr(story, out):
+    script = shutil.which("minitf", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert script, "the package is installed without its command"
+    done = finish(*STORY, "--out", out, "--resume", "--quiet", "--strict", command=[script])
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert done.stdout == story["resumed"].stdout
+
+
 @pytest.fixture(scope="module")
 def hurt(story, tmp_path_factory):
-    """The finished run, with a panel cut short on disk and a rate of SGD on text that diverges, taken up again.
-
-    By the command as it is installed.
-    """
+    """The finished run, with a panel cut short on disk and a rate of SGD on text that diverges, taken up again."""
     out = tmp_path_factory.mktemp("hurt") / "run"
     shutil.copytree(story["out"], out)
     panel = out / "arrays" / "medium_3.safetensors"
@@ -255,9 +256,7 @@ def hurt(story, tmp_path_factory):
     (out / "arrays" / "text_sgd_0.json").unlink()
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "text_rate": 1e30}))
-    script = shutil.which("minitf", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert script, "the package is installed without its command"
-    done = finish(*STORY, "--out", out, "--resume", "--text-rate", "1e30", command=[script])
+    done = finish(*STORY, "--out", out, "--resume", "--text-rate", "1e30")
     return {"out": out, "whole": whole, "done": done}
 
 
@@ -286,11 +285,9 @@ def test_divergence_keeps_what_was_measured_until_then(hurt):
 def test_a_pair_of_rates_that_diverges_ends_with_1_and_says_step_and_rates(tmp_path, prose, capsys):
     out = tmp_path / "run"
     rates = ["--decoder-rate", "1e30", "--attention-rate", "1e30"]
-    options = ["--text", prose, "--vocabulary", 300, "--out", out, "--quiet"]
-    code, _, err = within(capsys, *QUICK, *options, *rates)
+    code, _, err = within(capsys, *QUICK, "--text", prose, "--vocabulary", 300, "--out", out, *rates)
     assert code == 1
-    assert err.startswith("minitf: Syn-Small (Fig. 4, 5): the loss stopped being finite at step ")
-    assert err.count("\n") == 1
+    assert "minitf: Syn-Small (Fig. 4, 5): the loss stopped being finite at step " in err
     assert "(decoder rate 1e+30, attention rate 1e+30, seed " in err
     assert (out / "arrays" / "small_5.partial.safetensors").exists()
 
