@@ -100,6 +100,20 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+@dataclass(frozen=True)
+class Device:
+    """What is measured on: ``kind`` is cpu, gpu or tpu; ``name`` is its maker's."""
+
+    kind: str
+    name: str
+
+
+def device() -> Device:
+    """The one that JAX finds, asked in another process: this one takes none of its memory."""
+    say = "print(json.dumps({'kind': jax.default_backend(), 'name': jax.devices()[0].device_kind}))"
+    return Device(**measured_alone(f"import jax, json; {say}"))
+
+
 class Worker:
     """A process that answers lines of JSON with lines of JSON; it stays alive between turns.
 
@@ -229,6 +243,8 @@ def run_benchmarks(
     for name in names:
         if name not in known:
             raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(known)}")
+    # On a GPU several processes share its memory, and by itself JAX takes three quarters of it in each of them.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is told before minutes of measuring
     rows: list[Row] = []
     with ExitStack() as stack:

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from minitf.analysis.train_bench.sizes import DECAY, RATE, Size
-from minitf.analysis.walk_bench.serve import Task, one_core, serve
+from minitf.analysis.walk_bench.serve import Task, begin, serve
 
 
 def make_model(size: Size) -> Any:
@@ -51,25 +51,61 @@ def make_model(size: Size) -> Any:
     return Gpt()
 
 
+def make_published(size: Size) -> Any:
+    """GPT-2 as transformers has it, with the fused attention of PyTorch; tokens and targets to the mean loss."""
+    torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=size.vocabulary,
+        n_positions=size.length,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    config._attn_implementation = "sdpa"
+
+    class Published(torch.nn.Module):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = transformers.GPT2LMHeadModel(config)
+
+        def forward(self, tokens: Any, targets: Any) -> Any:
+            logits = self.model(tokens).logits.float()
+            return torch.nn.functional.cross_entropy(logits.view(-1, size.vocabulary), targets.reshape(-1))
+
+    return Published()
+
+
 def prepare(name: str, asked: dict[str, Any]) -> dict[str, Task]:
     """Training of that size, eager or compiled: one turn of one model."""
     torch = importlib.import_module("torch")
-    torch.set_num_threads(1)
     size = Size(**asked)
+    device = torch.get_default_device()
+    half = torch.autocast(device.type, torch.bfloat16, enabled=size.precision == "bfloat16")
 
     def task(compiled: bool) -> Task:
         torch.manual_seed(0)
-        model = make_model(size)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=DECAY)
+        model = (make_published if size.published else make_model)(size).to(device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=DECAY, fused=device.type == "cuda"
+        )
         run = torch.compile(model) if compiled else model
         windows = torch.randint(0, size.vocabulary, (size.steps, size.batch, size.length + 1))
 
         def train() -> float:
             for window in windows:
-                loss = run(window[:, :-1], window[:, 1:])
+                with half:
+                    loss = run(window[:, :-1], window[:, 1:])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             return float(loss.detach())
 
         return train
@@ -88,6 +124,12 @@ def prepare(name: str, asked: dict[str, Any]) -> dict[str, Task]:
 
 
 if __name__ == "__main__":
-    one_core()
-    serve({"side": "torch", "version": importlib.import_module("torch").__version__}, prepare)
+    where = begin()
+    torch = importlib.import_module("torch")
+    if where == "cpu":
+        torch.set_num_threads(1)
+    elif torch.cuda.is_available():
+        torch.set_default_device("cuda")
+        torch.set_float32_matmul_precision("high")  # as JAX does by itself
+    serve({"side": "torch", "version": torch.__version__}, prepare, where)
     sys.exit(0)

@@ -31,6 +31,38 @@ class Training:
     look: Callable[[], float]
 
 
+PRODUCTS = 10  # one after another
+
+
+def model_of(size: Size) -> ModelConfig:
+    """The model of that size."""
+    return ModelConfig(
+        size.vocabulary,
+        size.layers,
+        size.width,
+        size.heads,
+        length=size.length,
+        tied=True,
+        biases=size.published,
+    )
+
+
+def products(width: int) -> Callable[[], float]:
+    """What a card can do: dense products in bfloat16, each of the one before; they return their operations.
+
+    Of noise, since a card takes less time for zeros.
+    """
+    draw = lambda key: jax.random.normal(key, (width, width), jnp.bfloat16) / width**0.5
+    first, second = map(draw, jax.random.split(jax.random.key(0)))
+    chain = jax.jit(lambda x, y: jax.lax.fori_loop(0, PRODUCTS, lambda _, x: x @ y, x))
+
+    def run() -> float:
+        jax.block_until_ready(chain(first, second))
+        return 2.0 * PRODUCTS * width**3
+
+    return run
+
+
 def training(size: Size, optimizer: str = "adamw") -> Training:
     """A fresh training of that size; its programs are compiled here or when first called."""
     config = as_config(
@@ -40,6 +72,7 @@ def training(size: Size, optimizer: str = "adamw") -> Training:
                 "batch": size.batch,
                 "seeds": size.seeds,
                 "steps_per_call": size.steps,
+                "precision": size.precision,
             },
             "optimizer": {
                 "name": optimizer,
@@ -51,7 +84,7 @@ def training(size: Size, optimizer: str = "adamw") -> Training:
             },
         }
     )
-    model = ModelConfig(size.vocabulary, size.layers, size.width, size.heads, length=size.length, tied=True)
+    model = model_of(size)
     program = Program(config, model, "next_token", as_batch=lambda window, key: next_token(window))
     mesh = sharding.mesh_of(config.mesh)
     programs = trainer.compiled(program, mesh, 1.0, size.length)

@@ -19,6 +19,7 @@ from minitf.parameters import initialize
 from minitf.pretrained import Pretrained, save
 
 HERE = Path(__file__).parent
+OURS = "minitf.analysis.walk_bench.ours"
 # Heads' outputs replaced by those of another run; heads' associations made uniform. Both one by one.
 SWEEPS = ("sweep", "ablation")
 # A step's large arrays otherwise go back to the system and come again, page by page, in every run of either side.
@@ -42,6 +43,7 @@ def bench_walk(
     pythons: Sequence[str] = (),
     read: Sequence[Size] = READ,
     write: Sequence[Size] = WRITE,
+    device: bench.Device | None = None,
 ) -> list[Row]:
     """Forward passes, whole walks, sweeps, attribution and decoding, beside TransformerLens and transformers.
 
@@ -52,26 +54,31 @@ def bench_walk(
         pythons: interpreters of environments with other versions of TransformerLens.
         read: models for everything but decoding.
         write: models for decoding.
+        device: to measure on; the one that JAX finds, unless it is given.
 
     Raises:
         RuntimeError: a side fails, or its sweep or text differs from ours: then there is nothing to compare.
     """
+    device = device or bench.device()
+    environment, note = ALLOCATOR, NOTE
+    if device.kind != "cpu":
+        environment, note = {}, f"{device.name}, float32, random weights; by the clock, in turns"
     with ExitStack() as stack:
         here = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         say("starting the workers")
-        ours = stack.enter_context(Worker("-m", "minitf.analysis.walk_bench.ours", environment=ALLOCATOR))
+        ours = stack.enter_context(Worker("-m", OURS, device.kind, environment=environment))
         peers = []
         if bench.installed("torch") and bench.installed("transformers"):
             peers.append(sys.executable)
         workers = [
-            stack.enter_context(Worker(str(HERE / "peer.py"), python=python, environment=ALLOCATOR))
+            stack.enter_context(Worker(str(HERE / "peer.py"), device.kind, python=python, environment=environment))
             for python in (*peers, *pythons)
         ]
         rows: list[Row] = []
         for number, size in enumerate((*read, *write)):
             folder = _written(here / str(number), size, seed)
             tasks = ("generate",) if size in write else ("forward", "everything", *SWEEPS, "gradient", "memory")
-            rows += _rows(folder, size, tasks, ours, workers, rounds, say)
+            rows += _rows(folder, size, tasks, ours, workers, rounds, say, note)
     return rows
 
 
@@ -93,6 +100,7 @@ def _rows(
     workers: Sequence[Worker],
     rounds: int,
     say: Say,
+    note: str,
 ) -> list[Row]:
     asked = {"folder": str(folder), "size": {"new_tokens": NEW_TOKENS, "rows": size.batch * size.length}}
     sides: dict[str, tuple[Worker, str]] = {task: (ours, task) for task in tasks if task != "memory"}
@@ -123,9 +131,9 @@ def _rows(
     for name, seconds in measured.items():
         task, _, peer = name.partition(" ")
         if peer:
-            rows.append(bench.cost_row(f"{task}, {size.name}", peer, measured[task], seconds, "s", NOTE))
+            rows.append(bench.cost_row(f"{task}, {size.name}", peer, measured[task], seconds, "s", note))
     if "forward" in tasks:
-        rows += _in_forwards(measured, size)
+        rows += _in_forwards(measured, size, note)
         rows += _memory_rows(ours.ask(json.dumps({**asked, "task": "memory", "repeats": 0}))["value"], size)
     elif not workers:
         rows.append(bench.missing_row(f"generate, {size.name}", "transformers", measured["generate"], "s"))
@@ -146,7 +154,7 @@ def _check(first: dict[str, Any], size: Size) -> None:
             raise RuntimeError(f"{size.name}: {peer} writes other tokens than we do")
 
 
-def _in_forwards(measured: dict[str, list[float]], size: Size) -> list[Row]:
+def _in_forwards(measured: dict[str, list[float]], size: Size, note: str) -> list[Row]:
     names = {
         "everything": "the whole walk kept",
         "sweep": f"sweep over {size.layers * size.heads} heads",
@@ -157,7 +165,7 @@ def _in_forwards(measured: dict[str, list[float]], size: Size) -> list[Row]:
             f"{what}, {size.name}",
             [a / b for a, b in zip(measured[task], measured["forward"], strict=True)],
             "of our forward passes",
-            NOTE,
+            note,
         )
         for task, what in names.items()
     ]

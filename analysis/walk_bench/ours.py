@@ -6,16 +6,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minitf.analysis.walk_bench.serve import Task, one_core, serve
+from minitf.analysis.walk_bench.serve import Task, begin, serve
 
 
 def main() -> None:
-    """Serve; one core, one thread, as the peers."""
-    one_core()
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    """Serve; on a CPU with one core and one thread, as the peers; elsewhere with products in all of float32."""
+    device = begin()
+    if device == "cpu":
+        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     import jax  # noqa: PLC0415 (after the flags)
 
-    serve({"version": jax.__version__, "device": jax.devices()[0].device_kind}, prepare)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    serve({"version": jax.__version__, "device": jax.devices()[0].device_kind}, prepare, device)
 
 
 def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:

@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).parent)
-from serve import Task, one_core, serve  # noqa: E402
+from serve import Task, begin, serve  # noqa: E402
 
 
 def main() -> None:
-    """Serve; one core, one thread."""
-    one_core()
+    """Serve; on a CPU with one core and one thread."""
+    device = begin()
     import torch  # noqa: PLC0415
 
-    torch.set_num_threads(1)
+    if device == "cpu":
+        torch.set_num_threads(1)
+    elif torch.cuda.is_available():
+        torch.set_default_device("cuda")
     torch.set_grad_enabled(False)
     has_lens = importlib.util.find_spec("transformer_lens") is not None
     names = ["torch", "transformers", *(["transformer-lens"] if has_lens else [])]
-    serve({name: importlib.metadata.version(name) for name in names}, prepare)
+    serve({name: importlib.metadata.version(name) for name in names}, prepare, device)
 
 
 def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
@@ -33,6 +36,8 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
     from transformers import GPT2LMHeadModel  # noqa: PLC0415
 
     model = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
+    # Where new tensors are made, too: on the GPU, if there is one to measure on.
+    model = model.to(torch.get_default_device())
     corrupt, clean = (torch.tensor(x) for x in json.loads((Path(folder) / "tokens.json").read_text()))
     writing = {"max_new_tokens": size["new_tokens"], "min_new_tokens": size["new_tokens"], "do_sample": False}
 
@@ -41,7 +46,7 @@ def prepare(folder: str, size: dict[str, int]) -> dict[str, Task]:
         return whole[:, corrupt.shape[1] :].tolist()
 
     tasks: dict[str, Task] = {
-        "hf forward": lambda: _nothing(model(corrupt).logits),
+        "hf forward": lambda: _done(model(corrupt).logits),
         "hf generate": written,
     }
     if importlib.util.find_spec("transformer_lens") is not None:
@@ -70,7 +75,7 @@ def _lens_model(model: Any, folder: str) -> Any:
         act_fn="gelu_new",
         normalization_type="LN",
         eps=c.layer_norm_epsilon,
-        device="cpu",
+        device=str(model.device),
         default_prepend_bos=False,
     )
     lens = HookedTransformer(config)
@@ -108,8 +113,8 @@ def _lens_tasks(lens: Any, corrupt: Any, clean: Any) -> dict[str, Task]:
         return found
 
     return {
-        "forward": lambda: _nothing(lens(corrupt)),
-        "everything": lambda: _nothing(lens.run_with_cache(corrupt)),
+        "forward": lambda: _done(lens(corrupt)),
+        "everything": lambda: _done(lens.run_with_cache(corrupt)),
         "sweep": sweep,
         "ablation": ablation,
     }
@@ -132,8 +137,13 @@ def _set(value: Any, head: int) -> Callable[[Any, Any], Any]:
     return hook
 
 
-def _nothing(value: Any) -> None:
-    """Drop what a task made; its numbers are not compared."""
+def _done(value: Any) -> None:
+    """Wait until a GPU has made it, and drop it: its numbers are not compared."""
+    import torch  # noqa: PLC0415
+
+    del value
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

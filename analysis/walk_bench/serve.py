@@ -16,18 +16,25 @@ Task = Callable[[], Any]
 Prepare = Callable[[str, dict[str, int]], dict[str, Task]]
 
 
-def one_core() -> None:
-    """Stay on one core, where the system allows it; before any library makes its threads."""
-    if hasattr(os, "sched_setaffinity"):
+def begin() -> str:
+    """The device to measure on, as the worker's argument says: ``cpu`` unless it does.
+
+    There, stay on one core, where the system allows it: before any library makes its threads.
+    """
+    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    if device == "cpu" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    return device
 
 
-def serve(greeting: dict[str, Any], prepare: Prepare) -> None:
+def serve(greeting: dict[str, Any], prepare: Prepare, device: str = "cpu") -> None:
     """Greet, then answer until the input ends.
 
-    A question is ``{"folder", "size", "task", "repeats"}``; the answer has the least CPU seconds of one repeat,
-    and the task's value. CPU time, not the clock's: what else the machine does then counts for little.
+    A question is ``{"folder", "size", "task", "repeats"}``; the answer has the least seconds of one repeat, and
+    the task's value. On a CPU they are CPU time, not the clock's: what else the machine does then counts for
+    little. Without repeats it has the seconds of a first run, by the clock: compiling is done by many threads.
     """
+    clock = time.process_time if device == "cpu" else time.perf_counter
     print(json.dumps(greeting), flush=True)
     prepared: dict[str, dict[str, Task]] = {}
     for line in sys.stdin:
@@ -36,13 +43,14 @@ def serve(greeting: dict[str, Any], prepare: Prepare) -> None:
             prepared[asked["folder"]] = prepare(asked["folder"], asked["size"])
         task = prepared[asked["folder"]][asked["task"]]
         if asked["repeats"] == 0:  # a first run, which compiles
+            began = time.perf_counter()
             value = task()
-            print(json.dumps({"seconds": None, "value": value}), flush=True)
+            print(json.dumps({"seconds": time.perf_counter() - began, "value": value}), flush=True)
             continue
         seconds = []
         for _ in range(asked["repeats"]):
             gc.collect()
-            began = time.process_time()
+            began = clock()
             task()
-            seconds.append(time.process_time() - began)
+            seconds.append(clock() - began)
         print(json.dumps({"seconds": min(seconds), "value": None}), flush=True)

@@ -17,12 +17,11 @@ from minitf.model import walk_on
 
 @pytest.mark.parametrize("name", ONE_WAY)
 def test_a_later_token_changes_nothing_before_it(name):
-    config = model(name, length=80)
-    parameters, tokens = random_parameters(config), random_tokens(config, length=70)
-    run = jax.jit(lambda t: walk(parameters, t, config).logits)
+    config, tokens = model(name, length=80), random_tokens(model(name), length=70)
+    parameters, run = random_parameters(config), compiled_logits(config)
     other = np.array(tokens)
     other[:, 66] = (other[:, 66] + 1) % config.vocabulary
-    before, after = np.asarray(run(tokens)), np.asarray(run(other))
+    before, after = (np.asarray(run(parameters, x)) for x in (tokens, other))
     assert relative_error(after[:, :66], before[:, :66]) < 1e-5
     assert relative_error(after[:, 66:], before[:, 66:]) > 1e-3
 
@@ -45,16 +44,17 @@ def test_long_sequences_stay_finite_and_the_three_forms_agree_at_their_end(name)
 
 @pytest.mark.parametrize("name", ONE_WAY)
 def test_decoding_gives_the_full_passs_logits_at_every_position(name):
-    config = model(name, length=10)
-    parameters, tokens = random_parameters(config), random_tokens(config, length=9)
+    # More than the chunk of any chunked form, and the model that the test of causality compiled.
+    config, tokens = model(name, length=80), random_tokens(model(name), length=70)
+    parameters = random_parameters(config)
     whole = compiled_logits(config)(parameters, tokens)
-    cache, found = empty_cache(config, 2, 10), []
+    cache, found = empty_cache(config, 2, 80), []
     go_on = jax.jit(lambda part, cache: walk_on(parameters, part, cache, config))
-    for part in np.split(np.asarray(tokens), [4, 5], axis=1):
+    for part in np.split(np.asarray(tokens), [65, 66], axis=1):
         walked, cache = go_on(part, cache)
         found.append(walked.logits)
     assert relative_error(np.concatenate(found, axis=1), whole) < 1e-4
-    assert cache.filled.tolist() == [9, 9]
+    assert cache.filled.tolist() == [70, 70]
 
 
 # One of each kind of state: which positions count is decided for all in one place.
