@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Two workers fill two cores: to compile a program in parts, side by side, would only cost.
 WHOLE := --xla_cpu_parallel_codegen_split_count=1
-KEPT := PYTHONDONTWRITEBYTECODE=
+# The same holds for numpy and PyTorch, whose threads wait for each other by spinning.
+KEPT := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 LIGHTLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $(WHOLE)"
 
 .PHONY: help setup run test lint clean
@@ -35,8 +37,8 @@ test: $(VENV)/installed-dev
 	# Two workers, each with its own compiled programs. Compiling takes most of the time, so what a program
 	# computes is tested with little optimization, and what XLA makes of it as users have it. Python's
 	# bytecode is kept: seconds for each of many processes.
-	$(KEPT) $(LIGHTLY) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not optimized"
-	$(KEPT) XLA_FLAGS=$(WHOLE) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m optimized
+	$(KEPT) $(LIGHTLY) $(PYTEST) -m "not optimized"
+	$(KEPT) XLA_FLAGS=$(WHOLE) $(PYTEST) -m optimized $$(grep -rl --include='test_*.py' mark.optimized tests)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

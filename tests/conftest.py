@@ -33,6 +33,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
+def pytest_collection_finish():
+    """What is loaded by now stays to the end: to look through it for garbage after every module takes a second."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_do_not_pile_up():
     """A thousand tests compile gigabytes of programs, and no module needs those of another."""

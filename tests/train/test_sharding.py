@@ -71,9 +71,11 @@ for data, fsdp, tensor in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2)
         assert step == 6
         assert jax.tree.all(jax.tree.map(lambda x, like: x.sharding == like.sharding, read, programs.state))
         assert_alike(read)
-    last = Checkpoints(Path(sys.argv[1]) / f"{data}{fsdp}{tensor}", KeepSettings(), 6)
-    last.save(6, state)
-    last.wait()
+    last = None
+    if (data, fsdp, tensor) in [(1, 8, 1), (1, 2, 4)]:  # each before a mesh of all other divisions
+        last = Checkpoints(Path(sys.argv[1]) / f"{data}{fsdp}{tensor}", KeepSettings(), 6)
+        last.save(6, state)
+        last.wait()
 print("alike")
 """
 )
