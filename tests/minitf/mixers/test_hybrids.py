@@ -1,6 +1,7 @@
 """Models whose layers mix by different means: one walk, one edit, one cache."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -178,19 +179,24 @@ def test_every_leaf_of_every_mixer_can_be_edited(name):
     parameters, tokens = random_parameters(config), random_tokens(config)
     like = shapes(config)
     present = {leaf for leaf, _ in leaves(like)}
-    every, mixed = Edit(), ("layers.pattern", "layers.scores", "layers.q", "layers.k")
-    for path in ("layers.v", "layers.z", "layers.head_steps", "layers.attention_step", *mixed):
-        if path in present:
-            every = compose(every, change(like, path, keep=0.0, put=0.25))
-        else:
-            with pytest.raises(ValueError, match=f"has no '{path}'"):
-                change(like, path, keep=0.0)
+    steps, mixed = ("layers.head_steps", "layers.attention_step"), ("layers.scores", "layers.q", "layers.k")
+    found = [path for path in ("layers.v", "layers.z", *steps, "layers.pattern", *mixed) if path in present]
+    for path in {"layers.v", "layers.z", *steps, "layers.pattern", *mixed} - present:
+        with pytest.raises(ValueError, match=f"has no '{path}'"):
+            change(like, path, keep=0.0)
+
+    def set_all(*those):
+        """One edit of the same leaves, so of one program: those become a quarter, the others stay."""
+        of = lambda path: change(like, path, keep=0.0 if path in those else 1.0, put=0.25 * (path in those))
+        return functools.reduce(compose, map(of, found), Edit())
+
+    every = set_all(*found)
     edited = compiled(config)(parameters, tokens, every)
     for path, _ in leaves(every):
-        found = np.asarray(get(edited, path))
-        np.testing.assert_allclose(found[np.isfinite(found)], 0.25)
+        set_to_it = np.asarray(get(edited, path))
+        np.testing.assert_allclose(set_to_it[np.isfinite(set_to_it)], 0.25)
     if "layers.pattern" in present:
-        edited = compiled(config)(parameters, tokens, change(like, "layers.pattern", keep=0.0, put=0.25))
+        edited = compiled(config)(parameters, tokens, set_all("layers.pattern"))
         expected = 0.25 * np.sum(np.asarray(edited.layers.v), axis=2, keepdims=True)
         expected = np.broadcast_to(expected, edited.layers.z.shape)
         np.testing.assert_allclose(edited.layers.z, expected, atol=1e-4)
