@@ -4,6 +4,7 @@
   const data = JSON.parse(byId("report-data").textContent);
   const ink = "#1d2733", grid = "#e3e7ec", blue = "#0072b2", orange = "#d55e00";
   const colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1d2733", "#8c6d31", "#7b4173", "#637939", "#ad494a", "#7f7f7f"];
+  const signs = ["circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon", "circle-open", "square-open", "diamond-open", "triangle-up-open"];
   const font = { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: ink };
   const config = { displayModeBar: false, responsive: true };
   const axis = { gridcolor: grid, zeroline: false, automargin: true };
@@ -39,8 +40,12 @@
     const inner = found.axes.length > 1 ? found.values[0][0].length : 1;
     const label = (i) => found.axes.length > 1 ? `${found.axes[0]} ${Math.floor(i / inner)}, ${found.axes[1]} ${i % inner}`
       : found.axes.length ? `${found.axes[0]} ${i}` : "all";
-    const traces = rows[0].map((_, i) => ({ type: "scatter", mode: "lines+markers", marker: { size: 4 }, name: label(i), x: found.step,
-      y: rows.map((row) => row[i]), line: { color: colors[Math.floor(i / inner) % colors.length], width: 1.6 },
+    // Layers are told apart by color and their heads by signs; the heads of a single layer by color.
+    const single = rows[0].length === inner;
+    const color = (i) => colors[(single ? i : Math.floor(i / inner)) % colors.length];
+    const sign = (i) => single ? "circle" : signs[(i % inner) % signs.length];
+    const traces = rows[0].map((_, i) => ({ type: "scatter", mode: "lines+markers", marker: { size: inner > 1 ? 6 : 4, symbol: sign(i) },
+      name: label(i), x: found.step, y: rows.map((row) => row[i]), line: { color: color(i), width: 1.6 },
       hovertemplate: `%{x}: %{y:.4g}<extra>${label(i)}</extra>` }));
     Plotly.react("statistics", traces, { font, margin: { l: 60, r: 10, t: 10, b: 44 }, hovermode: "closest", showlegend: traces.length <= 24,
       xaxis: steps(), yaxis: { ...axis, title: { text: found.label } } }, config);

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import safetensors.numpy
+from browsing import Opened, a_browser
 from compiled_once import INTERRUPTIBLE, lightly
 
 SMALL = [
@@ -91,6 +92,24 @@ def test_a_run_leaves_everything_it_says(whole):
     assert [sample["step"] for sample in samples] == [0, 30, 60, 90, 120]
     assert all(sample["text"].startswith("The ") for sample in samples)
     assert checkpoints(whole) == {108, 120}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    yield from a_browser()
+
+
+def test_its_page_opens_without_errors_or_requests_and_heads_are_told_apart(browser, whole):
+    opened = Opened(browser, (whole / "report.html").as_uri(), "#losses .scatterlayer")
+    page = opened.page
+    drawn = lambda: page.evaluate("document.getElementById('statistics').data.map((t) => [t.name, t.line.color])")
+    page.select_option("#statistic", "entropy")
+    (first, one), (second, other) = drawn()
+    assert (first, second) == ("layer 0, head 0", "layer 0, head 1") and one != other
+    before = page.evaluate("document.getElementById('losses').layout.xaxis.type")
+    page.select_option("#scale", "log")
+    assert (before, page.evaluate("document.getElementById('losses').layout.xaxis.type")) == ("linear", "log")
+    assert opened.seen == [] and len(opened.requests) == 1
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(whole, text, tmp_path):
