@@ -48,9 +48,14 @@ def told_to_people() -> Iterator[None]:
 
 @contextmanager
 def writing_results(folder: Path, then: str = WITH_RESUME) -> Iterator[None]:
-    """Tell people where results cannot be written, and what to do then; raises Problem in place of OSError."""
+    """Tell people where results cannot be written, and what to do then; raises Problem in place of OSError.
+
+    A file that vanished meanwhile, of the run or one that it reads, is told by its own name.
+    """
     try:
         yield
+    except FileNotFoundError as error:
+        raise Problem(f"{error.filename or error} is not there any more. {then}") from error
     except OSError as error:
         raise Problem(f"the results could not be written to {folder}: {error}. {then}") from error
 

@@ -2,7 +2,14 @@ import json
 
 import pytest
 
-from minitf.analysis.run_folder import Diverged, Problem, check_run_folder, open_run_folder, told_to_people
+from minitf.analysis.run_folder import (
+    Diverged,
+    Problem,
+    check_run_folder,
+    open_run_folder,
+    told_to_people,
+    writing_results,
+)
 
 CONFIG = {"seed": 0, "text": ("a", "b")}
 
@@ -131,6 +138,16 @@ def test_errors_in_what_a_person_gave_become_problems_and_other_errors_stay():
         assert isinstance(caught.value, Diverged) == isinstance(error, Diverged)
     with pytest.raises(KeyError), told_to_people():
         raise KeyError("a bug")
+
+
+def test_a_file_that_vanished_is_told_by_its_name_and_is_no_full_disk(tmp_path):
+    gone = tmp_path / "data" / "train.bin"
+    message = rf"^{gone} is not there any more\. Begin again\.$"
+    with pytest.raises(Problem, match=message), writing_results(tmp_path, "Begin again."):
+        gone.read_bytes()
+    message = rf"^the results could not be written to {tmp_path}: full\. Begin again\.$"
+    with pytest.raises(Problem, match=message), writing_results(tmp_path, "Begin again."):
+        raise OSError("full")
 
 
 def test_bad_input_exits_with_2_and_divergence_with_1():
