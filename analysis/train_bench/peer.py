@@ -2,14 +2,21 @@
 
 import importlib
 import sys
+from functools import cache, partial
 from typing import Any
 
 from minitf.analysis.train_bench.sizes import DECAY, RATE, Size
 from minitf.analysis.walk_bench.serve import Task, begin, serve
+from minitf.analysis.walk_bench.with_torch import begin_torch, wait
 
 
 def make_model(size: Size) -> Any:
-    """The model as its users write it; PyTorch is imported here alone."""
+    """The model, of tokens and targets to the mean loss."""
+    return _published(size) if size.published else _written(size)
+
+
+def _written(size: Size) -> Any:
+    """As users of PyTorch write it."""
     torch = importlib.import_module("torch")
     nn, functional = torch.nn, torch.nn.functional
 
@@ -51,8 +58,8 @@ def make_model(size: Size) -> Any:
     return Gpt()
 
 
-def make_published(size: Size) -> Any:
-    """GPT-2 as transformers has it, with the fused attention of PyTorch; tokens and targets to the mean loss."""
+def _published(size: Size) -> Any:
+    """GPT-2 as transformers has it, with the fused attention of PyTorch."""
     torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
     config = transformers.GPT2Config(
         vocab_size=size.vocabulary,
@@ -88,9 +95,10 @@ def prepare(name: str, asked: dict[str, Any]) -> dict[str, Task]:
     device = torch.get_default_device()
     half = torch.autocast(device.type, torch.bfloat16, enabled=size.precision == "bfloat16")
 
+    @cache  # made, and compiled, when it is first asked for
     def task(compiled: bool) -> Task:
         torch.manual_seed(0)
-        model = (make_published if size.published else make_model)(size).to(device)
+        model = make_model(size).to(device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=DECAY, fused=device.type == "cuda"
         )
@@ -104,32 +112,20 @@ def prepare(name: str, asked: dict[str, Any]) -> dict[str, Task]:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait()
             return float(loss.detach())
 
         return train
 
-    made: dict[bool, Task] = {}
+    def turn(compiled: bool) -> float:
+        return task(compiled)()
 
-    def late(compiled: bool) -> Task:
-        def train() -> Any:
-            if compiled not in made:
-                made[compiled] = task(compiled)
-            return made[compiled]()
-
-        return train
-
-    return {"eager": late(False), "compiled": late(True)}
+    return {"eager": partial(turn, False), "compiled": partial(turn, True)}
 
 
 if __name__ == "__main__":
     where = begin()
-    torch = importlib.import_module("torch")
-    if where == "cpu":
-        torch.set_num_threads(1)
-    elif torch.cuda.is_available():
-        torch.set_default_device("cuda")
-        torch.set_float32_matmul_precision("high")  # as JAX does by itself
+    torch = begin_torch(where)
+    torch.set_float32_matmul_precision("high")  # on a GPU; as JAX does by itself
     serve({"side": "torch", "version": torch.__version__}, prepare, where)
     sys.exit(0)

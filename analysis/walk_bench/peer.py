@@ -13,18 +13,13 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).parent)
 from serve import Task, begin, serve  # noqa: E402
+from with_torch import begin_torch, wait  # noqa: E402
 
 
 def main() -> None:
     """Serve; on a CPU with one core and one thread."""
     device = begin()
-    import torch  # noqa: PLC0415
-
-    if device == "cpu":
-        torch.set_num_threads(1)
-    elif torch.cuda.is_available():
-        torch.set_default_device("cuda")
-    torch.set_grad_enabled(False)
+    begin_torch(device).set_grad_enabled(False)
     has_lens = importlib.util.find_spec("transformer_lens") is not None
     names = ["torch", "transformers", *(["transformer-lens"] if has_lens else [])]
     serve({name: importlib.metadata.version(name) for name in names}, prepare, device)
@@ -139,11 +134,8 @@ def _set(value: Any, head: int) -> Callable[[Any, Any], Any]:
 
 def _done(value: Any) -> None:
     """Wait until a GPU has made it, and drop it: its numbers are not compared."""
-    import torch  # noqa: PLC0415
-
     del value
-    if torch.get_default_device().type == "cuda":
-        torch.cuda.synchronize()
+    wait()
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_the_model_flops_of_gpt2_are_those_that_are_published():
 def test_both_sides_train_the_same_model(size):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from minitf.analysis.train_bench.peer import make_model, make_published
+    from minitf.analysis.train_bench.peer import make_model
 
-    theirs = (make_published if size.published else make_model)(size)
+    theirs = make_model(size)
     assert sum(weight.numel() for weight in theirs.parameters()) == count(model_of(size))

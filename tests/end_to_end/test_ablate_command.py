@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from browsing import Opened, a_browser
+from browsing import Opened
 from walk_example import CONFIG, saved
 
 
@@ -24,11 +24,6 @@ def out(tmp_path_factory):
 
 def test_it_leaves_a_report_its_numbers_and_what_ran(out):
     assert {file.name for file in out.iterdir()} == {"report.html", "ablate.json", "config.json", "arrays"}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    yield from a_browser()
 
 
 def test_its_page_opens_without_errors_or_requests_and_the_choices_change_the_pictures(browser, out):

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from browsing import Opened, a_browser
+from browsing import Opened
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,6 @@ def out(tmp_path_factory):
 def test_it_leaves_a_report_its_numbers_and_claims(out):
     names = {file.name for file in out.iterdir()}
     assert names == {"report.html", "mixers.json", "claims.json", "config.json", "arrays"}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    yield from a_browser()
 
 
 def test_its_page_opens_without_errors_or_requests_and_the_choices_change_the_pictures(browser, out):

@@ -1,7 +1,7 @@
 """The report in a real browser, from disk, without a network."""
 
 import pytest
-from browsing import Opened, a_browser
+from browsing import Opened
 from report_example import example_claims, example_config, example_results, example_versions
 
 from minitf.analysis.scan_snap import report as reports
@@ -21,11 +21,6 @@ def report(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reports, "save_figures", one_for_all)
         return reports.write_report(folder, example_results(), None, *arguments)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    yield from a_browser()
 
 
 @pytest.fixture(scope="module")

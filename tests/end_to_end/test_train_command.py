@@ -11,7 +11,7 @@ import time
 
 import pytest
 import safetensors.numpy
-from browsing import Opened, a_browser
+from browsing import Opened
 from compiled_once import INTERRUPTIBLE, lightly
 
 SMALL = [
@@ -92,11 +92,6 @@ def test_a_run_leaves_everything_it_says(whole):
     assert [sample["step"] for sample in samples] == [0, 30, 60, 90, 120]
     assert all(sample["text"].startswith("The ") for sample in samples)
     assert checkpoints(whole) == {108, 120}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    yield from a_browser()
 
 
 def test_its_page_opens_without_errors_or_requests_and_heads_are_told_apart(browser, whole):

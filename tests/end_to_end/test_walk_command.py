@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from browsing import Opened, a_browser
+from browsing import Opened
 from walk_example import EvilTokenizer, model, saved
 
 from minitf.analysis.walk_report import job, page
@@ -37,11 +37,6 @@ def test_a_model_that_is_not_there_is_told_without_a_stack_trace(tmp_path):
     done = minitf(tmp_path / "nothing", "text", "--out", tmp_path / "a")
     assert done.returncode == 2 and done.stderr.startswith("minitf: there is no file or folder")
     assert "Traceback" not in done.stderr and not (tmp_path / "a").exists()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    yield from a_browser()
 
 
 @pytest.fixture(scope="module")

@@ -179,9 +179,10 @@ def test_every_leaf_of_every_mixer_can_be_edited(name):
     parameters, tokens = random_parameters(config), random_tokens(config)
     like = shapes(config)
     present = {leaf for leaf, _ in leaves(like)}
-    steps, mixed = ("layers.head_steps", "layers.attention_step"), ("layers.scores", "layers.q", "layers.k")
-    found = [path for path in ("layers.v", "layers.z", *steps, "layers.pattern", *mixed) if path in present]
-    for path in {"layers.v", "layers.z", *steps, "layers.pattern", *mixed} - present:
+    names = ("v", "z", "head_steps", "attention_step", "pattern", "scores", "q", "k")
+    paths = [f"layers.{name}" for name in names]
+    found = [path for path in paths if path in present]
+    for path in set(paths) - present:
         with pytest.raises(ValueError, match=f"has no '{path}'"):
             change(like, path, keep=0.0)
 

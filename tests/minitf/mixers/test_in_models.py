@@ -15,10 +15,16 @@ from minitf.mixers.products import inverse_of_unit_triangle
 from minitf.model import walk_on
 
 
+def beyond_a_chunk(name):
+    """A model, its weights, and more tokens than the chunk of any chunked form: two tests compile it once."""
+    config = model(name, length=80)
+    return config, random_parameters(config), random_tokens(config, length=70)
+
+
 @pytest.mark.parametrize("name", ONE_WAY)
 def test_a_later_token_changes_nothing_before_it(name):
-    config, tokens = model(name, length=80), random_tokens(model(name), length=70)
-    parameters, run = random_parameters(config), compiled_logits(config)
+    config, parameters, tokens = beyond_a_chunk(name)
+    run = compiled_logits(config)
     other = np.array(tokens)
     other[:, 66] = (other[:, 66] + 1) % config.vocabulary
     before, after = (np.asarray(run(parameters, x)) for x in (tokens, other))
@@ -44,9 +50,7 @@ def test_long_sequences_stay_finite_and_the_three_forms_agree_at_their_end(name)
 
 @pytest.mark.parametrize("name", ONE_WAY)
 def test_decoding_gives_the_full_passs_logits_at_every_position(name):
-    # More than the chunk of any chunked form, and the model that the test of causality compiled.
-    config, tokens = model(name, length=80), random_tokens(model(name), length=70)
-    parameters = random_parameters(config)
+    config, parameters, tokens = beyond_a_chunk(name)
     whole = compiled_logits(config)(parameters, tokens)
     cache, found = empty_cache(config, 2, 80), []
     go_on = jax.jit(lambda part, cache: walk_on(parameters, part, cache, config))
