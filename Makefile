@@ -7,7 +7,7 @@ WHOLE := --xla_cpu_parallel_codegen_split_count=1
 # The same holds for numpy and PyTorch, whose threads wait for each other by spinning.
 KEPT := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-LIGHTLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $(WHOLE)"
+LIGHTLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$$($(BIN)/python tests/xla_flags.py)"
 
 .PHONY: help setup run test lint clean
 

@@ -5,6 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from xla_flags import LIGHTLY, WHOLE
+
 # ``python -m minitf``, with the usual answer to Ctrl-C whoever started the tests: a shell starts what runs in the
 # background without one.
 INTERRUPTIBLE = [
@@ -16,7 +18,6 @@ INTERRUPTIBLE = [
 
 _ROOT = Path(__file__).parents[1]
 _FOLDER = tempfile.TemporaryDirectory()
-_WHOLE = "--xla_cpu_parallel_codegen_split_count=1"
 
 
 def environment(**more):
@@ -35,13 +36,11 @@ def lightly(devices=1):
     return environment(
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false {_WHOLE}",
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} {LIGHTLY}",
         PYTHONPATH=str(_ROOT),
     )
 
 
 def quickly():
     """The same, for programs that run for seconds, as long as it takes to compile them: half as well is sooner."""
-    return environment(
-        JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS=f"--xla_backend_optimization_level=1 {_WHOLE}"
-    )
+    return environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS=f"--xla_backend_optimization_level=1 {WHOLE}")
