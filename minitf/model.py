@@ -41,8 +41,8 @@ def walk(
         edit: changes to any leaves, in the order in which the leaves are computed.
         valid: False marks padding, which no query may see.
         association: False leaves scores and patterns out of the walk, so that a kernel that never stores them can
-            run where there is one: cuDNN's, on a GPU in half precision. Elsewhere the numbers are the same; what
-            is not read is not stored in any case.
+            run where there is one: cuDNN's, on a GPU in half precision. Elsewhere values are mixed before they are
+            divided, which is faster to train: the numbers are the same up to rounding.
         unroll: layers per iteration of the scan; ``True`` unrolls all of them, so that XLA can also drop the
             layers after the last one that is used.
         rematerialize: under ``grad``, keep only where each layer starts and compute the rest again on the way
@@ -232,6 +232,12 @@ def unembed(
         _, stream = apply_norm(rows.reshape(stream.shape), transform.norm, config, None)
     logits = filter.unembed(as_rows(stream), table, parameters.unembedding_bias)
     return logits.reshape(batch, position, config.vocabulary)
+
+
+def unembedding_of(parameters: Parameters, config: ModelConfig) -> Parameters:
+    """Those parameters that :func:`unembed` reads, and no others."""
+    read = ("embedding" if config.tied else "unembedding", "unembedding_bias", "unembedding_transform")
+    return Parameters(**{name: getattr(parameters, name) for name in read})
 
 
 def _start(

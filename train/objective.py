@@ -3,36 +3,18 @@
 Dropout is an edit of the walk, and a real-valued input is one too: a mixture of token vectors in their place.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from minitf import ModelConfig, Parameters, walk
-from minitf.model import unembed
-from minitf.train.batch import NO_TARGET, Batch
+from minitf.train.batch import Batch
 from minitf.train.config import Objective, ObjectiveSettings
+from minitf.train.cross_entropy import Sums, cross_entropy, in_chunks
 from minitf.walk import Change, Edit, LayerWalk
-
-# Numbers in the logits of one chunk, at most: 64 MiB of float32.
-CHUNK_NUMBERS = 2**24
-
-
-@struct.dataclass
-class Sums:
-    """Over the targets of a batch: ``loss`` in nats (of regression, squared errors), ``right`` answers, ``count``.
-
-    ``loss`` is what is minimized, with its smoothing and penalties; ``plain`` is without them.
-    """
-
-    loss: Any
-    plain: Any
-    right: Any
-    count: Any
 
 
 def sums(
@@ -79,63 +61,8 @@ def sums(
             context = context[:, -1:]
         else:
             logits = jnp.mean(walked.logits.astype(jnp.float32), axis=1, keepdims=True)
-            return _cross_entropy(logits, targets, settings)
-    return _in_chunks(parameters, context, targets, config, settings)
-
-
-def _in_chunks(
-    parameters: Parameters,
-    context: Float[Array, "batch position width"],
-    targets: Int[Array, "batch position"],
-    config: ModelConfig,
-    settings: ObjectiveSettings,
-) -> Sums:
-    """Unembedding and loss of a few positions at a time; their logits are made again on the way back."""
-    batch, length, width = context.shape
-    rows = settings.chunk or max(CHUNK_NUMBERS // config.vocabulary, 1)
-    if rows >= batch * length:
-        return _cross_entropy(unembed(parameters, context, config), targets, settings)
-    # Chunks are of positions, not of sequences, which may lie on several devices.
-    size = min(max(rows // batch, 1), length)
-    chunks = -(-length // size)
-    rest = ((0, 0), (0, chunks * size - length))
-    targets = jnp.pad(targets, rest, constant_values=NO_TARGET)
-    context = jnp.pad(context, (*rest, (0, 0)))
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def add(total: Sums, chunk: tuple[Array, Array]) -> tuple[Sums, None]:
-        some = _cross_entropy(unembed(parameters, chunk[0], config), chunk[1], settings)
-        return jax.tree.map(jnp.add, total, some), None
-
-    parts = (
-        jnp.moveaxis(context.reshape(batch, chunks, size, width), 1, 0),
-        jnp.moveaxis(targets.reshape(batch, chunks, size), 1, 0),
-    )
-    return jax.lax.scan(add, Sums(*(jnp.zeros((), jnp.float32),) * 4), parts)[0]
-
-
-def _cross_entropy(
-    logits: Float[Array, "batch position vocabulary"],
-    targets: Int[Array, "batch position"],
-    settings: ObjectiveSettings,
-) -> Sums:
-    logits = logits.astype(jnp.float32)
-    counts = (targets != NO_TARGET).astype(jnp.float32)
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    plain = loss = normalizer - chosen
-    if not _is_zero(settings.label_smoothing):
-        share = settings.label_smoothing
-        loss = (1 - share) * loss + share * (normalizer - jnp.mean(logits, axis=-1))
-    if not _is_zero(settings.z_loss):
-        loss = loss + settings.z_loss * normalizer**2
-    right = jnp.argmax(logits, axis=-1) == targets
-    return Sums(*(jnp.sum(x * counts) for x in (loss, plain, right, counts)))
-
-
-def _is_zero(number: Any) -> bool:
-    """Whether a setting is known to do nothing: in a sweep it is traced, and may be anything."""
-    return isinstance(number, int | float) and number == 0
+            return cross_entropy(logits, targets, settings)
+    return in_chunks(parameters, context, targets, config, settings)
 
 
 def _squared(prediction: Float[Array, "batch position"], targets: Float[Array, "batch position"]) -> Sums:

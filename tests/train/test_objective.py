@@ -1,5 +1,7 @@
 """What is minimized is what the formulas say, however it is cut."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 from minitf import ModelConfig, initialize, walk
+from minitf.analysis.flops import flops
 from minitf.train.batch import Batch, next_token
 from minitf.train.config import ObjectiveSettings
 from minitf.train.objective import dropout, sums
@@ -54,6 +57,54 @@ def test_in_chunks_the_loss_and_its_gradient_are_the_same(chunk):
         jax.tree.leaves(both(PARAMETERS, chunk)), jax.tree.leaves(both(PARAMETERS, 10**6)), strict=True
     ):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_slope_of_the_loss_is_that_of_optax():
+    def expected(parameters):
+        logits = walk(parameters, SOME.tokens, CONFIG).logits
+        each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(SOME.targets, 0))
+        return jnp.sum(each * (SOME.targets >= 0))
+
+    loss = lambda p: sums(p, SOME, CONFIG, "next_token", ObjectiveSettings(chunk=4)).loss
+    for one, other in zip(
+        *(jax.tree.leaves(jax.jit(jax.grad(f))(PARAMETERS)) for f in (loss, expected)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_models_side_by_side_have_their_own_numbers_in_chunks():
+    def slope(z_loss):
+        settings = ObjectiveSettings(z_loss=z_loss, chunk=4)
+        return jax.grad(lambda p: sums(p, SOME, CONFIG, "next_token", settings).loss)(PARAMETERS).embedding
+
+    numbers = jnp.array([0.0, 0.5])
+    together = jax.jit(jax.vmap(slope))(numbers)
+    for one, number in zip(together, numbers, strict=True):
+        np.testing.assert_allclose(one, slope(float(number)), rtol=1e-5, atol=1e-6)
+
+
+def test_slopes_of_half_precision_add_up_in_chunks_without_rounding_each():
+    def slope(dtype, chunk):
+        parameters = jax.tree.map(lambda x: x.astype(dtype), PARAMETERS)
+        # Position by position, each with the same slope: a sum in bfloat16 would stop growing at 256 of them.
+        batch = Batch(jnp.zeros((1, 600), jnp.int32), jnp.ones((1, 600), jnp.int32))
+        config = replace(CONFIG, length=600, position="none")
+        loss = lambda p: sums(p, batch, config, "next_token", ObjectiveSettings(chunk=chunk)).loss
+        return jax.jit(jax.grad(loss))(parameters.replace(position=None)).unembedding
+
+    found, expected = slope(jnp.bfloat16, 1), slope(jnp.float32, 1)
+    assert found.dtype == jnp.bfloat16
+    assert jnp.max(jnp.abs(found - expected)) < 0.03 * jnp.max(jnp.abs(expected))
+
+
+def test_who_reads_the_loss_alone_pays_for_nothing_else():
+    loss = lambda p: sums(p, SOME, CONFIG, "next_token", ObjectiveSettings(chunk=4)).loss
+    everything = lambda p: sums(p, SOME, CONFIG, "next_token", ObjectiveSettings(chunk=4))
+    forward = flops(lambda p: walk(p, SOME.tokens, CONFIG, association=False).logits, PARAMETERS)
+    logits = 2 * 18 * 8 * 17
+    assert flops(everything, PARAMETERS) - flops(loss, PARAMETERS) > logits
+    # Nothing is made again on the way back: about three forward passes, as without chunks.
+    assert flops(jax.grad(loss), PARAMETERS) < 3.2 * forward
 
 
 @pytest.mark.optimized
