@@ -65,8 +65,7 @@ def as_context(
     """Points of the residual stream under the final norm: the context vectors they would be if the walk ended."""
     if not config.pre_norm:
         return stream
-    rows = filter.center(stream.reshape(-1, config.width), config.norm)
-    scale = filter.norm_scale(rows, config.norm, config.norm_epsilon)
+    rows, scale = filter.norm_parts(stream.reshape(-1, config.width), config.norm, config.norm_epsilon)
     rows = filter.normalize(rows, scale, parameters.final_norm.gain, parameters.final_norm.offset)
     return rows.astype(stream.dtype).reshape(stream.shape)
 

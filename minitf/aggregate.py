@@ -67,6 +67,14 @@ def associate(
     non-negative real, so a probability stands for infinitely many). A query that may see no key gets a row of
     zeros, not NaN.
     """
+    weight, total = _weighed(scores, multiplicity)
+    return (weight / total).astype(scores.dtype)
+
+
+def _weighed(
+    scores: Float[Array, "*batch query key"], multiplicity: Float[Array, "*#batch #query key"] | None = None
+) -> tuple[Float[Array, "*batch query key"], Float[Array, "*batch query 1"]]:
+    """Exponentials, and what divides them; 1 where there are none."""
     s = in_statistics_dtype(scores)
     if multiplicity is not None:
         s = jnp.where(multiplicity > 0, s, -jnp.inf)
@@ -75,7 +83,7 @@ def associate(
     if multiplicity is not None:
         weight = weight * multiplicity
     total = jnp.sum(weight, axis=-1, keepdims=True)
-    return (weight / jnp.where(total == 0, 1.0, total)).astype(scores.dtype)
+    return weight, jnp.where(total == 0, 1.0, total)
 
 
 def combine(
@@ -87,6 +95,20 @@ def combine(
     groups, width = v.shape[2], v.shape[3]
     grouped = pattern.reshape(batch, groups, heads // groups, query, key)
     return jnp.einsum("bghqk,bkgc->bqghc", grouped, v).reshape(batch, query, heads, width)
+
+
+def combine_scored(
+    scores: Float[Array, "batch head query key"],
+    v: Float[Array, "batch key key_value_head head_width"],
+) -> Float[Array, "batch query head head_width"]:
+    """``combine(associate(scores), v)`` up to rounding, where nobody reads the association.
+
+    Dividing the mixture, not the weights: there are fewer of its numbers, and its slope needs no sum over keys
+    (Dao et al. 2022, section 3.1 and appendix B.2).
+    """
+    weight, total = _weighed(scores)
+    mixture = combine(weight.astype(scores.dtype), v)
+    return (mixture / jnp.moveaxis(total, 1, 2)).astype(scores.dtype)
 
 
 def attend(

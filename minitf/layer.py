@@ -146,9 +146,8 @@ def apply_norm(
     stream: Stream, weights: Norm, config: ModelConfig, change: Change | None
 ) -> tuple[Float[Array, "batch position"], Stream]:
     """The norm's scale, edited, and the stream divided by it."""
-    centered = filter.center(as_rows(stream), config.norm)
-    scale = filter.norm_scale(centered, config.norm, config.norm_epsilon).reshape(stream.shape[:2])
-    scale = apply(change, scale)
+    centered, scale = filter.norm_parts(as_rows(stream), config.norm, config.norm_epsilon)
+    scale = apply(change, scale.reshape(stream.shape[:2]))
     out = filter.normalize(centered, scale.reshape(-1), weights.gain, weights.offset)
     return scale, out.astype(stream.dtype).reshape(stream.shape)
 

@@ -29,13 +29,14 @@ from minitf.parameters import Declaration, declare, is_declaration
 from minitf.train import sharding
 from minitf.train.batch import Batch
 from minitf.train.config import MeshSettings, Objective, TrainConfig
-from minitf.train.objective import CHUNK_NUMBERS, sums
+from minitf.train.cross_entropy import chunks_of, rows_of_chunk
+from minitf.train.objective import sums
 from minitf.train.step import FEW_LAYERS, State, in_precision
 
 FLOAT32 = 4
 AXES = ("data", "fsdp", "tensor")
 # Arrays of [rows, hidden] that autodiff keeps: how many of c bytes a number, and bytes of the others.
-HIDDEN_KEPT = {"none": (0, 0), "relu": (1, 1), "gelu": (4, 0), "gelu_tanh": (6, 0), "swiglu": (6, 0)}
+HIDDEN_KEPT = {"none": (0, 0), "relu": (1, 1), "gelu": (4, 0), "gelu_tanh": (5, 0), "swiglu": (6, 0)}
 # Those left where XLA makes again what is cheap: what a product made, an exponential of it, what a product reads.
 HIDDEN_FUSED = {"none": (0, 0), "relu": (1, 1), "gelu": (3, 0), "gelu_tanh": (3, 0), "swiglu": (4, 0)}
 
@@ -188,12 +189,13 @@ def kept_of_layer(
 
     * 8 D + 12 for each norm (its rows less their mean, and divided, float32; three of scales), 4 D + 13 of l2
     * D c for what each of the two sub-layers reads
-    * (H' + 2 G') h c for queries, keys and values, H' h c for the heads' mixtures
+    * (H' + 2 G') h c for queries, keys and values, H' h c for the heads' mixtures, 4 H' h before they are divided
     * n F' c of the feed-forward, n by its kind (``HIDDEN_KEPT``)
 
-    and of every head 4 + c for each pair of positions (exponentials in float32, the pattern), 9 for each query. A
-    fused attention keeps 4 bytes for each query instead. Layers one by one keep less: XLA makes again what is
-    cheap, so a norm keeps the stream, D c, and the feed-forward what ``HIDDEN_FUSED`` says.
+    and of every head 4 + c for each pair of positions (exponentials, in float32 and as they are read), 9 for each
+    query. A fused attention keeps 4 bytes for each query instead. Layers one by one keep less: XLA makes again
+    what is cheap, so a norm keeps the stream, D c, attention its exponentials once and no undivided mixtures, and
+    the feed-forward what ``HIDDEN_FUSED`` says.
     """
     m, c, rows = model, number, sequences * length
     heads, groups = _over(m.heads, tensor), _over(m.groups, tensor)
@@ -209,7 +211,11 @@ def kept_of_layer(
     row = norms * norm + sublayers * m.width * c + 2 * heads * m.head_size * c + hidden * (counted * c + others)
     if m.query_key_norm:
         row += (heads + groups) * (8 * m.head_size + 12)
-    association = 4 * length if fused else (FLOAT32 + c) * pairs + 9 * length
+    association = 4 * length
+    if not fused:
+        association = FLOAT32 * pairs + 9 * length
+        if looped:
+            association += c * pairs + FLOAT32 * m.head_size * length
     per_sequence = 2 * groups * m.head_size * c * read + heads * association
     return rows * row + sequences * per_sequence
 
@@ -241,13 +247,14 @@ def kept_by_autodiff(run: Run, rematerialize: bool) -> int:
     return max(size(kept) - sum(x.size for x in jax.tree.leaves(parameters)) * run.number, 0)
 
 
-def logit_bytes(run: Run, sequences: int, whole: int, tensor: int) -> int:
+def logit_bytes(run: Run, sequences: int, whole: int, tensor: int, device: Device | None) -> int:
     """Logits of a chunk (c), their exponentials (float32), their gradient (c), of the vocabulary's part.
 
     Chunks are of positions of all sequences: ``whole`` is their number on all devices.
     """
-    m, rows = run.model, run.config.objective.chunk or max(CHUNK_NUMBERS // run.model.vocabulary, 1)
-    positions = m.length if rows >= whole * m.length else min(max(rows // whole, 1), m.length)
+    m = run.model
+    rows = rows_of_chunk(m, run.config.objective, None if device is None else device.kind)
+    positions = m.length if rows >= whole * m.length else chunks_of(whole, m.length, rows)[1]
     if run.objective == "classification" and m.causal:
         positions = 1
     return sequences * positions * _over(m.vocabulary, tensor) * (2 * run.number + FLOAT32)
@@ -285,7 +292,7 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         pairs = 0 if fused else sequences * _over(m.heads, t) * seen_keys(m, m.length)[0]
         hidden = 0 if m.feed_forward == "none" else _over(m.hidden_size, t)
         layer += 2 * (rows * hidden + pairs) * c
-    loss = logit_bytes(run, sequences, whole, t)
+    loss = logit_bytes(run, sequences, whole, t, device)
     copies = 0 if c == FLOAT32 else gradients // FLOAT32 * c
     gathered = 3 * largest_gathered(m, t) * c if mesh.fsdp > 1 and run.models == 1 else 0
     summed = gradients if parts > 1 else 0

@@ -239,8 +239,7 @@ def normed(
     gain: Float[Array, " width"] | None = None,
 ) -> Float[Array, "*axes width"]:
     """A norm of the last axis inside a mixer, with the model's epsilon; no leaf of the walk holds its scale."""
-    rows = filter.center(x.reshape(-1, x.shape[-1]), kind)
-    out = filter.normalize(rows, filter.norm_scale(rows, kind, config.norm_epsilon), gain)
+    out = filter.normalize(*filter.norm_parts(x.reshape(-1, x.shape[-1]), kind, config.norm_epsilon), gain)
     return out.astype(x.dtype).reshape(x.shape)
 
 

@@ -175,7 +175,7 @@ class Softmax(Mixer):
         if chunks and length > 2 * self.window:
             z = _in_window(f, _scale(config), self.window, config.attend_self)
             mixed = dataclasses.replace(mixed, z=z)
-        return mixed if places.association else Mixed(z=mixed.z)
+        return mixed
 
 
 def _scale(config: ModelConfig) -> float:
@@ -214,15 +214,21 @@ def _associate(f: Filtered, config: ModelConfig, edit: LayerWalk, places: Places
         if config.position == "alibi":
             some = some + aggregate.alibi_bias(config.heads, places.query[:, here], seen).astype(some.dtype)
         some = jnp.where(places.forbidden[:, :, here, :seen], -jnp.inf, apply(edit.scores, some))
+        if not places.association:
+            mixed.append(aggregate.combine_scored(some, f.v[:, :seen]))
+            continue
         pattern = apply(edit.pattern, aggregate.associate(some))
         mixed.append(aggregate.combine(pattern, f.v[:, :seen]))
         rest = ((0, 0), (0, 0), (0, 0), (0, keys - seen))
         scores.append(jnp.pad(some, rest, constant_values=-jnp.inf))
         patterns.append(jnp.pad(pattern, rest))
+    z = jnp.concatenate(mixed, axis=1)
+    if not places.association:
+        return Mixed(z=z)
     return Mixed(
         scores=jnp.concatenate(scores, axis=2),
         pattern=jnp.concatenate(patterns, axis=2),
-        z=jnp.concatenate(mixed, axis=1),
+        z=z,
     )
 
 

@@ -76,6 +76,24 @@ def test_a_query_that_may_see_nothing_has_a_row_of_zeros_and_finite_gradients():
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_values_mixed_before_they_are_divided_are_those_mixed_after_and_so_are_slopes(groups):
+    with jax.enable_x64(True):
+        draw = lambda *shape: jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape))
+        scores, v = 9 * draw(3, 2, 5, 6), draw(3, 6, groups, 4, 1)[..., 0]
+        # The first query sees nothing, others a part.
+        scores = jnp.where(jnp.arange(6) < jnp.arange(5)[:, None], scores, -jnp.inf)
+        after = lambda s, v: aggregate.combine(aggregate.associate(s), v)
+        np.testing.assert_allclose(aggregate.combine_scored(scores, v), after(scores, v), atol=1e-13)
+        weigh = draw(3, 5, 2, 4)
+        slopes = [
+            jax.grad(lambda s, v, mix=mix: jnp.sum(weigh * mix(s, v)), argnums=(0, 1))(scores, v)
+            for mix in (aggregate.combine_scored, after)
+        ]
+        for found, expected in zip(*slopes, strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
 def test_large_scores_do_not_overflow():
     np.testing.assert_array_equal(aggregate.associate(jnp.array([[3e38, -3e38]])), [[1, 0]])
 

@@ -87,6 +87,23 @@ def test_a_norm_forgets_scale_and_layer_norm_also_shift(kind, scale, shift):
     np.testing.assert_allclose(jnp.linalg.norm(norm(x), axis=-1), length, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["none", "l2", "layer", "rms"])
+def test_the_parts_of_a_norm_are_its_two_functions_and_so_are_their_slopes(kind):
+    def apart(x):
+        centered = filter.center(x, kind)
+        return centered, filter.norm_scale(centered, kind, 1e-5)
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(rows(5, 8), jnp.float64) + 3.0
+        (found, back), (expected, back_apart) = (
+            jax.vjp(f, x) for f in (lambda x: filter.norm_parts(x, kind, 1e-5), apart)
+        )
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-14)
+        slopes = (jnp.asarray(rows(5, 8, seed=1), jnp.float64), jnp.arange(5.0))
+        np.testing.assert_allclose(back(slopes)[0], back_apart(slopes)[0], rtol=1e-12)
+
+
 def test_gain_and_offset_come_after_the_division():
     x, scale = jnp.array([[2.0, 4.0]]), jnp.array([2.0])
     found = filter.normalize(x, scale, jnp.array([10.0, 100.0]), jnp.array([1.0, 2.0]))
