@@ -243,8 +243,13 @@ class Evaluation:
     accuracy: np.ndarray
 
 
-def evaluator(program: Program, mesh: Mesh, batched: bool) -> Callable[[Tree, Batch], Evaluation]:
-    """A function of parameters and batches ``[part, batch, position]``; no dropout, no penalties."""
+def evaluator(
+    program: Program, mesh: Mesh, batched: bool, at_once: int | None = None
+) -> Callable[[Tree, Batch], Evaluation]:
+    """A function of parameters and batches ``[part, batch, position]``; no dropout, no penalties.
+
+    Of many models, ``at_once`` are evaluated side by side, or one after another.
+    """
     plain = ObjectiveSettings(kind=program.objective, chunk=program.config.objective.chunk)
     dtype = jnp.dtype(program.config.training.precision)
 
@@ -258,7 +263,9 @@ def evaluator(program: Program, mesh: Mesh, batched: bool) -> Callable[[Tree, Ba
 
     def of_all(parameters: Tree, batches: Batch) -> Tree:
         return (
-            jax.lax.map(lambda one: of_one(one, batches), parameters) if batched else of_one(parameters, batches)
+            jax.lax.map(lambda one: of_one(one, batches), parameters, batch_size=at_once)
+            if batched
+            else of_one(parameters, batches)
         )
 
     one = sharding.everywhere(mesh)

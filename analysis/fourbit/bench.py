@@ -11,7 +11,7 @@ import optax
 from minitf.analysis import bench
 from minitf.analysis.bench import Row, Say
 from minitf.analysis.train_bench.program import training
-from minitf.analysis.train_bench.sizes import SIZES, Size
+from minitf.analysis.train_bench.sizes import GPU_SIZES, SIZES, Size
 from minitf.train.fourbit import adamw_4bit, state_bytes
 
 SHAPES = ((768, 3072),) * 4
@@ -23,7 +23,7 @@ OPTIMIZERS: Mapping[str, optax.GradientTransformation] = {
     "8 bit, rank1_linear": adamw_4bit(1e-3, bits=8),
 }
 # What it says of the update alone, a step of training says of what people wait for.
-TRAINED = SIZES[-1]
+TRAINED = {"cpu": SIZES[-1], "gpu": GPU_SIZES[0]}
 TRAINED_WITH = ("adamw_4bit", "adamw_4bit_factor", "adamw_8bit")
 
 
@@ -34,7 +34,7 @@ def bench_fourbit(
     say: Say = lambda sentence: None,
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     optimizers: Mapping[str, optax.GradientTransformation] = OPTIMIZERS,
-    trained: Size = TRAINED,
+    trained: Size | None = None,
 ) -> list[Row]:
     """Time of an update and of a training step beside optax.adamw's, and bytes of state.
 
@@ -44,7 +44,7 @@ def bench_fourbit(
         say: told what is being measured.
         shapes: of the weights.
         optimizers: by the name that the table gives them, for updates and state.
-        trained: the model whose training steps are timed.
+        trained: the model whose training steps are timed; one for this device, unless it is given.
     """
     weights = {str(i): jax.ShapeDtypeStruct(shape, "float32") for i, shape in enumerate(shapes)}
     theirs = optax.adamw(1e-3)
@@ -56,7 +56,7 @@ def bench_fourbit(
         bench.cost_row(f"AdamW update: {name}", "optax.adamw", measured[name], measured["optax"], "ms", note)
         for name in optimizers
     ]
-    rows += _training_steps(trained, rounds, say)
+    rows += _training_steps(trained or TRAINED.get(jax.default_backend(), SIZES[-1]), rounds, say)
     whole = state_bytes(weights, theirs) / 1e6
     for name, optimizer in optimizers.items():
         ours = state_bytes(weights, optimizer) / 1e6
@@ -81,7 +81,7 @@ def _training_steps(size: Size, rounds: int, say: Say) -> list[Row]:
 
     sides = {name: stepping(name) for name in ("adamw", *TRAINED_WITH)}
     measured = bench.interleaved(sides, rounds, lambda what: say(f"training: {what}"))
-    note = f"{size.name}, vocabulary {size.vocabulary}, {size.batch * size.length} tokens a step, float32"
+    note = f"{size.name}, vocabulary {size.vocabulary}, {size.batch * size.length} tokens a step, {size.precision}"
     return [
         bench.cost_row(f"training step: {name}", "adamw", measured[name], measured["adamw"], "ms", note)
         for name in TRAINED_WITH

@@ -17,6 +17,8 @@ from minitf.train.batch import Batch
 from minitf.train.objective import with_inputs
 from minitf.walk import Edit
 
+NUMBERS_AT_ONCE = 2**28  # of walks, a GiB of float32
+
 
 def statistics(parameters: Parameters, batch: Batch, config: ModelConfig) -> dict[str, Array]:
     """Means over a batch, each by its name; ``LABELS`` says what they are and which axes they have.
@@ -44,9 +46,19 @@ def statistics(parameters: Parameters, batch: Batch, config: ModelConfig) -> dic
 
 
 def looker(batch: Batch, config: ModelConfig, batched: bool) -> Callable[[Parameters], dict[str, Array]]:
-    """A compiled function of the parameters to the statistics of one model, or of many, one after another."""
+    """A compiled function of the parameters to the statistics of one model, or of many.
+
+    On a CPU they come one after another, elsewhere as many at a time as have room for their walks.
+    """
     one = lambda parameters: statistics(parameters, batch, config)
-    return jax.jit(lambda many: jax.lax.map(one, many) if batched else one(many))
+    at_once = None if jax.default_backend() == "cpu" else models_at_once(batch.tokens.size, config)
+    return jax.jit(lambda many: jax.lax.map(one, many, batch_size=at_once) if batched else one(many))
+
+
+def models_at_once(tokens: int, config: ModelConfig) -> int:
+    """How many models' walks of so many tokens have about ``NUMBERS_AT_ONCE`` numbers."""
+    of_layer = 12 * config.width + 2 * config.heads * config.length
+    return max(NUMBERS_AT_ONCE // (tokens * config.layers * of_layer), 1)
 
 
 def participation(rows: Float[Array, "*axes row width"]) -> Float[Array, "*axes"]:

@@ -51,7 +51,8 @@ class Training:
         self.checkpoints, self.out, self.progress, self.work = checkpoints, out, progress, work
         self.boards = boards
         self.batched = models.batched
-        self.evaluate = trainer.evaluator(ready.program, mesh, self.batched)
+        at_once = None if jax.default_backend() == "cpu" else programs.at_once
+        self.evaluate = trainer.evaluator(ready.program, mesh, self.batched, at_once)
         self.norm = jax.jit(optax.tree.norm)
         self.look = looker(ready.looked_at, ready.program.model, self.batched)
         self.tokens = len(models.seeds) * config.training.batch * ready.length  # of a step

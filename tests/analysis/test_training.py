@@ -13,11 +13,12 @@ from full_disk import no_file_larger_than
 from minitf import ModelConfig, initialize, mixers, walk
 from minitf.analysis.run_folder import Diverged, Problem
 from minitf.analysis.training import job
+from minitf.analysis.training import statistics as training_statistics
 from minitf.analysis.training.boards import boards, show
 from minitf.analysis.training.devices import peak
 from minitf.analysis.training.log import Log, Looks, lines_of, read
 from minitf.analysis.training.prepared import model_of
-from minitf.analysis.training.statistics import LABELS, participation, statistics
+from minitf.analysis.training.statistics import LABELS, looker, participation, statistics
 from minitf.pretrained import load
 from minitf.train.batch import next_token
 from minitf.train.config import KeepSettings
@@ -207,6 +208,21 @@ def test_statistics_say_what_they_are():
     output = np.asarray(parameters.layers.attention.output)[0].reshape(8, 8)
     singular = np.linalg.svd(output, compute_uv=False) ** 2
     np.testing.assert_allclose(found["rank_output"][0], singular.sum() ** 2 / (singular**2).sum(), rtol=1e-4)
+
+
+def test_of_many_models_statistics_are_those_of_each_also_side_by_side(monkeypatch):
+    config = ModelConfig(vocabulary=9, layers=1, width=8, heads=2, length=6)
+    keys = jax.random.split(jax.random.key(0), 3)
+    models = jax.vmap(lambda key: initialize(config, key))(keys)
+    batch = next_token(jax.random.randint(jax.random.key(1), (3, 7), 0, 9))
+    one_by_one = looker(batch, config, batched=True)(models)
+    # Two at a time, and one is left over.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(training_statistics, "NUMBERS_AT_ONCE", 2 * 18 * (12 * 8 + 2 * 2 * 6))
+    assert training_statistics.models_at_once(18, config) == 2
+    found = looker(batch, config, batched=True)(models)
+    for name, values in found.items():
+        np.testing.assert_allclose(values, one_by_one[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_dimensions_are_counted_as_the_participation_ratio():

@@ -2,17 +2,20 @@
 
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitf.train.batch import Batch
+from minitf import ModelConfig, initialize
+from minitf.train.batch import Batch, next_token
 from minitf.train.config import MeshSettings
 from minitf.train.settings import as_config
 from minitf.train.sharding import mesh_of
-from minitf.train.step import Measures, State
-from minitf.train.trainer import Compiled, _calls, in_parts, models_of, run, steps_per_call
+from minitf.train.step import Measures, Program, State
+from minitf.train.trainer import Compiled, _calls, evaluator, in_parts, models_of, run, steps_per_call
 
 
 @given(st.integers(0, 50), st.lists(st.integers(1, 100), min_size=1, max_size=6, unique=True), st.integers(1, 30))
@@ -52,6 +55,18 @@ def test_every_seed_trains_with_every_combination_of_swept_numbers():
     alone = models_of(as_config({}))
     assert alone.seeds == (0,)
     assert not alone.batched
+
+
+def test_models_are_evaluated_side_by_side_as_one_after_another():
+    model = ModelConfig(vocabulary=9, layers=1, width=8, heads=2, length=6)
+    program = Program(as_config({"training": {"seeds": 3, "batch": 2}}), model, "next_token")
+    models = jax.vmap(lambda key: initialize(model, key))(jax.random.split(jax.random.key(0), 3))
+    batches = in_parts(next_token(jnp.arange(35).reshape(5, 7) % 9), 2)
+    mesh = mesh_of(MeshSettings())
+    one_by_one, together = (evaluator(program, mesh, True, n)(models, batches) for n in (None, 2))
+    assert one_by_one.loss.shape == (3,)
+    np.testing.assert_allclose(together.loss, one_by_one.loss, rtol=1e-6)
+    np.testing.assert_array_equal(together.accuracy, one_by_one.accuracy)
 
 
 def test_a_call_takes_about_a_second_of_work_and_no_more_steps_than_there_are():
