@@ -2,12 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two workers fill two cores: to compile a program in parts, side by side, would only cost.
-WHOLE := --xla_cpu_parallel_codegen_split_count=1
-# The same holds for numpy and PyTorch, whose threads wait for each other by spinning.
+# Two workers fill two cores: threads of numpy and PyTorch would wait for each other by spinning.
 KEPT := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-LIGHTLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$$($(BIN)/python tests/xla_flags.py)"
+LIGHTLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$$($(BIN)/python tests/xla_flags.py lightly)"
+WHOLE := XLA_FLAGS="$$($(BIN)/python tests/xla_flags.py whole)"
 
 .PHONY: help setup run test lint clean
 
@@ -38,7 +37,7 @@ test: $(VENV)/installed-dev
 	# computes is tested with little optimization, and what XLA makes of it as users have it. Python's
 	# bytecode is kept: seconds for each of many processes.
 	$(KEPT) $(LIGHTLY) $(PYTEST) -m "not optimized"
-	$(KEPT) XLA_FLAGS=$(WHOLE) $(PYTEST) -m optimized $$(grep -rl --include='test_*.py' mark.optimized tests)
+	$(KEPT) $(WHOLE) $(PYTEST) -m optimized $$(grep -rl --include='test_*.py' mark.optimized tests)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

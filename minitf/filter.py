@@ -93,25 +93,25 @@ def rotate(
 def center(rows: Float[Array, "rows width"], kind: NormKind) -> Float[Array, "rows width"]:
     """What a norm divides, in at least float32: the rows, less their mean in LayerNorm."""
     x = in_statistics_dtype(rows)
-    return x - jnp.mean(x, axis=-1, keepdims=True) if kind == "layer" else x
+    # Means are kept, not made again in every pass that reads them: a GPU then has nothing to add up in those.
+    return x - fenced(jnp.mean(x, axis=-1, keepdims=True)) if kind == "layer" else x
 
 
 def norm_parts(
     rows: Float[Array, "rows width"], kind: NormKind, epsilon: float
 ) -> tuple[Float[Array, "rows width"], Float[Array, " rows"]]:
     """What a norm divides, and by what: :func:`center` and :func:`norm_scale`, whose slopes need one pass less."""
-    if kind != "layer":
-        centered = center(rows, kind)
-        return centered, norm_scale(centered, kind, epsilon)
-    return _layer_parts(in_statistics_dtype(rows), epsilon)
+    if kind == "layer":
+        return _layer_parts(in_statistics_dtype(rows), epsilon)
+    centered = center(rows, kind)
+    return centered, norm_scale(centered, kind, epsilon)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _layer_parts(
     x: Float[Array, "rows width"], epsilon: float
 ) -> tuple[Float[Array, "rows width"], Float[Array, " rows"]]:
-    # Means are kept, not made again in every pass that reads them: a GPU then has nothing to add up in those.
-    centered = x - fenced(jnp.mean(x, axis=-1, keepdims=True))
+    centered = center(x, "layer")
     return centered, norm_scale(centered, "layer", epsilon)
 
 
@@ -121,7 +121,7 @@ def _layer_slopes(epsilon: float, at: tuple[Array], moved: tuple[Array]) -> tupl
     (x,) = moved
     # What is centered adds up to zero, so the scale does not move with the mean.
     slope = fenced(jnp.mean(centered * x, axis=-1) / scale)
-    return (centered, scale), (x - fenced(jnp.mean(x, axis=-1, keepdims=True)), slope)
+    return (centered, scale), (center(x, "layer"), slope)
 
 
 def norm_scale(centered: Float[Array, "rows width"], kind: NormKind, epsilon: float) -> Float[Array, " rows"]:

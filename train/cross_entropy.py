@@ -1,6 +1,7 @@
 """The loss of targets among logits, as sums, whole or a few positions at a time."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -99,15 +100,17 @@ def in_chunks(
     )
     # Numbers that are swept are traced: they go in as arguments.
     numbers = {name: getattr(settings, name) for name in ("label_smoothing", "z_loss")}
-    swept: dict[str, Any] = {
-        name: number for name, number in numbers.items() if not isinstance(number, int | float)
-    }
-    known = dataclasses.replace(settings, **{name: 0.0 for name in swept})  # type: ignore[arg-type]
-    weights = unembedding_of(parameters, config)
+    swept = {name: number for name, number in numbers.items() if not isinstance(number, int | float)}
+
+    def of_chunk(weights: Parameters, swept: dict[str, Any], context: Array, targets: Array) -> Sums:
+        logits = unembed(weights, context, config)
+        return cross_entropy(logits, targets, dataclasses.replace(settings, **swept))
+
+    inputs = (unembedding_of(parameters, config), swept, *parts)
     # Whoever reads the loss alone, as training does, pays for nothing else.
-    loss = _loss_of_chunks(weights, *parts, swept, config, known)
-    found = _sums_of_chunks(*jax.lax.stop_gradient((weights, *parts, swept)), config, known)
-    return dataclasses.replace(found, loss=loss, count=jnp.sum(targets != NO_TARGET, dtype=jnp.float32))
+    found = _total(of_chunk, *jax.lax.stop_gradient(inputs))
+    count = jnp.sum(targets != NO_TARGET, dtype=jnp.float32)
+    return dataclasses.replace(found, loss=_loss(of_chunk, *inputs), count=count)
 
 
 def chunks_of(batch: int, length: int, rows: int) -> tuple[int, int]:
@@ -119,77 +122,54 @@ def chunks_of(batch: int, length: int, rows: int) -> tuple[int, int]:
     return chunks, -(-length // chunks)
 
 
-def _sums_of_chunks(
-    parameters: Parameters,
+OfChunk = Callable[[Parameters, dict[str, Any], Array, Array], Sums]
+
+
+def _total(
+    of_chunk: OfChunk,
+    weights: Parameters,
+    swept: dict[str, Any],
     context: Float[Array, "chunk batch position width"],
     targets: Int[Array, "chunk batch position"],
-    swept: dict[str, Any],
-    config: ModelConfig,
-    settings: ObjectiveSettings,
 ) -> Sums:
     """The sums over all chunks, one after another."""
 
     def add(total: Sums, chunk: tuple[Array, Array]) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, total, _sums_of_chunk(parameters, *chunk, swept, config, settings)), None
+        return jax.tree.map(jnp.add, total, of_chunk(weights, swept, *chunk)), None
 
     return jax.lax.scan(add, Sums(*(jnp.zeros((), jnp.float32),) * 4), (context, targets))[0]
 
 
-def _sums_of_chunk(
-    parameters: Parameters,
-    context: Float[Array, "batch position width"],
-    targets: Int[Array, "batch position"],
-    swept: dict[str, Any],
-    config: ModelConfig,
-    settings: ObjectiveSettings,
-) -> Sums:
-    logits = unembed(parameters, context, config)
-    return cross_entropy(logits, targets, dataclasses.replace(settings, **swept))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _loss_of_chunks(
-    parameters: Parameters,
-    context: Float[Array, "chunk batch position width"],
-    targets: Int[Array, "chunk batch position"],
-    swept: dict[str, Any],
-    config: ModelConfig,
-    settings: ObjectiveSettings,
-) -> Float[Array, ""]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(of_chunk: OfChunk, *inputs: Any) -> Float[Array, ""]:
     """The loss alone, with its slopes made on the way forth, where they are asked for.
 
     It is one number, so the slope of a logit is known as soon as the logit is, and no logits need be made again on
     the way back (Hsu et al. 2024, arXiv:2410.10989, section 3.2). Swept numbers have no slope here.
     """
-    return _sums_of_chunks(parameters, context, targets, swept, config, settings).loss
+    return _total(of_chunk, *inputs).loss
 
 
 def _forth(
-    parameters: Parameters, context: Array, targets: Array, swept: Any, config: ModelConfig, settings: Any
-) -> tuple[Array, tuple[Parameters, Array, Any]]:
-    def loss(parameters: Parameters, context: Array, targets: Array) -> Array:
-        return _sums_of_chunk(parameters, context, targets, swept, config, settings).loss
-
+    of_chunk: OfChunk, weights: Parameters, swept: dict[str, Any], context: Array, targets: Array
+) -> tuple[Array, tuple[Parameters, Array]]:
     def add(carry: tuple[Array, Parameters], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Parameters], Array]:
-        some, (of_parameters, of_context) = jax.value_and_grad(loss, argnums=(0, 1))(parameters, *chunk)
-        return jax.tree.map(jnp.add, carry, (some, of_parameters)), of_context
+        loss = lambda weights, context: of_chunk(weights, swept, context, chunk[1]).loss
+        some, (of_weights, of_context) = jax.value_and_grad(loss, argnums=(0, 1))(weights, chunk[0])
+        return jax.tree.map(jnp.add, carry, (some, of_weights)), of_context
 
     # Slopes add up in float32, whatever the weights are.
-    none = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32)), parameters)
-    (found, of_parameters), of_context = jax.lax.scan(add, (jnp.zeros((), jnp.float32), none), (context, targets))
-    of_parameters = jax.tree.map(lambda slope, x: slope.astype(x.dtype), of_parameters, parameters)
-    return found, (of_parameters, of_context, swept)
+    none = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32)), weights)
+    (found, of_weights), of_context = jax.lax.scan(add, (jnp.zeros((), jnp.float32), none), (context, targets))
+    return found, (jax.tree.map(lambda slope, x: slope.astype(x.dtype), of_weights, weights), of_context)
 
 
-def _back(
-    config: ModelConfig, settings: ObjectiveSettings, kept: tuple[Parameters, Array, Any], slope: Array
-) -> tuple[Parameters, Array, None, Any]:
-    of_parameters, of_context, swept = kept
-    times = lambda x: (x * slope).astype(x.dtype)
-    return jax.tree.map(times, of_parameters), times(of_context), None, jax.tree.map(jnp.zeros_like, swept)
+def _back(of_chunk: OfChunk, kept: tuple[Parameters, Array], slope: Array) -> tuple[Parameters, None, Array, None]:
+    of_weights, of_context = jax.tree.map(lambda x: (x * slope).astype(x.dtype), kept)
+    return of_weights, None, of_context, None
 
 
-_loss_of_chunks.defvjp(_forth, _back)
+_loss.defvjp(_forth, _back)
 
 
 def rows_of_chunk(config: ModelConfig, settings: ObjectiveSettings, kind: str | None = None) -> int:

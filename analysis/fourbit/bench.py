@@ -23,7 +23,6 @@ OPTIMIZERS: Mapping[str, optax.GradientTransformation] = {
     "8 bit, rank1_linear": adamw_4bit(1e-3, bits=8),
 }
 # What it says of the update alone, a step of training says of what people wait for.
-TRAINED = {"cpu": SIZES[-1], "gpu": GPU_SIZES[0]}
 TRAINED_WITH = ("adamw_4bit", "adamw_4bit_factor", "adamw_8bit")
 
 
@@ -56,7 +55,8 @@ def bench_fourbit(
         bench.cost_row(f"AdamW update: {name}", "optax.adamw", measured[name], measured["optax"], "ms", note)
         for name in optimizers
     ]
-    rows += _training_steps(trained or TRAINED.get(jax.default_backend(), SIZES[-1]), rounds, say)
+    trained = trained or (GPU_SIZES[0] if jax.default_backend() == "gpu" else SIZES[-1])
+    rows += _training_steps(trained, rounds, say)
     whole = state_bytes(weights, theirs) / 1e6
     for name, optimizer in optimizers.items():
         ours = state_bytes(weights, optimizer) / 1e6

@@ -211,11 +211,9 @@ def kept_of_layer(
     row = norms * norm + sublayers * m.width * c + 2 * heads * m.head_size * c + hidden * (counted * c + others)
     if m.query_key_norm:
         row += (heads + groups) * (8 * m.head_size + 12)
-    association = 4 * length
-    if not fused:
-        association = FLOAT32 * pairs + 9 * length
-        if looped:
-            association += c * pairs + FLOAT32 * m.head_size * length
+    association = 4 * length if fused else FLOAT32 * pairs + 9 * length
+    if looped and not fused:
+        association += c * pairs + FLOAT32 * m.head_size * length
     per_sequence = 2 * groups * m.head_size * c * read + heads * association
     return rows * row + sequences * per_sequence
 

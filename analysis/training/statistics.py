@@ -51,11 +51,11 @@ def looker(batch: Batch, config: ModelConfig, batched: bool) -> Callable[[Parame
     On a CPU they come one after another, elsewhere as many at a time as have room for their walks.
     """
     one = lambda parameters: statistics(parameters, batch, config)
-    at_once = None if jax.default_backend() == "cpu" else models_at_once(batch.tokens.size, config)
+    at_once = None if jax.default_backend() == "cpu" else walks_at_once(batch.tokens.size, config)
     return jax.jit(lambda many: jax.lax.map(one, many, batch_size=at_once) if batched else one(many))
 
 
-def models_at_once(tokens: int, config: ModelConfig) -> int:
+def walks_at_once(tokens: int, config: ModelConfig) -> int:
     """How many models' walks of so many tokens have about ``NUMBERS_AT_ONCE`` numbers."""
     of_layer = 12 * config.width + 2 * config.heads * config.length
     return max(NUMBERS_AT_ONCE // (tokens * config.layers * of_layer), 1)

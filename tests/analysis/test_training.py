@@ -219,7 +219,7 @@ def test_of_many_models_statistics_are_those_of_each_also_side_by_side(monkeypat
     # Two at a time, and one is left over.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(training_statistics, "NUMBERS_AT_ONCE", 2 * 18 * (12 * 8 + 2 * 2 * 6))
-    assert training_statistics.models_at_once(18, config) == 2
+    assert training_statistics.walks_at_once(18, config) == 2
     found = looker(batch, config, batched=True)(models)
     for name, values in found.items():
         np.testing.assert_allclose(values, one_by_one[name], rtol=1e-5, atol=1e-6, err_msg=name)
