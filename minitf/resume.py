@@ -1,6 +1,7 @@
 """The forward pass from a layer on: what an edit at that layer can change, without the layers before it."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,13 @@ def _weights(parameters: Parameters, layer: int | Int[Array, ""]) -> Layer:
     """One layer's; of single layers only a known number can be chosen."""
     if isinstance(parameters.layers, tuple):
         return parameters.layers[int(layer)]
-    return jax.tree.map(lambda x: x[layer], parameters.layers)
+    if not isinstance(layer, jax.Array):
+        return jax.tree.map(lambda x: x[layer], parameters.layers)
+    # A traced number is known to be of a layer: indexing with it would ask of every weight whether it is negative.
+    of_layer = partial(
+        jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False, allow_negative_indices=False
+    )
+    return jax.tree.map(of_layer, parameters.layers)
 
 
 def _config(config: ModelConfig, layer: int | Int[Array, ""]) -> ModelConfig:

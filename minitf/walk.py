@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import html
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -230,16 +231,23 @@ def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index
         _places(name, axis, full, size, index.get(axis, slice(None)))
         for axis, full, size in zip(axes, like.shape, shape, strict=True)
     ]
+    return put_change(name, _placed(tuple(places), keep, put, shape, like.dtype))
+
+
+# One program, which serves for other places and numbers too; inside of a jit it is as if written there.
+@partial(jax.jit, static_argnames=("shape", "dtype"), inline=True)
+def _placed(places: tuple[Array, ...], keep: Any, put: Any, shape: tuple[int, ...], dtype: Any) -> Change:
+    """The change of an array of this shape that is ``keep`` and ``put`` at these places on its axes."""
     where = jnp.ix_(*(jnp.atleast_1d(p) for p in places))
     # An axis with a single index is not part of what keep and put broadcast against.
     single = tuple(axis for axis, p in enumerate(places) if p.ndim == 0)
+    chosen = [p.size for p in places if p.ndim]
 
-    def placed(fill: float, value: Any) -> Array:
-        chosen = [p.size for p in places if p.ndim]
-        value = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(value, like.dtype), chosen), single)
-        return jnp.full(shape, fill, like.dtype).at[where].set(value)
+    def filled(fill: float, value: Any) -> Array:
+        value = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(value, dtype), chosen), single)
+        return jnp.full(shape, fill, dtype).at[where].set(value)
 
-    return put_change(name, Change(keep=placed(1.0, keep), put=placed(-0.0, put)))
+    return Change(keep=filled(1.0, keep), put=filled(-0.0, put))
 
 
 def _change_by_layer(
@@ -258,7 +266,7 @@ def _change_by_layer(
     return tuple(found)
 
 
-def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array:
+def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array | np.ndarray:
     """The chosen places on one axis of ``full`` places, of which the edit holds ``size``."""
     if isinstance(chosen, jax.core.Tracer):
         return jnp.asarray(chosen)
@@ -266,7 +274,7 @@ def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array:
         places = np.arange(full)[np.asarray(chosen) if not isinstance(chosen, slice) else chosen]
     except IndexError:
         raise ValueError(f"{axis}={chosen} is outside {name!r}, which has {full} on that axis") from None
-    return jnp.asarray(places if size == full else np.zeros(size, int))
+    return np.asarray(places) if size == full else np.zeros(size, int)
 
 
 def put_change(name: str, value: Leaf) -> Edit:
@@ -277,10 +285,13 @@ def put_change(name: str, value: Leaf) -> Edit:
 def identity_edit(shapes: Walk) -> Edit:
     """The edit that changes every leaf to itself, bit for bit."""
 
-    def neutral(like: Any) -> Change:
-        return Change(keep=jnp.ones(like.shape, like.dtype), put=jnp.full(like.shape, -0.0, like.dtype))
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(tree, _neutral(tuple((like.shape, jnp.dtype(like.dtype)) for like in leaves)))
 
-    return jax.tree.map(neutral, shapes)
+
+@partial(jax.jit, static_argnames=("shapes",), inline=True)
+def _neutral(shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> list[Change]:
+    return [Change(keep=jnp.ones(*like), put=jnp.full(like[0], -0.0, like[1])) for like in shapes]
 
 
 def compose(first: Edit, second: Edit) -> Edit:

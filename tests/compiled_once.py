@@ -2,10 +2,9 @@
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
-from xla_flags import LIGHTLY, WHOLE
+from xla_flags import LIGHTLY
 
 # ``python -m minitf``, with the usual answer to Ctrl-C whoever started the tests: a shell starts what runs in the
 # background without one.
@@ -17,18 +16,20 @@ INTERRUPTIBLE = [
 ]
 
 _ROOT = Path(__file__).parents[1]
-_FOLDER = tempfile.TemporaryDirectory()
+
+
+def kept_in(folder):
+    """The settings with which JAX keeps every program that it compiles."""
+    return {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
 
 
 def environment(**more):
-    """That of this process, with a folder for compiled programs that lasts as long as it."""
-    kept = {
-        "JAX_COMPILATION_CACHE_DIR": _FOLDER.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
-    }
-    return os.environ | kept | more
+    """That of this process, with the folder for compiled programs that ``conftest.py`` made."""
+    return os.environ | {"JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"} | more
 
 
 def lightly(devices=1):
@@ -43,4 +44,5 @@ def lightly(devices=1):
 
 def quickly():
     """The same, for programs that run for seconds, as long as it takes to compile them: half as well is sooner."""
-    return environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS=f"--xla_backend_optimization_level=1 {WHOLE}")
+    half = f"--xla_backend_optimization_level=1 {LIGHTLY}"
+    return environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS=half)

@@ -1,10 +1,12 @@
 """For all tests."""
 
 import gc
+import os
 
 import hypothesis
 import jax
 import pytest
+from compiled_once import kept_in
 
 # An error's message is compared to its end, to which JAX would add what it left out of the stack trace.
 jax.config.update("jax_traceback_filtering", "off")
@@ -25,6 +27,13 @@ LONGEST = (
     *("test_walk_bench.py", "test_patching.py", "test_plan.py", "test_exact_walk.py", "test_free_when_unused.py"),
     *("test_report_in_a_browser.py", "test_decode.py", "test_mixer_study.py", "test_mixers_command.py"),
 )
+
+
+def pytest_configure(config):
+    """A program is compiled once for all modules, all processes and all runs: ``--cache-clear`` forgets them."""
+    for name, value in kept_in(config.cache.mkdir("programs")).items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for commands in processes of their own
 
 
 def pytest_collection_modifyitems(items):

@@ -88,6 +88,7 @@ def small_run(name: str, optimizer: str, rates: tuple[float, float], seeds: int)
         probability=probability,
         distinct=distinct,
         common=common,
+        largest_row_sum=np.zeros(seeds),
     )
 
 

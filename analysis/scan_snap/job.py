@@ -153,7 +153,7 @@ def _small(config: ScanSnapConfig, job: Stages) -> tuple[list[SmallRun], list[Cl
         ],
     )
     claims = job.claims(
-        "small", "claims: Fig. 4, 5", lambda: [*row_sum_claims(), *small_claims(small, config.seed)]
+        "small", "claims: Fig. 4, 5", lambda: [*row_sum_claims(small), *small_claims(small, config.seed)]
     )
     return small, claims
 

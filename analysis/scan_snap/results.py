@@ -28,6 +28,7 @@ class SmallRun:
     probability: np.ndarray  # [class, token], P(token | class)
     distinct: np.ndarray  # [class, token], bool
     common: np.ndarray  # [token], bool
+    largest_row_sum: np.ndarray  # [seed], |sum| over a row of Y or Z, after the last step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,6 +112,7 @@ def run_small(
             report=report,
         )
         histories.append(history)
+        row_sums = largest_row_sum(history.parameters)
         for i, setting in enumerate(chosen):
             runs[setting.name] = SmallRun(
                 name=setting.name,
@@ -125,8 +126,17 @@ def run_small(
                 probability=data.probability,
                 distinct=data.is_distinct,
                 common=np.arange(data.contextual) < data.common,
+                largest_row_sum=row_sums[:, i],
             )
     return [runs[s.name] for s in settings if s.name in runs], histories
+
+
+def largest_row_sum(parameters: Parameters) -> Float[np.ndarray, "*run"]:
+    """The largest ``|row sum|`` of Y and Z, of each run."""
+    tables = (parameters.unembedding, parameters.layers.attention.table)
+    sums = [np.abs(np.asarray(x).sum(axis=-1)) for x in tables]
+    runs = sums[0].ndim - 1
+    return np.maximum(*(x.max(axis=tuple(range(runs, x.ndim))) for x in sums))
 
 
 def _medium_data(queries: int, length: int) -> SequenceClasses:

@@ -28,6 +28,7 @@ def small_run(name="a", value=1.5):
         probability=np.ones((2, 4)),
         distinct=np.ones((2, 4), bool),
         common=np.zeros(4, bool),
+        largest_row_sum=np.zeros(1),
     )
 
 

@@ -74,6 +74,18 @@ def test_recorded_attention_is_that_of_the_trained_tables(tiny):
         assert np.abs(z).max() > 0
 
 
+def test_rows_sum_to_zero_with_sgd_and_what_they_sum_to_with_adam_is_found(tiny):
+    runs, histories = tiny
+    for run, history, i in ((runs[0], histories[0], 0), (runs[2], histories[0], 1), (runs[1], histories[1], 0)):
+        tables = (history.parameters.unembedding, history.parameters.layers.attention.table)
+        for seed, found in enumerate(run.largest_row_sum):
+            rows = np.concatenate([np.asarray(x)[seed, i].reshape(-1, TINY.vocabulary) for x in tables])
+            # Sums of a dozen float32 numbers, of at most a few units.
+            assert found == pytest.approx(np.abs(rows.astype(np.float64).sum(axis=1)).max(), abs=1e-5)
+    assert max(runs[0].largest_row_sum.max(), runs[2].largest_row_sum.max()) < 1e-5 < 1e-2
+    assert runs[1].largest_row_sum.min() > 1e-2
+
+
 def test_the_same_seed_repeats_bit_for_bit(tiny):
     again, _ = run_small(SETTINGS, TINY, 2, seed=3, steps=6)
     for run, same in zip(tiny[0], again, strict=True):

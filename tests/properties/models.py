@@ -115,9 +115,14 @@ def random_config(generator, fixed):
 
 def random_parameters(config, seed=0, dtype=jnp.float32):
     """Weights of ordinary size everywhere: no bias is zero, no gain is one, so that each of them is tested."""
+    # Rounded by numpy and put where they belong: JAX's own asarray compiles a program for every shape.
+    return jax.device_put(_drawn(config, seed, jnp.dtype(dtype)))
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(config, seed, dtype):
     generator = np.random.default_rng(seed)
-    # Rounded by numpy and put where it belongs: JAX's own asarray compiles a program for every shape.
-    in_dtype = lambda x: jax.device_put(np.asarray(x, dtype))
+    in_dtype = lambda x: np.asarray(x, dtype)
 
     def draw(path, declaration):
         noise = generator.normal(size=declaration.shape)
@@ -148,9 +153,16 @@ def random_tokens(config, seed=0, batch=BATCH, length=LENGTH):
 
 def shapes(config, parameters=None, tokens=None):
     """The walk's shapes: what edits are sized by."""
+    if parameters is None and tokens is None:
+        return _usual_shapes(config)
     parameters = random_parameters(config) if parameters is None else parameters
     tokens = random_tokens(config) if tokens is None else tokens
     return jax.eval_shape(lambda p, t: walk(p, t, config), parameters, tokens)
+
+
+@functools.lru_cache(maxsize=64)
+def _usual_shapes(config):
+    return shapes(config, random_parameters(config))
 
 
 def neutral(config):
