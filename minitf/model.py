@@ -41,8 +41,9 @@ def walk(
         edit: changes to any leaves, in the order in which the leaves are computed.
         valid: False marks padding, which no query may see.
         association: False leaves scores and patterns out of the walk, so that a kernel that never stores them can
-            run where there is one: cuDNN's, on a GPU in half precision. Elsewhere values are mixed before they are
-            divided, which is faster to train: the numbers are the same up to rounding.
+            run where there is one: cuDNN's, on a GPU in half precision, and on one CPU
+            :mod:`minitf.attend_in_cache`; they have no forward-mode derivative. Elsewhere values are mixed before
+            they are divided. All are faster to train, and the same up to rounding.
         unroll: layers per iteration of the scan; ``True`` unrolls all of them, so that XLA can also drop the
             layers after the last one that is used.
         rematerialize: under ``grad``, keep only where each layer starts and compute the rest again on the way

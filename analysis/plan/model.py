@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 
 from minitf import ModelConfig, initialize
 from minitf.analysis.plan.devices import Collective, Device
+from minitf.attend_in_cache import block_of
 from minitf.mixers import Softmax
-from minitf.mixers.softmax import BLOCK, MOST_BLOCKS
 from minitf.parameters import Declaration, declare, is_declaration
 from minitf.train import sharding
 from minitf.train.batch import Batch
@@ -148,13 +148,15 @@ def window_bytes(run: Run, mesh: MeshSettings, steps: int) -> int:
     return run.seeds * steps * rows * (run.model.length + 1) * 4
 
 
-def is_fused(run: Run, device: Device | None) -> bool:
-    """Whether cuDNN's attention computes the association, and never stores it."""
+def is_fused(run: Run, mesh: MeshSettings, device: Device | None) -> bool:
+    """Whether the association is never stored: cuDNN's attention computes it, or that of one CPU."""
     m = run.model
     usual = m.attention == "query_key" and m.position != "alibi" and m.attend_self and not _window(m)
-    fits = run.config.training.precision == "bfloat16" and m.head_size % 8 == 0 and m.head_size <= 128
     unread = not run.config.objective.attention_dropout and _is_softmax(m)
-    return device is not None and device.kind == "gpu" and usual and fits and unread
+    if device is None or device.kind == "cpu":
+        return mesh.devices == 1 and usual and unread
+    fits = run.config.training.precision == "bfloat16" and m.head_size % 8 == 0 and m.head_size <= 128
+    return device.kind == "gpu" and usual and fits and unread
 
 
 def _is_softmax(model: ModelConfig) -> bool:
@@ -175,7 +177,7 @@ def seen_keys(model: ModelConfig, length: int) -> tuple[int, int]:
 
     A block of ``s`` queries that ends at ``e`` has ``s e`` pairs and reads ``e`` keys.
     """
-    size = min(max(BLOCK, -(-length // MOST_BLOCKS)), length) if model.causal else length
+    size = min(block_of(length), length) if model.causal else length
     ends = [min(first + size, length) for first in range(0, length, size)]
     return sum((end - first) * end for first, end in zip([0, *ends], ends, strict=False)), sum(ends)
 
@@ -193,9 +195,9 @@ def kept_of_layer(
     * n F' c of the feed-forward, n by its kind (``HIDDEN_KEPT``)
 
     and of every head 4 + c for each pair of positions (exponentials, in float32 and as they are read), 9 for each
-    query. A fused attention keeps 4 bytes for each query instead. Layers one by one keep less: XLA makes again
-    what is cheap, so a norm keeps the stream, D c, attention its exponentials once and no undivided mixtures, and
-    the feed-forward what ``HIDDEN_FUSED`` says.
+    query. A fused attention keeps 4 bytes for each query instead, and its mixtures twice. Layers one by one keep
+    less: XLA makes again what is cheap, so a norm keeps the stream, D c, attention its exponentials or mixtures
+    once and none undivided, and the feed-forward what ``HIDDEN_FUSED`` says.
     """
     m, c, rows = model, number, sequences * length
     heads, groups = _over(m.heads, tensor), _over(m.groups, tensor)
@@ -212,8 +214,8 @@ def kept_of_layer(
     if m.query_key_norm:
         row += (heads + groups) * (8 * m.head_size + 12)
     association = 4 * length if fused else FLOAT32 * pairs + 9 * length
-    if looped and not fused:
-        association += c * pairs + FLOAT32 * m.head_size * length
+    if looped:
+        association += c * m.head_size * length if fused else c * pairs + FLOAT32 * m.head_size * length
     per_sequence = 2 * groups * m.head_size * c * read + heads * association
     return rows * row + sequences * per_sequence
 
@@ -271,7 +273,7 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     whole = run.config.training.batch // parts
     sequences = max(whole // (mesh.data * mesh.fsdp), 1)
     rows, rematerialize = sequences * m.length, run.config.training.rematerialize
-    fused = is_fused(run, device)
+    fused = is_fused(run, mesh, device)
     stream = rows * m.width * c
     if has_formula(m):
         one = lambda looped: kept_of_layer(m, sequences, m.length, c, t, fused, looped)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minitf import aggregate, filter
+from minitf.attend_in_cache import attend_in_cache, block_of
 from minitf.config import ModelConfig
 from minitf.mixers.contract import (
     About,
@@ -28,9 +29,6 @@ from minitf.mixers.contract import (
 )
 from minitf.places import Places, places_at, places_from_start
 from minitf.walk import LayerWalk, apply
-
-# Queries in one block of a causal association, at least; and blocks at most, since each is compiled.
-BLOCK, MOST_BLOCKS = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +165,11 @@ class Softmax(Mixer):
     def _mixed(self, f: Filtered, config: ModelConfig, edit: LayerWalk, places: Places) -> Mixed:
         length = f.q.shape[1]
         edited = edit.scores is not None or edit.pattern is not None
-        if not places.association and not self.window and _has_kernel(f.q, config, places):
-            return Mixed(z=aggregate.attend(f.q, f.k, f.v, _scale(config), config.causal))
+        if not places.association and not self.window and _is_usual(config, places):
+            if _has_kernel(f.q):
+                return Mixed(z=aggregate.attend(f.q, f.k, f.v, _scale(config), config.causal))
+            if _is_one_cpu():
+                return Mixed(z=attend_in_cache(f.q, f.k, f.v, _scale(config), config.causal))
         whole = edited or places.goes_on
         mixed = _associate(f, config, edit, places, length if whole else _block(length, config))
         chunks = self.window and not whole and not places.padded and config.position != "alibi"
@@ -183,7 +184,7 @@ def _scale(config: ModelConfig) -> float:
 
 
 def _block(length: int, config: ModelConfig) -> int:
-    return max(BLOCK, -(-length // MOST_BLOCKS)) if config.causal else length
+    return block_of(length) if config.causal else length
 
 
 def _whole(length: int, config: ModelConfig, window: int) -> Places:
@@ -258,8 +259,18 @@ def _in_window(
     return z.reshape(batch, chunks * window, *z.shape[2:])[:, :length]
 
 
-def _has_kernel(q: Float[Array, "batch query head head_width"], config: ModelConfig, places: Places) -> bool:
-    """Whether cuDNN's fused attention computes this association: on a GPU, in half precision, nothing unusual."""
+def _is_usual(config: ModelConfig, places: Places) -> bool:
+    """Whether the association is one that kernels compute: of queries and keys alone, of whole sequences."""
     usual = config.attention == "query_key" and config.position != "alibi" and config.attend_self
+    return usual and not places.goes_on and not places.padded
+
+
+def _has_kernel(q: Float[Array, "batch query head head_width"]) -> bool:
+    """Whether cuDNN's fused attention takes it: on a GPU, in half precision."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return usual and fits and not places.goes_on and not places.padded and jax.default_backend() == "gpu"
+    return fits and jax.default_backend() == "gpu"
+
+
+def _is_one_cpu() -> bool:
+    """Whether sequences may be taken one after another: on several devices they lie side by side."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1

@@ -28,11 +28,13 @@ def test_what_no_result_needs_costs_nothing():
     assert flops(lambda a, b: jax.jit(both)(a, b)[1], A, B) == A.size
     tokens = jnp.zeros((1, 12), jnp.int32)
     parameters = initialize(CONFIG, jax.random.key(0))
-    dropped = flops(lambda p: walk(p, tokens, CONFIG).logits, parameters)
+    valid = jnp.ones((1, 12), bool)  # no kernel takes these
+    dropped = flops(lambda p: walk(p, tokens, CONFIG, valid=valid).logits, parameters)
     # Where nobody reads an association, mixtures are divided, which are 8 numbers, in place of 12 weights.
     divided = 3 * 2 * 12 * (12 - 8)
-    assert dropped == flops(lambda p: walk(p, tokens, CONFIG, association=False).logits, parameters) + divided
-    assert dropped < flops(lambda p: walk(p, tokens, CONFIG), parameters)
+    unread = flops(lambda p: walk(p, tokens, CONFIG, valid=valid, association=False).logits, parameters)
+    assert dropped == unread + divided
+    assert dropped < flops(lambda p: walk(p, tokens, CONFIG, valid=valid), parameters)
 
 
 def test_a_scan_costs_its_length_and_only_what_its_results_need():

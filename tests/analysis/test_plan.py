@@ -194,15 +194,20 @@ def _autodiff_keeps(model, sequences, dtype):
     return sum(x.size * x.dtype.itemsize for x in of_layers)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("kind", "dtype"), [("as GPT-2's", "float32"), *((kind, "bfloat16") for kind in LAYERS)])
-def test_a_layer_in_a_loop_keeps_what_autodiff_asks_for_to_the_byte(kind, dtype):
+def test_a_layer_in_a_loop_keeps_what_autodiff_asks_for_to_the_byte(monkeypatch, kind, dtype, fused):
+    if not fused:
+        monkeypatch.setattr(jax, "device_count", lambda: 2)  # where sequences lie side by side
+    jax.clear_caches()
+    fused = fused and LAYERS[kind].get("position") != "alibi"
     # No other axis is as long as that of the layers.
     sizes = {"vocabulary": 50, "layers": 17, "width": 48, "heads": 6, "length": 20}
     model = ModelConfig(**{**sizes, **LAYERS[kind]})
     # Of one more sequence: weights fall away.
     one = _autodiff_keeps(model, 5, dtype) - _autodiff_keeps(model, 4, dtype)
     number = jnp.dtype(dtype).itemsize
-    kept = paper.kept_of_layer(model, 1, model.length, number, tensor=1, fused=False, looped=True)
+    kept = paper.kept_of_layer(model, 1, model.length, number, tensor=1, fused=fused, looped=True)
     assert 17 * kept == one
 
 
@@ -303,18 +308,20 @@ def test_less_is_kept_when_made_again_in_parts_or_by_a_fused_attention():
     # But for one more layer's part that is made again, only where layers start.
     assert kept() < whole / 20
     assert kept(parts=4, rematerialize=False) == whole // 4
-    assert kept(device=device, rematerialize=False) < whole
-    assert kept(device=device, rematerialize=False, precision="float32") == kept(
-        rematerialize=False, precision="float32"
-    )
+    # That of one CPU takes float32 too, that of a card does not.
+    assert kept(device=device, rematerialize=False) == whole
+    whole = kept(rematerialize=False, precision="float32")
+    assert kept(device=device, rematerialize=False, precision="float32") > 1.5 * whole
 
 
 def test_six_operations_a_weight_are_about_what_is_counted():
     run = job.run_of(as_config(read_preset("gpt2-124m")))
     m, tokens = run.model, 512 * run.model.length
     attention = 12 * m.layers * m.width * m.length * tokens
-    # Counted are norms, softmax and the like too, and of causal attention little more than half.
-    assert run.operations == pytest.approx(paper.usual_operations(m, tokens) - attention / 2, rel=0.02)
+    # Counted are norms, softmax and the like too, and of causal attention little more than half: of its six
+    # products, and of a seventh, for the scores are made again.
+    expected = paper.usual_operations(m, tokens) - attention + attention * 7 / 12
+    assert run.operations == pytest.approx(expected, rel=0.02)
 
 
 def test_a_ring_is_as_fast_as_its_node_or_as_the_ports_that_leave_it():
@@ -350,7 +357,7 @@ def test_any_mixer_can_be_planned_and_what_is_counted_of_attention_is_its_formul
         for mixer, layers in (("Softmax", 2), ("Softmax", 4), ("Retention", 2))
     }
     kept = {name: paper.kept_by_autodiff(run, False) for name, run in runs.items()}
-    formula = paper.kept_of_layer(runs["Softmax", 2].model, 1, 32, 4, tensor=1, fused=False, looped=True)
+    formula = paper.kept_of_layer(runs["Softmax", 2].model, 1, 32, 4, tensor=1, fused=True, looped=True)
     # Of the weights, which are taken off, it does not keep the offsets of two norms.
     assert kept["Softmax", 4] - kept["Softmax", 2] == 2 * (formula - 2 * 4 * SMALL["width"])
     memory = paper.memory(runs["Retention", 2], MeshSettings(), 1, 1, None)

@@ -19,9 +19,8 @@ from properties.models import (
     relative_error,
 )
 
-from minitf import aggregate, walk
+from minitf import aggregate, attend_in_cache, walk
 from minitf.edits import set_to
-from minitf.mixers import softmax
 from minitf.parameters import split_layers
 from minitf.walk import get, leaves
 
@@ -32,7 +31,7 @@ UNIT = 2.0**-24
 def in_blocks_of_two():
     # Blocks are not among the arguments of what is compiled: no program of before may serve.
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(softmax, "BLOCK", 2)
+        patched.setattr(attend_in_cache, "BLOCK", 2)
         jax.clear_caches()
         yield
     jax.clear_caches()
