@@ -94,7 +94,7 @@ class Memory:
         copies: weights in the precision of the computation, where that is another.
         gathered: weights of a layer, whole over ``fsdp``: this one's, the next one's, and this one's gradient.
         kept: activations that all layers keep for the way back.
-        loss: logits of one chunk, their exponentials, their gradient.
+        loss: logits of one chunk, their exponentials, their gradient; several chunks' slopes of what unembeds.
         layer: what the way back through one layer holds besides.
         update: clipped gradients and an update; where steps may be skipped, all, and new weights beside old.
         temporary: the most of it all, beside inputs, at any time of a step.
@@ -250,14 +250,19 @@ def kept_by_autodiff(run: Run, rematerialize: bool) -> int:
 def logit_bytes(run: Run, sequences: int, whole: int, tensor: int, device: Device | None) -> int:
     """Logits of a chunk (c), their exponentials (float32), their gradient (c), of the vocabulary's part.
 
-    Chunks are of positions of all sequences: ``whole`` is their number on all devices.
+    Chunks are of positions of all sequences: ``whole`` is their number on all devices. Where there are several, the
+    slopes of what unembeds add up beside, in float32.
     """
     m = run.model
     rows = rows_of_chunk(m, run.config.objective, None if device is None else device.kind)
-    positions = m.length if rows >= whole * m.length else chunks_of(whole, m.length, rows)[1]
-    if run.objective == "classification" and m.causal:
-        positions = 1
-    return sequences * positions * _over(m.vocabulary, tensor) * (2 * run.number + FLOAT32)
+    vocabulary = _over(m.vocabulary, tensor)
+    classifies = run.objective == "classification"
+    length = 1 if classifies and m.causal else m.length
+    # Regression, and a mean over all positions, want the logits whole.
+    in_chunks = rows < whole * length and run.objective != "regression" and not (classifies and not m.causal)
+    positions = chunks_of(whole, length, rows)[1] if in_chunks else length
+    slopes = FLOAT32 * m.width * vocabulary if in_chunks else 0
+    return sequences * positions * vocabulary * (2 * run.number + FLOAT32) + slopes
 
 
 def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device | None) -> Memory:

@@ -314,6 +314,18 @@ def test_less_is_kept_when_made_again_in_parts_or_by_a_fused_attention():
     assert kept(device=device, rematerialize=False, precision="float32") > 1.5 * whole
 
 
+def test_a_loss_in_chunks_has_few_logits_at_a_time_and_slopes_in_float32():
+    def loss(chunk, precision):
+        config = config_of(training={"precision": precision}, objective={"chunk": chunk})
+        return paper.memory(job.run_of(config), MeshSettings(), 1, 1, None).loss
+
+    # 16 sequences of 32 positions; logits and their slopes, and exponentials in float32.
+    logits = SMALL["vocabulary"] * SMALL["length"] * 16
+    assert (loss(512, "float32"), loss(512, "bfloat16")) == (12 * logits, 8 * logits)
+    slopes = 4 * SMALL["vocabulary"] * SMALL["width"]
+    assert (loss(64, "float32"), loss(64, "bfloat16")) == (12 * logits // 8 + slopes, logits + slopes)
+
+
 def test_six_operations_a_weight_are_about_what_is_counted():
     run = job.run_of(as_config(read_preset("gpt2-124m")))
     m, tokens = run.model, 512 * run.model.length
