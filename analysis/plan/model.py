@@ -250,8 +250,8 @@ def kept_by_autodiff(run: Run, rematerialize: bool) -> int:
 def logit_bytes(run: Run, sequences: int, whole: int, tensor: int, device: Device | None) -> int:
     """Logits of a chunk (c), their exponentials (float32), their gradient (c), of the vocabulary's part.
 
-    Chunks are of positions of all sequences: ``whole`` is their number on all devices. Where there are several, the
-    slopes of what unembeds add up beside, in float32.
+    Chunks are of positions of all sequences: ``whole`` is their number on all devices. Where there are several,
+    the slopes of what unembeds add up beside, in float32.
     """
     m = run.model
     rows = rows_of_chunk(m, run.config.objective, None if device is None else device.kind)
