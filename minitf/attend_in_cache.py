@@ -17,10 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from minitf.cores import cores
 from minitf.filter import in_statistics_dtype
 
-# Queries in one block, at least, and blocks at most, since each is compiled; bytes of a block's scores, about.
-BLOCK, MOST_BLOCKS, CACHE_BYTES = 64, 8, 2**18
+# Queries in one block, at least; and blocks at most, since each is compiled.
+BLOCK, MOST_BLOCKS = 64, 8
+# Of a block's scores, about, which one core keeps in its cache; each of several wants more, to share operations.
+ONE_CORE_BYTES, SHARED_CORE_BYTES = 2**18, 2**20
 
 Queries = Float[Array, "batch position head head_width"]
 Keys = Float[Array, "batch position key_value_head head_width"]
@@ -126,9 +129,10 @@ def _scores(q: Rows, k: Float[Array, "pair key head_width"], first: int | None) 
 def _few_at_a_time(function: Callable[..., Any], *arrays: Array) -> Any:
     """``function`` of a few sequences after another, whose scores fit in a core's cache."""
     batch, length, heads = arrays[0].shape[:3]
-    one = heads * min(block_of(length), length) * length * 4
-    few = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * one <= CACHE_BYTES))
-    if few == batch:
+    one, most = heads * min(block_of(length), length) * length * 4, cores()
+    most = ONE_CORE_BYTES if most == 1 else most * SHARED_CORE_BYTES
+    few = max((n for n in range(2, batch + 1) if batch % n == 0 and n * one <= most), default=1)
+    if few >= batch:
         return function(*arrays)
     apart = jax.tree.map(lambda x: x.reshape(batch // few, few, *x.shape[1:]), arrays)
     found = jax.lax.map(lambda x: function(*x), apart)

@@ -4,7 +4,6 @@ One run is a pure function of its hyper-parameters and its key. ``train`` vmaps 
 seeds and rates is one program; what a run records comes to the host once per chunk.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Key
+
+from minitf.cores import cores
 
 Tree = Any
 CACHE_BYTES = 2**20  # of one core, about; parameters and moments of runs that train side by side stay within
@@ -224,12 +225,6 @@ def _parts(seeds: int) -> int:
     """Into how many equal shares to divide the seeds: at most one per core of a CPU, one elsewhere."""
     most = cores() if jax.default_backend() == "cpu" else 1
     return max(n for n in range(1, max(seeds, 1) + 1) if n <= most and seeds % n == 0)
-
-
-def cores() -> int:
-    """How many cores this process may use, which a scheduler or ``taskset`` can make fewer than there are."""
-    allowed = getattr(os, "sched_getaffinity", None)  # not on every system
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def first_non_finite(loss: np.ndarray) -> np.ndarray:

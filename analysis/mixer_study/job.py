@@ -25,9 +25,10 @@ from minitf.analysis.mixer_study.tasks import Task
 from minitf.analysis.page_parts import script_json
 from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people, writing_results
 from minitf.analysis.stages import Stages, noticing_interrupts
+from minitf.cores import cores
 from minitf.files import write_atomically
 from minitf.train import corpus
-from minitf.train.loop import Report, cores
+from minitf.train.loop import Report
 from minitf.train.progress import Progress
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"

@@ -35,13 +35,20 @@ def with_slopes(attend, scale, causal):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("length", "heads", "groups"), [(5, 4, 4), (5, 6, 2), (150, 4, 1), (1, 2, 2)])
 def test_mixtures_and_slopes_are_those_of_the_association(monkeypatch, cache, causal, length, heads, groups):
-    monkeypatch.setattr(attend_in_cache, "CACHE_BYTES", cache)
+    monkeypatch.setattr(attend_in_cache, "cores", lambda: 1)
+    monkeypatch.setattr(attend_in_cache, "ONE_CORE_BYTES", cache)
     with jax.enable_x64(True):
         inputs = drawn(6, length, heads, groups)
         found = with_slopes(attend_in_cache.attend_in_cache, 0.3, causal)(*inputs)
         expected = with_slopes(plainly, 0.3, causal)(*inputs)
         assert jax.tree.all(jax.tree.map(lambda x: x.dtype == jnp.float64, found))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-11), found, expected)
+
+
+def test_no_sequence_at_all_is_none_attended():
+    inputs = (x[:0] for x in drawn(1, 5, 4, 2, dtype=np.float32))
+    z, slopes = with_slopes(attend_in_cache.attend_in_cache, 0.3, True)(*inputs)
+    assert z.shape == (0, 5, 4, 8) and [x.shape[2] for x in slopes] == [4, 2, 2]
 
 
 def test_half_precision_stays_half_and_near():
