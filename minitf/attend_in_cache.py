@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from minitf.cores import cores
+from minitf.cores import cores, largest_divisor
 from minitf.filter import in_statistics_dtype
 
 # Queries in one block, at least; and blocks at most, since each is compiled.
@@ -109,13 +109,14 @@ def block_of(length: int) -> int:
     return max(BLOCK, -(-length // MOST_BLOCKS))
 
 
+def blocks(length: int, size: int) -> list[slice]:
+    """Queries in blocks of ``size``, of which the last may be shorter."""
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
+
+
 def _blocks(length: int, causal: bool) -> list[tuple[slice, slice]]:
     """Queries, and the keys that they see: those up to the block's end, or all."""
-    starts = range(0, length, block_of(length))
-    ends = [*starts[1:], length]
-    return [
-        (slice(first, end), slice(0, end if causal else length)) for first, end in zip(starts, ends, strict=True)
-    ]
+    return [(here, slice(0, here.stop if causal else length)) for here in blocks(length, block_of(length))]
 
 
 def _scores(q: Rows, k: Float[Array, "pair key head_width"], first: int | None) -> Pairs:
@@ -131,7 +132,7 @@ def _few_at_a_time(function: Callable[..., Any], *arrays: Array) -> Any:
     batch, length, heads = arrays[0].shape[:3]
     one, most = heads * min(block_of(length), length) * length * 4, cores()
     most = ONE_CORE_BYTES if most == 1 else most * SHARED_CORE_BYTES
-    few = max((n for n in range(2, batch + 1) if batch % n == 0 and n * one <= most), default=1)
+    few = largest_divisor(batch, most // one)
     if few >= batch:
         return function(*arrays)
     apart = jax.tree.map(lambda x: x.reshape(batch // few, few, *x.shape[1:]), arrays)

@@ -1,4 +1,4 @@
-"""How many cores this process has: XLA divides large operations among them."""
+"""How many cores this process has, among which XLA divides large operations; and equal shares."""
 
 import os
 
@@ -7,3 +7,8 @@ def cores() -> int:
     """How many cores this process may use, which a scheduler or ``taskset`` can make fewer than there are."""
     allowed = getattr(os, "sched_getaffinity", None)  # not on every system
     return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most ``most``, at least 1: how many fit, in equal shares."""
+    return max((n for n in range(2, number + 1) if number % n == 0 and n <= most), default=1)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
-from minitf.cores import cores
+from minitf.cores import cores, largest_divisor
 
 Tree = Any
 CACHE_BYTES = 2**20  # of one core, about; parameters and moments of runs that train side by side stay within
@@ -224,7 +224,7 @@ def compile_programs(
 def _parts(seeds: int) -> int:
     """Into how many equal shares to divide the seeds: at most one per core of a CPU, one elsewhere."""
     most = cores() if jax.default_backend() == "cpu" else 1
-    return max(n for n in range(1, max(seeds, 1) + 1) if n <= most and seeds % n == 0)
+    return largest_divisor(seeds, most)
 
 
 def first_non_finite(loss: np.ndarray) -> np.ndarray:
@@ -299,4 +299,4 @@ def _at_once(state: Tree) -> int:
     leaves = jax.tree.leaves(state)
     rates = leaves[0].shape[0]
     bytes_of_one = sum(x.size * x.dtype.itemsize for x in leaves) / rates
-    return max(n for n in range(1, rates + 1) if rates % n == 0 and (n == 1 or n * bytes_of_one <= CACHE_BYTES))
+    return largest_divisor(rates, int(CACHE_BYTES // bytes_of_one))

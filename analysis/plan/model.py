@@ -23,8 +23,9 @@ from jax.sharding import Mesh
 
 from minitf import ModelConfig, initialize
 from minitf.analysis.plan.devices import Collective, Device
-from minitf.attend_in_cache import block_of
+from minitf.attend_in_cache import block_of, blocks
 from minitf.mixers import Softmax
+from minitf.mixers.softmax import fits_card, is_usual
 from minitf.parameters import Declaration, declare, is_declaration
 from minitf.train import sharding
 from minitf.train.batch import Batch
@@ -151,11 +152,11 @@ def window_bytes(run: Run, mesh: MeshSettings, steps: int) -> int:
 def is_fused(run: Run, mesh: MeshSettings, device: Device | None) -> bool:
     """Whether the association is never stored: cuDNN's attention computes it, or that of one CPU."""
     m = run.model
-    usual = m.attention == "query_key" and m.position != "alibi" and m.attend_self and not _window(m)
+    usual = is_usual(m) and not _window(m)
     unread = not run.config.objective.attention_dropout and _is_softmax(m)
     if device is None or device.kind == "cpu":
         return mesh.devices == 1 and usual and unread
-    fits = run.config.training.precision == "bfloat16" and m.head_size % 8 == 0 and m.head_size <= 128
+    fits = fits_card(jnp.dtype(run.config.training.precision), m.head_size)
     return device.kind == "gpu" and usual and fits and unread
 
 
@@ -177,9 +178,8 @@ def seen_keys(model: ModelConfig, length: int) -> tuple[int, int]:
 
     A block of ``s`` queries that ends at ``e`` has ``s e`` pairs and reads ``e`` keys.
     """
-    size = min(block_of(length), length) if model.causal else length
-    ends = [min(first + size, length) for first in range(0, length, size)]
-    return sum((end - first) * end for first, end in zip([0, *ends], ends, strict=False)), sum(ends)
+    taken = blocks(length, block_of(length) if model.causal else length)
+    return sum((some.stop - some.start) * some.stop for some in taken), sum(some.stop for some in taken)
 
 
 def kept_of_layer(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minitf import aggregate, filter
-from minitf.attend_in_cache import attend_in_cache, block_of
+from minitf.attend_in_cache import attend_in_cache, block_of, blocks
 from minitf.config import ModelConfig
 from minitf.mixers.contract import (
     About,
@@ -165,8 +165,9 @@ class Softmax(Mixer):
     def _mixed(self, f: Filtered, config: ModelConfig, edit: LayerWalk, places: Places) -> Mixed:
         length = f.q.shape[1]
         edited = edit.scores is not None or edit.pattern is not None
-        if not places.association and not self.window and _is_usual(config, places):
-            if _has_kernel(f.q):
+        usual = is_usual(config) and not places.goes_on and not places.padded
+        if usual and not places.association and not self.window:
+            if fits_card(f.q.dtype, config.head_size) and jax.default_backend() == "gpu":
                 return Mixed(z=aggregate.attend(f.q, f.k, f.v, _scale(config), config.causal))
             if _is_one_cpu():
                 return Mixed(z=attend_in_cache(f.q, f.k, f.v, _scale(config), config.causal))
@@ -208,9 +209,8 @@ def _associate(f: Filtered, config: ModelConfig, edit: LayerWalk, places: Places
     """
     length, keys = f.q.shape[1], f.k.shape[1]
     scores, patterns, mixed = [], [], []
-    for first in range(0, length, size):
-        stop = min(first + size, length)
-        here, seen = slice(first, stop), keys if size >= length else stop
+    for here in blocks(length, size):
+        seen = keys if size >= length else here.stop
         some = aggregate.score(f.q[:, here], f.k[:, :seen], _scale(config))
         if config.position == "alibi":
             some = some + aggregate.alibi_bias(config.heads, places.query[:, here], seen).astype(some.dtype)
@@ -259,16 +259,14 @@ def _in_window(
     return z.reshape(batch, chunks * window, *z.shape[2:])[:, :length]
 
 
-def _is_usual(config: ModelConfig, places: Places) -> bool:
-    """Whether the association is one that kernels compute: of queries and keys alone, of whole sequences."""
-    usual = config.attention == "query_key" and config.position != "alibi" and config.attend_self
-    return usual and not places.goes_on and not places.padded
+def is_usual(config: ModelConfig) -> bool:
+    """Whether the association is one that kernels compute: of queries and keys alone."""
+    return config.attention == "query_key" and config.position != "alibi" and config.attend_self
 
 
-def _has_kernel(q: Float[Array, "batch query head head_width"]) -> bool:
-    """Whether cuDNN's fused attention takes it: on a GPU, in half precision."""
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return fits and jax.default_backend() == "gpu"
+def fits_card(dtype: Any, head_width: int) -> bool:
+    """Whether cuDNN's fused attention takes such queries: in half precision, of heads of some widths."""
+    return dtype in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= 128
 
 
 def _is_one_cpu() -> bool:
