@@ -16,11 +16,21 @@
     name: many > 1 ? `${data.models[i]}, ${name}` : name, showlegend: many <= 12 && (many === 1 || dash !== "dot"),
     line: { color: many > 1 ? colors[i % colors.length] : color, dash, width: many > 1 ? 1.2 : 2 },
     hovertemplate: `%{x}: %{y:.4g}<extra>${many > 1 ? data.models[i] : name}</extra>` }));
+  // Of few decades 1, 2 and 5 are written, where all from 1 to 9 would touch each other.
+  const ticks = (traces) => {
+    const known = traces.flatMap((trace) => trace.y).filter((y) => y > 0);
+    if (!known.length) return {};
+    const [least, most] = [Math.min, Math.max].map((of) => Math.log10(known.reduce((a, b) => of(a, b))));
+    if (most - least < 0.5 || most - least > 3) return {};
+    const powers = Array.from({ length: Math.ceil(most) - Math.floor(least) + 1 }, (_, i) => Math.floor(least) + i);
+    return { tickvals: powers.flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power)), tickformat: "~g" };
+  };
   const draw = (id, traces, title, type, shapes = []) => {
     byId(id).hidden = traces.length === 0;
     if (!traces.length) return;
-    Plotly.react(id, traces, { font, margin: { l: 60, r: 10, t: 10, b: 44 }, hovermode: "closest", legend: { font: { size: 12 } },
-      xaxis: steps(), yaxis: { ...axis, type, title: { text: title } }, shapes, annotations: shapes.map((line, i) => ({ xref: "paper", x: 0.99,
+    // The same room for every legend, so that steps lie below each other.
+    Plotly.react(id, traces, { font, margin: { l: 60, r: many > 1 ? 10 : 130, t: 10, b: 44 }, hovermode: "closest", legend: { font: { size: 12 } },
+      xaxis: steps(), yaxis: { ...axis, type, ...(type === "log" ? ticks(traces) : {}), title: { text: title } }, shapes, annotations: shapes.map((line, i) => ({ xref: "paper", x: 0.99,
         xanchor: "right", y: type === "log" ? Math.log10(line.y0) : line.y0, yanchor: "bottom", text: Object.keys(data.references)[i], showarrow: false,
         font: { size: 11 } })) }, config);
   };
