@@ -2,13 +2,11 @@
 
 import gc
 import os
-import resource
 
 import hypothesis
 import jax
 import pytest
 from compiled_once import kept_in
-from jax._src.lib import _jax
 
 # An error's message is compared to its end, to which JAX would add what it left out of the stack trace.
 jax.config.update("jax_traceback_filtering", "off")
@@ -16,8 +14,6 @@ jax.config.update("jax_traceback_filtering", "off")
 # Where in the source a compiled operation comes from is read by nobody here, and takes a tenth of the time; nearly
 # as much goes into looking for garbage among the millions of objects of JAX and of the peers.
 jax.config.update("jax_traceback_in_locations_limit", 0)
-if hasattr(_jax, "set_tracebacks_enabled"):  # the whole stack, of every traced operation; JAX tells no other way
-    _jax.set_tracebacks_enabled(False)
 gc.set_threshold(200_000, 20, 50)
 
 # How long an example takes says how busy the machine is, and that compiling takes time, and nothing else.
@@ -52,13 +48,8 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-# KiB that this process may have taken before programs are dropped (macOS counts bytes, so there they always are).
-MUCH_MEMORY = 4 << 20
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_do_not_pile_up():
-    """A thousand tests compile gigabytes of programs; to drop them, and make some of them again, takes time."""
+    """A thousand tests compile gigabytes of programs, and no module needs those of another."""
     yield
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MUCH_MEMORY:
-        jax.clear_caches()
+    jax.clear_caches()
