@@ -18,10 +18,9 @@
     hovertemplate: `%{x}: %{y:.4g}<extra>${many > 1 ? data.models[i] : name}</extra>` }));
   // Of few decades 1, 2 and 5 are written, where all from 1 to 9 would touch each other.
   const ticks = (traces) => {
-    const known = traces.flatMap((trace) => trace.y).filter((y) => y > 0);
-    if (!known.length) return {};
-    const [least, most] = [Math.min, Math.max].map((of) => Math.log10(known.reduce((a, b) => of(a, b))));
-    if (most - least < 0.5 || most - least > 3) return {};
+    const known = traces.flatMap((trace) => trace.y).filter((y) => y > 0).map(Math.log10).sort((a, b) => a - b);
+    const least = known[0], most = known.at(-1);
+    if (!(most - least >= 0.5 && most - least <= 3)) return {};
     const powers = Array.from({ length: Math.ceil(most) - Math.floor(least) + 1 }, (_, i) => Math.floor(least) + i);
     return { tickvals: powers.flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power)), tickformat: "~g" };
   };
