@@ -1,6 +1,5 @@
 """What each sequence mixer costs: training beside softmax attention, and how a pass grows with the sequence."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -8,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minitf import mixers
 from minitf.analysis import bench
@@ -20,12 +20,13 @@ from minitf.parameters import initialize
 
 WIDTH, HEADS, VOCABULARY = 64, 4, 256
 TRAINED = (512, 4096)
-GROWTH = (1024, 8192)
+GROWTH = (256, 512, 1024, 2048, 4096, 8192)
+# So that the shortest passes take longer than starting them, and states of the longest fit.
+SIDE_BY_SIDE = 4
+SHORTEST = 1e-9
 # A window that is short beside the sequences.
 MEASURED: Mapping[str, Mixer] = {"softmax, window 128": mixers.Softmax(window=128), **EVERY}
-NOTE = (
-    "one layer, width 64, 4 heads, batch 1, float32; the mixer's filters, aggregate and gate, without feed-forward"
-)
+NOTE = "one layer, width 64, 4 heads, batch {}, float32; filters, aggregate and gate of the mixer, no feed-forward"
 
 
 def bench_mixers(
@@ -39,14 +40,17 @@ def bench_mixers(
 ) -> list[Row]:
     """Training steps beside softmax attention's, and the exponent of a pass's time in the sequence's length.
 
+    The exponent is the slope of log time over log length by least squares, of all lengths and of the longer ones:
+    filters, which are linear, are much of a short pass. What a pass of one token takes counts as starting it and
+    is subtracted.
+
     Args:
         seed: of weights and tokens.
         rounds: how often each is measured, in turns with softmax attention.
         say: told what is being measured.
         every: the mixers, by the name that the table gives them.
         trained: lengths at which a training step is measured.
-        growth: lengths of the passes; the exponent is that from the first to the last. Much shorter ones take no
-            longer than starting them.
+        growth: lengths of the passes, at least two, from short to long.
     """
     rows: list[Row] = []
     for length in trained:
@@ -64,22 +68,24 @@ def bench_mixers(
                     measured["ours"],
                     measured["softmax"],
                     "s",
-                    NOTE,
+                    NOTE.format(1),
                 )
             )
     for name, mixer in every.items():
         say(f"growth: {name}")
-        seconds = [min(_forward(mixer, length, seed)() for _ in range(rounds)) for length in growth]
-        found = math.log(seconds[-1] / seconds[0]) / math.log(growth[-1] / growth[0])
+        start, *passes = (_least(_forward(mixer, n, seed), rounds) for n in (1, *growth))
+        seconds = [max(taken - start, SHORTEST) for taken in passes]
         stated = mixer.about(_config(mixer, growth[-1])).exponent
-        rows.append(
-            bench.value_row(
-                f"growth of a pass, {growth[0]} to {growth[-1]} tokens: {name}",
-                [found],
-                f"exponent; stated {stated:g}",
-                NOTE,
+        for first in sorted({0, (len(growth) - 1) // 2}):
+            slope, _ = np.polyfit(np.log(growth[first:]), np.log(seconds[first:]), 1)
+            rows.append(
+                bench.value_row(
+                    f"growth of a pass, {growth[first]} to {growth[-1]} tokens: {name}",
+                    [float(slope)],
+                    f"exponent; stated {stated:g}",
+                    NOTE.format(SIDE_BY_SIDE),
+                )
             )
-        )
     return rows
 
 
@@ -95,8 +101,8 @@ def _config(mixer: Mixer, length: int) -> ModelConfig:
     )
 
 
-def _inputs(config: ModelConfig, seed: int) -> tuple[Any, Any]:
-    tokens = jax.random.randint(jax.random.key(seed + 1), (1, config.length), 0, config.vocabulary)
+def _inputs(config: ModelConfig, seed: int, batch: int = 1) -> tuple[Any, Any]:
+    tokens = jax.random.randint(jax.random.key(seed + 1), (batch, config.length), 0, config.vocabulary)
     return initialize(config, jax.random.key(seed)), tokens
 
 
@@ -113,8 +119,12 @@ def _training(mixer: Mixer, length: int, seed: int) -> Callable[[], float]:
 
 def _forward(mixer: Mixer, length: int, seed: int) -> Callable[[], float]:
     config = _config(mixer, length)
-    parameters, tokens = _inputs(config, seed)
+    parameters, tokens = _inputs(config, seed, SIDE_BY_SIDE)
     return _timed(jax.jit(lambda p, t: walk(p, t, config, association=False).end), parameters, tokens)
+
+
+def _least(measure: Callable[[], float], rounds: int) -> float:
+    return min(measure() for _ in range(rounds))
 
 
 def _timed(run: Callable[..., Any], *arguments: Any) -> Callable[[], float]:

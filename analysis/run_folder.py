@@ -12,7 +12,7 @@ from typing import Any
 from minitf.files import write_atomically
 
 CONFIG = "config.json"
-FOLDERS = ("arrays", "figures", "checkpoints", "data", "model", "models")
+FOLDERS = ("arrays", "figures", "checkpoints", "data", "model", "models", "tensorboard", "wandb")
 FILES = (
     *("report.html", "claims.json", "fig6.json", "ablate.json", "mixers.json", CONFIG),
     *("config.toml", "data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"),

@@ -5,6 +5,7 @@ The same command again goes on from the newest checkpoint, with the same numbers
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
             ready = prepared(config, out / "data", progress.note)
             _check_data(out, ready)
         if not _finished(config, out):
-            _train(config, ready, mesh, out, progress)
+            _train(config, ready, mesh, out, progress, quiet)
         report = out / "report.html"
         if is_first():
             write_atomically(report, page(out, config, ready).encode())
@@ -91,15 +92,17 @@ def _finished(config: TrainConfig, out: Path) -> bool:
     return all((folder / "config.json").exists() for folder in model_folders(out, trainer.models_of(config)))
 
 
-def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress: Progress) -> None:
-    shown = boards(config.keep, out) if is_first() else []
+def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress: Progress, quiet: bool) -> None:
     state, batch, numbers, key = ready.program.shapes()
-    work = flops(ready.program.gradient, state.parameters, batch, numbers, key)
-    models = trainer.models_of(config)
-    progress.note(_what(ready, models, work))
-    programs = trainer.compiled(ready.program, mesh, work * len(models.seeds), ready.length)
-    with Checkpoints(out / "checkpoints", config.keep, config.training.steps) as checkpoints:
-        Training(config, ready, programs, mesh, models, checkpoints, out, progress, work, shown).run()
+    keep, models = config.keep, trainer.models_of(config)
+    with Checkpoints(out / "checkpoints", keep, config.training.steps) as checkpoints:
+        done = max(checkpoints.steps(), default=0)
+        asked = keep if is_first() else replace(keep, tensorboard=False, wandb="")
+        with boards(asked, out, done=done, settings=by_name(config), quiet=quiet) as shown:
+            work = flops(ready.program.gradient, state.parameters, batch, numbers, key)
+            progress.note(_what(ready, models, work))
+            programs = trainer.compiled(ready.program, mesh, work * len(models.seeds), ready.length)
+            Training(config, ready, programs, mesh, models, checkpoints, out, progress, work, shown).run()
 
 
 def _what(ready: Prepared, models: trainer.Models, work: float) -> str:

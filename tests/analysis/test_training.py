@@ -239,12 +239,34 @@ def test_peaks_are_known_by_name_and_not_guessed():
     assert peak("cpu") is None
 
 
+class Wandb(types.ModuleType):
+    """A stand-in for wandb that keeps what it is told."""
+
+    class Error(Exception):
+        pass
+
+    Settings = staticmethod(lambda **settings: settings)
+
+    def __init__(self, told, refuses=False):
+        super().__init__("wandb")
+        self.told, self.refuses, self.begun = told, refuses, []
+
+    def init(self, **settings):
+        if self.refuses:
+            raise self.Error("No API key.")
+        self.begun.append(settings)
+        return types.SimpleNamespace(
+            log=lambda numbers, step: self.told.append((numbers, step)),
+            finish=lambda exit_code: self.told.append(f"ended with {exit_code}"),
+        )
+
+
 def test_boards_get_the_same_numbers(tmp_path, monkeypatch):
     told = []
 
     class Writer:
-        def __init__(self, folder):
-            self.folder = folder
+        def __init__(self, folder, purge_step):
+            told.append(purge_step)
 
         def add_scalar(self, name, value, step):
             told.append((name, value, step))
@@ -252,9 +274,42 @@ def test_boards_get_the_same_numbers(tmp_path, monkeypatch):
         def flush(self):
             told.append("flushed")
 
+        def close(self):
+            told.append("closed")
+
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
-    runs = types.SimpleNamespace(log=lambda numbers, step: told.append((numbers, step)))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: runs))
-    found = boards(KeepSettings(tensorboard=True, wandb="toys"), tmp_path / "run")
-    show(found, [{"step": 4, "steps": 2, "loss": np.array([1.0, 3.0])}])
-    assert told == [("loss", 2.0, 4), "flushed", ({"loss": 2.0}, 4)]
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(told))
+    with boards(KeepSettings(tensorboard=True, wandb="toys"), tmp_path / "run", done=2) as found:
+        show(found, [{"step": 4, "steps": 2, "loss": np.array([1.0, 3.0])}])
+    assert told == [3, ("loss", 2.0, 4), "flushed", ({"loss": 2.0}, 4), "closed", "ended with 0"]
+    told.clear()
+    with pytest.raises(KeyboardInterrupt), boards(KeepSettings(wandb="toys"), tmp_path / "run"):
+        raise KeyboardInterrupt
+    assert told == ["ended with 1"]
+
+
+def test_a_run_is_one_run_of_weights_and_biases_and_another_folder_another(tmp_path, monkeypatch):
+    wandb = Wandb([])
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for folder in ("a/lr=1:2", "a/lr=1:2", "b/lr=1:2"):
+        with boards(KeepSettings(wandb="toys"), tmp_path / folder, settings={"optimizer.rate": 0.1}, quiet=True):
+            pass
+    first, again, other = wandb.begun
+    assert first == again and first["id"].isalnum() and first["id"] != other["id"]
+    assert first["name"] == other["name"] == "lr=1:2"
+    assert first["config"] == {"optimizer.rate": 0.1} and first["settings"] == {"silent": True}
+
+
+def test_a_board_that_cannot_be_used_is_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb([], refuses=True))
+    with (
+        pytest.raises(ValueError, match=r"^keep.wandb is toys, but Weights & Biases says: No API key.$"),
+        boards(KeepSettings(wandb="toys"), tmp_path),
+    ):
+        pass
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with (
+        pytest.raises(ValueError, match=r"^keep.wandb needs the package wandb: pip install wandb$"),
+        boards(KeepSettings(wandb="toys"), tmp_path),
+    ):
+        pass
