@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,14 +122,19 @@ class Stages:
 @contextmanager
 def noticing_interrupts() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C was pressed: also where the training loop took it for a wish to end, or it was lost in a
-    callback, where Python drops exceptions.
+    callback, where Python drops exceptions (and would print their stack trace).
     """
     pressed = False
+    tell = sys.unraisablehook
 
     def notice(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
         pressed = True
         signal.default_int_handler(number, frame)
+
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if what.exc_type is not KeyboardInterrupt:
+            tell(what)
 
     # Not ours to change: another handler, or a thread.
     ours = (
@@ -137,11 +143,13 @@ def noticing_interrupts() -> Iterator[Callable[[], bool]]:
     )
     if ours:
         signal.signal(signal.SIGINT, notice)
+        sys.unraisablehook = dropped
     try:
         yield lambda: pressed
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.unraisablehook = tell
 
 
 def read_claims(file: Path) -> list[Claim]:

@@ -1,8 +1,11 @@
 import dataclasses
+import gc
 import json
 import os
 import signal
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -230,3 +233,28 @@ def test_another_handler_and_other_threads_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_ctrl_c_that_python_drops_in_a_callback_is_noticed_and_not_printed(usual_interrupts, capsys):
+    pressed = lambda phase, info: signal.raise_signal(signal.SIGINT)
+    with noticing_interrupts() as interrupted:
+        gc.callbacks.append(pressed)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(pressed)
+        assert interrupted()
+    assert capsys.readouterr().err == ""
+
+
+def test_other_exceptions_that_python_drops_are_told_as_ever(usual_interrupts):
+    told, before = [], sys.unraisablehook
+    sys.unraisablehook = told.append
+    try:
+        with noticing_interrupts():
+            sys.unraisablehook(types.SimpleNamespace(exc_type=ValueError))
+            sys.unraisablehook(types.SimpleNamespace(exc_type=KeyboardInterrupt))
+        assert sys.unraisablehook == told.append
+    finally:
+        sys.unraisablehook = before
+    assert [x.exc_type for x in told] == [ValueError]

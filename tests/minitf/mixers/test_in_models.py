@@ -53,10 +53,15 @@ def test_decoding_gives_the_full_passs_logits_at_every_position(name):
     config, parameters, tokens = beyond_a_chunk(name)
     whole = compiled_logits(config)(parameters, tokens)
     cache, found = empty_cache(config, 2, 80), []
-    go_on = jax.jit(lambda part, cache: walk_on(parameters, part, cache, config))
+
+    @jax.jit
+    def go_on(part, cache):
+        walked, cache = walk_on(parameters, part, cache, config)
+        return walked.logits, cache
+
     for part in np.split(np.asarray(tokens), [34, 68, 69], axis=1):
-        walked, cache = go_on(part, cache)
-        found.append(walked.logits)
+        logits, cache = go_on(part, cache)
+        found.append(logits)
     assert relative_error(np.concatenate(found, axis=1), whole) < 1e-4
     assert cache.filled.tolist() == [70, 70]
 
