@@ -1,8 +1,9 @@
 """What a training step needs on one device of a mesh, on paper: bytes, operations, communication.
 
 Formulas of a configuration and the sizes of a mesh; nothing is compiled. In them c are the bytes of a number in
-the computation (4, or 2 in bfloat16); D, H, G, h, F, T are the width, heads, groups of keys, width of a head,
-hidden neurons and length; and a prime says that ``tensor`` divides: F' = F / tensor.
+the computation (4, or 2 in bfloat16; on a CPU always 4, since XLA computes in float32 there); D, H, G, h, F, T are
+the width, heads, groups of keys, width of a head, hidden neurons and length; and a prime says that ``tensor``
+divides: F' = F / tensor.
 
 The state is counted leaf by leaf as :mod:`minitf.train.sharding` divides it, and what layers keep for the way back
 array by array, as Korthikanti et al. (2022, section 4) do for another model. Communication is that of Megatron-LM
@@ -149,13 +150,19 @@ def window_bytes(run: Run, mesh: MeshSettings, steps: int) -> int:
     return run.seeds * steps * rows * (run.model.length + 1) * 4
 
 
+def on_cpu(device: Device | None) -> bool:
+    """Whether it is a CPU; this machine's where no device is named."""
+    return device is None or device.kind == "cpu"
+
+
 def is_fused(run: Run, mesh: MeshSettings, device: Device | None) -> bool:
     """Whether the association is never stored: cuDNN's attention computes it, or that of one CPU."""
     m = run.model
     usual = is_usual(m) and not _window(m)
     unread = not run.config.objective.attention_dropout and _is_softmax(m)
-    if device is None or device.kind == "cpu":
+    if on_cpu(device):
         return mesh.devices == 1 and usual and unread
+    assert device is not None
     fits = fits_card(jnp.dtype(run.config.training.precision), m.head_size)
     return device.kind == "gpu" and usual and fits and unread
 
@@ -250,6 +257,8 @@ def kept_by_autodiff(run: Run, rematerialize: bool) -> int:
 def logit_bytes(run: Run, sequences: int, whole: int, tensor: int, device: Device | None) -> int:
     """Logits of a chunk (c), their exponentials (float32), their gradient (c), of the vocabulary's part.
 
+    On a CPU the exponentials take the gradient's place.
+
     Chunks are of positions of all sequences: ``whole`` is their number on all devices. Where there are several,
     the slopes of what unembeds add up beside, in float32.
     """
@@ -262,7 +271,8 @@ def logit_bytes(run: Run, sequences: int, whole: int, tensor: int, device: Devic
     in_chunks = rows < whole * length and run.objective != "regression" and not (classifies and not m.causal)
     positions = chunks_of(whole, length, rows)[1] if in_chunks else length
     slopes = FLOAT32 * m.width * vocabulary if in_chunks else 0
-    return sequences * positions * vocabulary * (2 * run.number + FLOAT32) + slopes
+    of_one = 2 * FLOAT32 if on_cpu(device) else 2 * run.number + FLOAT32
+    return sequences * positions * vocabulary * of_one + slopes
 
 
 def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device | None) -> Memory:
@@ -272,7 +282,8 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     one by one, gradients in its place), and one layer's way back; gradients, updates and new weights. Layers that
     are to be made again are taken to be, which XLA for CPUs does in a loop alone.
     """
-    m, c, t = run.model, run.number, mesh.tensor
+    m, t = run.model, mesh.tensor
+    c = FLOAT32 if on_cpu(device) else run.number
     state, windows = state_bytes(run, mesh), window_bytes(run, mesh, steps)
     gradients = state["parameters"] // run.models * run.at_once
     whole = run.config.training.batch // parts
@@ -285,10 +296,10 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         again = one(False)
         kept = m.layers * (stream if rematerialize else one(not run.unrolled))
     else:
-        kept = sequences * kept_by_autodiff(run, rematerialize)
-        again = sequences * kept_by_autodiff(run, False) // m.layers
+        kept = sequences * kept_by_autodiff(run, rematerialize) * c // run.number
+        again = sequences * kept_by_autodiff(run, False) // m.layers * c // run.number
     # Start and end of the walk, and what is unembedded.
-    kept += 3 * stream + dropout_bytes(run, sequences)
+    kept += 3 * stream + dropout_bytes(run, sequences, c)
     layer = 2 * stream
     if rematerialize:
         layer += again
@@ -298,7 +309,7 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         hidden = 0 if m.feed_forward == "none" else _over(m.hidden_size, t)
         layer += 2 * (rows * hidden + pairs) * c
     loss = logit_bytes(run, sequences, whole, t, device)
-    copies = 0 if c == FLOAT32 else gradients // FLOAT32 * c
+    copies = 0 if run.number == FLOAT32 else gradients // FLOAT32 * run.number
     gathered = 3 * largest_gathered(m, t) * c if mesh.fsdp > 1 and run.models == 1 else 0
     summed = gradients if parts > 1 else 0
     many = run.at_once
@@ -330,9 +341,9 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     )
 
 
-def dropout_bytes(run: Run, sequences: int) -> int:
+def dropout_bytes(run: Run, sequences: int, number: int) -> int:
     """Masks of the start, of every step, and of patterns."""
-    o, m, c = run.config.objective, run.model, run.number
+    o, m, c = run.config.objective, run.model, number
     steps = 1 + m.layers * (1 if m.feed_forward == "none" else 2)
     on_stream = steps * sequences * m.length * m.width * c if o.dropout else 0
     return on_stream + (m.layers * sequences * m.heads * m.length**2 * c if o.attention_dropout else 0)

@@ -217,6 +217,8 @@ COMPILED = {
     "a loop": ({}, FITTED),
     "made again": ({"rematerialize": True}, FITTED),
     "one by one": ({"unroll": 0}, FITTED),
+    "many logits": ({"batch": 16}, {**FITTED, "vocabulary": 4096}),
+    "many logits, in half precision": ({"batch": 16, "precision": "bfloat16"}, {**FITTED, "vocabulary": 4096}),
     "more weights than activations": (
         {"batch": 4, "unroll": 0, "accumulate": 2},
         {"vocabulary": 1024, "layers": 2, "width": 128, "heads": 4, "length": 16, "tied": True, **LLAMA},
@@ -234,8 +236,7 @@ def test_temporary_memory_is_what_the_compiler_says_within_a_fifth():
         memory = paper.memory(run, config.mesh, config.training.accumulate, made.most, None)
         assert memory.arguments == made.argument_bytes
         found[name], planned[name] = made.temporary_bytes, memory.temporary
-    # Measured: from 1.00 to 1.13 (where layers are made again; else to 1.07): what is free for what follows is the
-    # compiler's to say.
+    # Measured: from 0.89 to 1.05: what is free for what follows is the compiler's to say.
     for name in COMPILED:
         assert planned[name] / found[name] == pytest.approx(1.0, abs=0.2), name
     assert found["made again"] < found["one by one"] < found["a loop"]
@@ -308,22 +309,23 @@ def test_less_is_kept_when_made_again_in_parts_or_by_a_fused_attention():
     # But for one more layer's part that is made again, only where layers start.
     assert kept() < whole / 20
     assert kept(parts=4, rematerialize=False) == whole // 4
-    # That of one CPU takes float32 too, that of a card does not.
-    assert kept(device=device, rematerialize=False) == whole
-    whole = kept(rematerialize=False, precision="float32")
+    # A CPU computes in float32 whatever is asked for, with a fused attention too; a card's is of half precision.
+    assert kept(rematerialize=False, precision="float32") == whole
+    assert kept(device=device, rematerialize=False) < 0.6 * whole
     assert kept(device=device, rematerialize=False, precision="float32") > 1.5 * whole
 
 
 def test_a_loss_in_chunks_has_few_logits_at_a_time_and_slopes_in_float32():
-    def loss(chunk, precision):
+    def loss(chunk, precision, device=None):
         config = config_of(training={"precision": precision}, objective={"chunk": chunk})
-        return paper.memory(job.run_of(config), MeshSettings(), 1, 1, None).loss
+        return paper.memory(job.run_of(config), MeshSettings(), 1, 1, device).loss
 
-    # 16 sequences of 32 positions; logits and their slopes, and exponentials in float32.
-    logits = SMALL["vocabulary"] * SMALL["length"] * 16
-    assert (loss(512, "float32"), loss(512, "bfloat16")) == (12 * logits, 8 * logits)
+    # 16 sequences of 32 positions; on a card logits and their slopes, and exponentials in float32.
+    logits, card = SMALL["vocabulary"] * SMALL["length"] * 16, devices.named("H100")
+    assert (loss(512, "float32", card), loss(512, "bfloat16", card)) == (12 * logits, 8 * logits)
     slopes = 4 * SMALL["vocabulary"] * SMALL["width"]
-    assert (loss(64, "float32"), loss(64, "bfloat16")) == (12 * logits // 8 + slopes, logits + slopes)
+    assert (loss(64, "float32", card), loss(64, "bfloat16", card)) == (12 * logits // 8 + slopes, logits + slopes)
+    assert (loss(512, "float32"), loss(64, "bfloat16")) == (8 * logits, logits + slopes)
 
 
 def test_six_operations_a_weight_are_about_what_is_counted():
