@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -30,7 +30,7 @@ class TensorBoard:
     def __init__(self, folder: Path, done: int) -> None:
         module = _first_of(("tensorboardX", "torch.utils.tensorboard"), "keep.tensorboard", "tensorboardX")
         # What a killed run has shown of steps that will be taken again is hidden.
-        self._writer = module.SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+        self._writer = module.SummaryWriter(str(folder), purge_step=done + 1 if done else 0)
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write them, so that a killed run has shown them."""
@@ -90,18 +90,18 @@ def boards(
     Raises:
         ValueError: a package is missing, or its board cannot be used.
     """
-    found: list[Board] = []
-    failed = True
-    try:
+    with ExitStack() as ends:
+        found: list[Board] = []
+
+        def add(board: Board) -> None:
+            found.append(board)
+            ends.push(lambda error, *_: board.close(failed=error is not None))
+
         if keep.tensorboard:
-            found.append(TensorBoard(out / "tensorboard", done))
+            add(TensorBoard(out / "tensorboard", done))
         if keep.wandb:
-            found.append(WeightsAndBiases(out, keep.wandb, settings or {}, quiet))
+            add(WeightsAndBiases(out, keep.wandb, settings or {}, quiet))
         yield found
-        failed = False
-    finally:
-        for board in found:
-            board.close(failed)
 
 
 def show(boards: Iterable[Board], lines: Iterable[Mapping[str, Any]]) -> None:

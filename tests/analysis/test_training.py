@@ -281,7 +281,7 @@ def test_boards_get_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb(told))
     with boards(KeepSettings(tensorboard=True, wandb="toys"), tmp_path / "run", done=2) as found:
         show(found, [{"step": 4, "steps": 2, "loss": np.array([1.0, 3.0])}])
-    assert told == [3, ("loss", 2.0, 4), "flushed", ({"loss": 2.0}, 4), "closed", "ended with 0"]
+    assert told == [3, ("loss", 2.0, 4), "flushed", ({"loss": 2.0}, 4), "ended with 0", "closed"]
     told.clear()
     with pytest.raises(KeyboardInterrupt), boards(KeepSettings(wandb="toys"), tmp_path / "run"):
         raise KeyboardInterrupt
