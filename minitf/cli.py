@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import arg
 
-from minitf.cli_training import FourBit, Plan, Train
+from minitf.cli_training import FourBit, Plan, Train, settings_first
 
 INTERRUPTED = 130
 
@@ -335,17 +335,25 @@ Command = (
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The entry point: exits with 0, or 1 (diverged; unmet under --strict), 2 (bad input), 130 (interrupted)."""
-    command: ScanSnap | WalkText | Ablate | Mixers | Train | Plan | FourBit | Bench = tyro.cli(
+AnyCommand = ScanSnap | WalkText | Ablate | Mixers | Train | Plan | FourBit | Bench
+
+
+def parsed(arguments: list[str]) -> AnyCommand:
+    """What the words of a command line ask for; exits with 2, and a reason, where they cannot be understood."""
+    command: AnyCommand = tyro.cli(
         Command,
         prog="minitf",
-        args=arguments,
+        args=settings_first(arguments),
         description="Transformers to understand: train a toy model, watch it learn, take its attention apart. "
         "Begin with: minitf scan-snap --quick",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    code = _run(command)
+    return command
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: exits with 0, or 1 (diverged; unmet under --strict), 2 (bad input), 130 (interrupted)."""
+    code = _run(parsed(sys.argv[1:] if arguments is None else arguments))
     if code == INTERRUPTED:
         # A compiler that was interrupted crashes in the interpreter's own clean-up, and there is nothing to clean.
         sys.stdout.flush()
@@ -354,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(command: ScanSnap | WalkText | Ablate | Mixers | Train | Plan | FourBit | Bench) -> int:
+def _run(command: AnyCommand) -> int:
     """The exit code. Only what a person can put right is told without a stack trace; the rest are bugs."""
     try:
         from minitf.analysis.run_folder import Problem

@@ -1,9 +1,14 @@
 """What the documents show, runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from minitf import cli
+from minitf.cli_training import Train
+from minitf.train.settings import as_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,6 +20,17 @@ def test_the_python_examples_run_from_top_to_bottom(document):
     namespace: dict = {}
     for block in blocks:
         exec(block, namespace)
+
+
+def test_the_commands_that_it_shows_can_be_understood():
+    shown = re.findall(r"^    minitf ([a-z-]+ [^\[\n]*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(shown) >= 3
+    for line in shown:
+        command = cli.parsed(shlex.split(line))
+        if isinstance(command, Train):
+            as_config(command.tables())
+    (on_text,) = [line for line in shown if "--text" in line]
+    assert cli.parsed(shlex.split(on_text)).text == ("shakespeare.txt",)
 
 
 def test_the_package_layout_in_the_readme_is_the_tree():

@@ -1,5 +1,6 @@
 """The commands around training, through the command line."""
 
+import dataclasses
 import json
 import tomllib
 
@@ -32,6 +33,31 @@ def test_show_prints_every_setting_as_a_file_that_means_the_same(capsys):
     assert config.model == {**read_preset("recall")["model"], "layers": 3}
     assert (config.optimizer.name, config.training.steps) == ("lion", 7)
     assert config.sweep == {"optimizer.rate": (1e-3, 1e-2)}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train model.layers=6 data.columns=x,y --preset recall --text a b --sweep lr=1e-3,1e-2 --steps 7",
+        "train --preset recall --text a b model.layers=6 data.columns=x,y --sweep lr=1e-3,1e-2 --steps 7",
+        "train model.layers=6 --preset recall --steps 7 --sweep lr=1e-3,1e-2 --text a b data.columns=x,y",
+        "train --text a b --quiet model.layers=6 --preset recall data.columns=x,y --sweep lr=1e-3,1e-2 --steps 7",
+    ],
+)
+def test_settings_may_stand_anywhere(words):
+    found = dataclasses.replace(cli.parsed(words.split()), quiet=False)
+    expected = {"settings": ("model.layers=6", "data.columns=x,y"), "text": ("a", "b"), "steps": 7}
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert found.sweep == ("lr=1e-3,1e-2",)
+
+
+def test_what_follows_an_option_is_its_value_though_it_looks_like_a_setting():
+    of = lambda words: cli.parsed(words.split())
+    assert of("train --out a.b=c model.layers=2").out.name == "a.b=c"
+    assert of("train --text a.b=c").text == ("a.b=c",)
+    swept = of("train --sweep lr=1e-3:1e-2:3 optimizer.weight_decay=0,0.1 model.layers=2")
+    assert swept.sweep == ("lr=1e-3:1e-2:3", "optimizer.weight_decay=0,0.1")
+    assert swept.settings == ("model.layers=2",)
 
 
 def test_a_plan_is_printed_and_kept(capsys, tmp_path):
