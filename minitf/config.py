@@ -255,20 +255,25 @@ def to_plain(config: ModelConfig) -> dict[str, Any]:
 def from_plain(fields: Mapping[str, Any], mixers: Mapping[str, Any] | None = None) -> ModelConfig:
     """The configuration that :func:`to_plain`, and perhaps JSON after it, wrote down.
 
-    ``mixers`` are classes by name, for those that are not in :mod:`minitf.mixers`. Raises ValueError for a mixer
-    that is not known.
+    ``mixers`` are classes by name, for those that are not in :mod:`minitf.mixers`. A mixer may be given by its
+    name alone, with the usual settings. Raises ValueError for one that is not known.
     """
     from minitf import mixers as known  # noqa: PLC0415 (they are made of configurations)
 
-    def made(named: Mapping[str, Any]) -> Any:
-        kind = (mixers or {}).get(named["kind"]) or getattr(known, named["kind"], None)
-        if kind is None:
-            raise ValueError(f"there is no mixer {named['kind']!r}; give its class by name in mixers")
-        return kind(**{name: value for name, value in named.items() if name != "kind"})
+    classes = {name: x for name, x in vars(known).items() if isinstance(x, type) and issubclass(x, known.Mixer)}
+    classes = {name: kind for name, kind in classes.items() if kind is not known.Mixer} | dict(mixers or {})
+
+    def made(named: Mapping[str, Any] | str) -> Any:
+        settings = {"kind": named} if isinstance(named, str) else dict(named)
+        kind = settings.pop("kind", None)
+        if kind not in classes:
+            names = ", ".join(sorted(classes))
+            raise ValueError(f"there is no mixer {kind!r}; choose one of {names}, or give its class in mixers")
+        return classes[kind](**settings)
 
     scaling, mixer = fields.get("rotary_scaling"), fields.get("mixer")
     if mixer is not None:
-        mixer = made(mixer) if isinstance(mixer, Mapping) else tuple(made(one) for one in mixer)
+        mixer = made(mixer) if isinstance(mixer, Mapping | str) else tuple(made(one) for one in mixer)
     return ModelConfig(
         **{
             **fields,

@@ -135,8 +135,18 @@ def test_a_configuration_comes_back_from_json(config):
 
 
 def test_an_unknown_mixer_in_a_file_is_named():
-    with pytest.raises(ValueError, match="^there is no mixer 'Telepathy'; give its class by name in mixers$"):
-        from_plain(to_plain(HYBRID) | {"mixer": {"kind": "Telepathy"}})
+    for name in ("Telepathy", "mamba", "Mixer"):  # a module is no mixer, nor is what they have in common
+        for given in (name, {"kind": name}, ["Gru", name]):
+            with pytest.raises(
+                ValueError, match=f"^there is no mixer '{name}'; choose one of AttentionFree, .*Uniform"
+            ):
+                from_plain(to_plain(HYBRID) | {"mixer": given})
+
+
+def test_a_mixer_may_be_given_by_its_name_alone():
+    of = lambda given: from_plain({**to_plain(HYBRID), "position": "learned", "layers": 2, "mixer": given}).mixer
+    assert of("Mamba") == mixers.Mamba()
+    assert of(["Gru", {"kind": "Mamba", "states": 4}]) == (mixers.Gru(), mixers.Mamba(states=4))
 
 
 @pytest.mark.parametrize(
