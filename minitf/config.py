@@ -268,7 +268,7 @@ def from_plain(fields: Mapping[str, Any], mixers: Mapping[str, Any] | None = Non
         kind = settings.pop("kind", None)
         if kind not in classes:
             names = ", ".join(sorted(classes))
-            raise ValueError(f"there is no mixer {kind!r}; choose one of {names}, or give its class in mixers")
+            raise ValueError(f"mixer is {kind!r}; choose one of {names}, or give its class in mixers")
         return classes[kind](**settings)
 
     scaling, mixer = fields.get("rotary_scaling"), fields.get("mixer")

@@ -142,11 +142,6 @@ def model_of(config: TrainConfig, vocabulary: int, length: int | None, causal: b
     unknown = [name for name in fields if name not in known]
     if unknown:
         raise ValueError(f"there is no model.{unknown[0]}; a model has {', '.join(sorted(known))}")
-    mixer = fields.get("mixer")
-    if mixer is not None:
-        many = mixer if isinstance(mixer, list | tuple) else [mixer]
-        named = [{"kind": one} if isinstance(one, str) else one for one in many]
-        fields["mixer"] = named if isinstance(mixer, list | tuple) else named[0]
     try:
         model = from_plain(fields)
     except TypeError as error:

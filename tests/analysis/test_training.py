@@ -141,7 +141,7 @@ def test_results_that_cannot_be_written_are_a_sentence_and_what_was_kept_stays(t
         ({"model": {"depth": 7}}, "there is no model.depth"),
         ({"model": {"vocabulary": 2}}, "model.vocabulary is 2; the data has"),
         ({"model": {"length": 2}}, "model.length is 2; the task's sequences have"),
-        ({"model": {"mixer": "Mambo"}}, "there is no mixer 'Mambo'"),
+        ({"model": {"mixer": "Mambo"}}, "model.mixer is 'Mambo'; choose one of AttentionFree, "),
         ({"objective": {"kind": "regression"}}, "objective.kind is 'regression'"),
         ({"mesh": {"data": 64}}, "the mesh needs 64"),
         ({"keep": {"wandb": "toys"}}, "keep.wandb needs the package wandb"),
