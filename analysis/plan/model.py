@@ -96,7 +96,8 @@ class Memory:
         copies: weights in the precision of the computation, where that is another.
         gathered: weights of a layer, whole over ``fsdp``: this one's, the next one's, and this one's gradient.
         kept: activations that all layers keep for the way back.
-        loss: logits of one chunk, their exponentials, their gradient; several chunks' slopes of what unembeds.
+        loss: logits of one chunk, their exponentials, their gradient; several chunks' slopes of what unembeds; on
+            a CPU, of layers one by one, what the last of them holds by then.
         layer: what the way back through one layer holds besides.
         update: clipped gradients and an update; where steps may be skipped, all, and new weights beside old.
         temporary: the most of it all, beside inputs, at any time of a step.
@@ -300,15 +301,17 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         again = sequences * kept_by_autodiff(run, False) // m.layers * c // run.number
     # Start and end of the walk, and what is unembedded.
     kept += 3 * stream + dropout_bytes(run, sequences, c)
-    layer = 2 * stream
+    layer, hidden = 2 * stream, 0 if m.feed_forward == "none" else _over(m.hidden_size, t)
     if rematerialize:
         layer += again
     elif not run.unrolled:
         # A loop keeps its arrays to the end: gradients of the feed-forward's, of scores and patterns, come on top.
         pairs = 0 if fused else sequences * _over(m.heads, t) * seen_keys(m, m.length)[0]
-        hidden = 0 if m.feed_forward == "none" else _over(m.hidden_size, t)
         layer += 2 * (rows * hidden + pairs) * c
     loss = logit_bytes(run, sequences, whole, t, device)
+    if on_cpu(device) and run.unrolled and not rematerialize:
+        # Beside the loss, the last layer's way back has begun: four arrays of its feed-forward's, as measured.
+        loss += 4 * rows * hidden * c
     copies = 0 if run.number == FLOAT32 else gradients // FLOAT32 * run.number
     gathered = 3 * largest_gathered(m, t) * c if mesh.fsdp > 1 and run.models == 1 else 0
     summed = gradients if parts > 1 else 0

@@ -236,7 +236,7 @@ def test_temporary_memory_is_what_the_compiler_says_within_a_fifth():
         memory = paper.memory(run, config.mesh, config.training.accumulate, made.most, None)
         assert memory.arguments == made.argument_bytes
         found[name], planned[name] = made.temporary_bytes, memory.temporary
-    # Measured: from 0.89 to 1.05: what is free for what follows is the compiler's to say.
+    # Measured: from 0.87 to 1.05: what is free for what follows is the compiler's to say.
     for name in COMPILED:
         assert planned[name] / found[name] == pytest.approx(1.0, abs=0.2), name
     assert found["made again"] < found["one by one"] < found["a loop"]
