@@ -260,8 +260,8 @@ def from_plain(fields: Mapping[str, Any], mixers: Mapping[str, Any] | None = Non
     """
     from minitf import mixers as known  # noqa: PLC0415 (they are made of configurations)
 
-    classes = {name: x for name, x in vars(known).items() if isinstance(x, type) and issubclass(x, known.Mixer)}
-    classes = {name: kind for name, kind in classes.items() if kind is not known.Mixer} | dict(mixers or {})
+    is_mixer = lambda x: isinstance(x, type) and issubclass(x, known.Mixer) and x is not known.Mixer
+    classes = {name: x for name, x in vars(known).items() if is_mixer(x)} | dict(mixers or {})
 
     def made(named: Mapping[str, Any] | str) -> Any:
         settings = {"kind": named} if isinstance(named, str) else dict(named)

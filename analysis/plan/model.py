@@ -151,9 +151,9 @@ def window_bytes(run: Run, mesh: MeshSettings, steps: int) -> int:
     return run.seeds * steps * rows * (run.model.length + 1) * 4
 
 
-def on_cpu(device: Device | None) -> bool:
-    """Whether it is a CPU; this machine's where no device is named."""
-    return device is None or device.kind == "cpu"
+def kind_of(device: Device | None) -> str:
+    """The device's kind; a CPU where none is named."""
+    return "cpu" if device is None else device.kind
 
 
 def is_fused(run: Run, mesh: MeshSettings, device: Device | None) -> bool:
@@ -161,11 +161,10 @@ def is_fused(run: Run, mesh: MeshSettings, device: Device | None) -> bool:
     m = run.model
     usual = is_usual(m) and not _window(m)
     unread = not run.config.objective.attention_dropout and _is_softmax(m)
-    if on_cpu(device):
+    if kind_of(device) == "cpu":
         return mesh.devices == 1 and usual and unread
-    assert device is not None
     fits = fits_card(jnp.dtype(run.config.training.precision), m.head_size)
-    return device.kind == "gpu" and usual and fits and unread
+    return kind_of(device) == "gpu" and usual and fits and unread
 
 
 def _is_softmax(model: ModelConfig) -> bool:
@@ -272,7 +271,7 @@ def logit_bytes(run: Run, sequences: int, whole: int, tensor: int, device: Devic
     in_chunks = rows < whole * length and run.objective != "regression" and not (classifies and not m.causal)
     positions = chunks_of(whole, length, rows)[1] if in_chunks else length
     slopes = FLOAT32 * m.width * vocabulary if in_chunks else 0
-    of_one = 2 * FLOAT32 if on_cpu(device) else 2 * run.number + FLOAT32
+    of_one = 2 * FLOAT32 if kind_of(device) == "cpu" else 2 * run.number + FLOAT32
     return sequences * positions * vocabulary * of_one + slopes
 
 
@@ -283,8 +282,8 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     one by one, gradients in its place), and one layer's way back; gradients, updates and new weights. Layers that
     are to be made again are taken to be, which XLA for CPUs does in a loop alone.
     """
-    m, t = run.model, mesh.tensor
-    c = FLOAT32 if on_cpu(device) else run.number
+    m, t, on_cpu = run.model, mesh.tensor, kind_of(device) == "cpu"
+    c = FLOAT32 if on_cpu else run.number
     state, windows = state_bytes(run, mesh), window_bytes(run, mesh, steps)
     gradients = state["parameters"] // run.models * run.at_once
     whole = run.config.training.batch // parts
@@ -301,7 +300,8 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         again = sequences * kept_by_autodiff(run, False) // m.layers * c // run.number
     # Start and end of the walk, and what is unembedded.
     kept += 3 * stream + dropout_bytes(run, sequences, c)
-    layer, hidden = 2 * stream, 0 if m.feed_forward == "none" else _over(m.hidden_size, t)
+    hidden = 0 if m.feed_forward == "none" else _over(m.hidden_size, t)
+    layer = 2 * stream
     if rematerialize:
         layer += again
     elif not run.unrolled:
@@ -309,7 +309,7 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         pairs = 0 if fused else sequences * _over(m.heads, t) * seen_keys(m, m.length)[0]
         layer += 2 * (rows * hidden + pairs) * c
     loss = logit_bytes(run, sequences, whole, t, device)
-    if on_cpu(device) and run.unrolled and not rematerialize:
+    if on_cpu and run.unrolled and not rematerialize:
         # Beside the loss, the last layer's way back has begun: four arrays of its feed-forward's, as measured.
         loss += 4 * rows * hidden * c
     copies = 0 if run.number == FLOAT32 else gradients // FLOAT32 * run.number
@@ -346,10 +346,10 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
 
 def dropout_bytes(run: Run, sequences: int, number: int) -> int:
     """Masks of the start, of every step, and of patterns."""
-    o, m, c = run.config.objective, run.model, number
+    o, m = run.config.objective, run.model
     steps = 1 + m.layers * (1 if m.feed_forward == "none" else 2)
-    on_stream = steps * sequences * m.length * m.width * c if o.dropout else 0
-    return on_stream + (m.layers * sequences * m.heads * m.length**2 * c if o.attention_dropout else 0)
+    on_stream = steps * sequences * m.length * m.width * number if o.dropout else 0
+    return on_stream + (m.layers * sequences * m.heads * m.length**2 * number if o.attention_dropout else 0)
 
 
 def _declared(model: ModelConfig) -> list[Declaration]:

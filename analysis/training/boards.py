@@ -117,7 +117,6 @@ def show(boards: Iterable[Board], lines: Iterable[Mapping[str, Any]]) -> None:
 def _its_own(file: Path) -> str:
     """The name by which a board knows the run of this folder, also when it goes on; made up once."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, secrets.token_hex(8).encode())
     return file.read_text().strip()
 

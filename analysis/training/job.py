@@ -5,7 +5,7 @@ The same command again goes on from the newest checkpoint, with the same numbers
 
 import json
 import shutil
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from minitf.analysis.run_folder import (
     told_to_people,
     writing_results,
 )
-from minitf.analysis.training.boards import boards
+from minitf.analysis.training.boards import Board, boards
 from minitf.analysis.training.distributed import first_alone, is_first
 from minitf.analysis.training.page import page
 from minitf.analysis.training.prepared import Prepared, prepared
@@ -97,8 +97,10 @@ def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress
     keep, models = config.keep, trainer.models_of(config)
     with Checkpoints(out / "checkpoints", keep, config.training.steps) as checkpoints:
         done = max(checkpoints.steps(), default=0)
-        asked = keep if is_first() else replace(keep, tensorboard=False, wandb="")
-        with boards(asked, out, done=done, settings=by_name(config), quiet=quiet) as shown:
+        opened: AbstractContextManager[list[Board]] = nullcontext([])
+        if is_first():
+            opened = boards(keep, out, done=done, settings=by_name(config), quiet=quiet)
+        with opened as shown:
             work = flops(ready.program.gradient, state.parameters, batch, numbers, key)
             progress.note(_what(ready, models, work))
             programs = trainer.compiled(ready.program, mesh, work * len(models.seeds), ready.length)

@@ -236,49 +236,47 @@ def test_resuming_with_other_settings_is_refused(out, capsys):
     assert "other settings (seed was 0 and is 1)" in err
 
 
-@pytest.fixture(scope="module")
-def again(story, tmp_path_factory):
-    """The finished run, with a panel cut short on disk, taken up again by the installed command."""
+def test_the_installed_command_is_the_module_and_quiet_prints_nothing_on_stderr(story, out):
     script = shutil.which("minitf", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert script, "the package is installed without its command"
-    out = tmp_path_factory.mktemp("again") / "run"
+    done = finish(*STORY, "--out", out, "--resume", "--quiet", "--strict", command=[script])
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert done.stdout == story["resumed"].stdout
+
+
+@pytest.fixture(scope="module")
+def hurt(story, tmp_path_factory):
+    """The finished run, with a panel cut short on disk and a rate of SGD on text that diverges, taken up again."""
+    out = tmp_path_factory.mktemp("hurt") / "run"
     shutil.copytree(story["out"], out)
     panel = out / "arrays" / "medium_3.safetensors"
     whole = panel.read_bytes()
     panel.write_bytes(whole[:1000])
-    return {
-        "panel": panel,
-        "whole": whole,
-        "done": finish(*STORY, "--out", out, "--resume", "--strict", command=[script]),
-    }
-
-
-def test_the_installed_command_is_the_module(story, again):
-    assert again["done"].returncode == 0
-    *said, _ = again["done"].stdout.splitlines()
-    *expected, _ = story["resumed"].stdout.splitlines()
-    assert said == expected
-
-
-def test_a_damaged_stage_is_told_and_made_again_with_the_same_numbers(again):
-    assert "medium_3.safetensors" in again["done"].stderr.split("is damaged")[1]
-    assert again["panel"].read_bytes() == again["whole"]
-
-
-def test_a_rate_on_text_that_diverges_ends_with_1_and_keeps_what_was_measured_until_then(story, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(story["out"], out)
     (out / "arrays" / "text_sgd_0.json").unlink()
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "text_rate": 1e30}))
-    code, _, err = within(capsys, *STORY, "--out", out, "--resume", "--text-rate", "1e30")
-    assert code == 1
-    last = err.splitlines()[-1]
+    done = finish(*STORY, "--out", out, "--resume", "--text-rate", "1e30")
+    return {"out": out, "whole": whole, "done": done}
+
+
+def test_a_damaged_stage_is_told_and_made_again_with_the_same_numbers(hurt):
+    assert "medium_3.safetensors" in hurt["done"].stderr.split("is damaged")[1]
+    assert (hurt["out"] / "arrays" / "medium_3.safetensors").read_bytes() == hurt["whole"]
+
+
+def test_a_rate_on_text_that_diverges_ends_with_1_and_says_step_and_rate(hurt):
+    assert hurt["done"].returncode == 1
+    last = hurt["done"].stderr.splitlines()[-1]
     assert last.startswith("minitf: text, SGD: the loss stopped being finite at step ")
     assert "learning rate 1e+30" in last
-    kept = safetensors.numpy.load_file(out / "arrays" / "text_sgd_0.partial.safetensors")
+    assert "Traceback" not in hurt["done"].stderr
+
+
+def test_divergence_keeps_what_was_measured_until_then(hurt):
+    kept = safetensors.numpy.load_file(hurt["out"] / "arrays" / "text_sgd_0.partial.safetensors")
     assert len(kept["train_loss"]) > 0
-    assert not (out / "arrays" / "text_sgd_0.json").exists()
+    assert not (hurt["out"] / "arrays" / "text_sgd_0.json").exists()
 
 
 # Ends that come early
