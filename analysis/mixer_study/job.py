@@ -1,6 +1,7 @@
 """The command ``minitf mixers``: every mixer on every task, a cell at a time, claims, and a report.
 
-A cell is kept as soon as it is done, so an interrupted run goes on with the next one.
+A cell is kept as soon as it is done, so an interrupted run goes on with the next one, and a finished one takes
+more rows and tasks.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from minitf.analysis.mixer_study.replaced import Replaced, replace_all
 from minitf.analysis.mixer_study.rows import QUICK, ROWS, model_for, possible
 from minitf.analysis.mixer_study.tasks import Task
 from minitf.analysis.page_parts import script_json
-from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people, writing_results
+from minitf.analysis.run_folder import open_run_folder, told_to_people, writing_results
 from minitf.analysis.stages import Stages, noticing_interrupts
 from minitf.cores import cores
 from minitf.files import write_atomically
@@ -32,6 +33,8 @@ from minitf.train.loop import Report
 from minitf.train.progress import Progress
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
+# What may change when a run goes on: which cells it makes, not what is in one.
+FREE = ("mixers", "tasks", "rows")
 TASKS = ("text", "classification", "recall", "addition", "memorisation")
 RATES, QUICK_RATES = (3e-4, 1e-3, 3e-3), (1e-3,)
 SEEDS, QUICK_SEEDS = 5, 3
@@ -97,6 +100,9 @@ def run(
 ) -> list[Claim]:
     """Train and measure everything; write ``report.html``, ``mixers.json``, ``claims.json``; returns the claims.
 
+    With ``resume`` the rows and tasks may be others than before: what the folder has of them is read, not made
+    again, and all that it has is in the report.
+
     Raises:
         Problem: folder or text cannot be used; its message is for people.
         KeyboardInterrupt: interrupted; finished cells stay in ``out`` and ``resume`` goes on from there.
@@ -106,26 +112,40 @@ def run(
             texts = corpus.read_paths(config.text) if config.text else corpus.python_documentation()
             every = study_tasks.every_task(texts)
         recorded = {**_plain(config), **corpus.identity(texts)}
-        check_run_folder(out, recorded, overwrite=overwrite, resume=resume)
-        folder = open_run_folder(out, recorded, overwrite=overwrite, resume=resume)
-        tasks = {name: every[name] for name in TASKS if name in config.tasks}
+        folder = open_run_folder(out, recorded, overwrite=overwrite, resume=resume, changed=FREE)
         stages = Stages(folder / "arrays", progress, interrupted, config.seed)
         with writing_results(folder):
-            cells, replaced = _train(config, tasks, stages)
+            wanted = _wanted(config, every, stages.arrays)
+            rows = tuple(dict.fromkeys(row for row, _ in wanted))
+            tasks = {name: every[name] for name in TASKS if ("softmax", name) in wanted}
+            cells, replaced = _train(config, wanted, tasks, stages)
             claims = study_claims.claims(cells, replaced, tasks)
             with progress.stage("report"):
                 save_claims(folder / "claims.json", claims)
-                found = json.loads(script_json(results(config.rows, cells, replaced, tasks)))
+                found = json.loads(script_json(results(rows, cells, replaced, tasks)))
                 write_atomically(folder / "mixers.json", (json.dumps(found, indent=1) + "\n").encode())
                 write_atomically(folder / "report.html", page(found, cells, tasks, claims, recorded).encode())
             return claims
 
 
+def _wanted(config: StudyConfig, tasks: Mapping[str, Task], arrays: Path) -> list[tuple[str, str]]:
+    """Row and task of each cell that is asked for or was finished before; row by row, softmax attention first."""
+
+    def asked(row: str, task: str) -> bool:
+        return row in config.rows and task in config.tasks
+
+    def there(row: str, task: str) -> bool:
+        return asked(row, task) or (arrays / f"{_name(row, task)}.json").exists()
+
+    # The others are compared with softmax attention.
+    shown = [name for name in TASKS if there("softmax", name)]
+    return [(row, name) for row in ROWS for name in shown if possible(row, tasks[name]) and there(row, name)]
+
+
 def _train(
-    config: StudyConfig, tasks: Mapping[str, Task], stages: Stages
+    config: StudyConfig, wanted: Sequence[tuple[str, str]], tasks: Mapping[str, Task], stages: Stages
 ) -> tuple[dict[tuple[str, str], Cell], dict[str, Replaced]]:
-    """All cells, as many at a time as the machine has cores for; row by row, softmax attention first."""
-    wanted = [(row, name) for row in config.rows for name in tasks if possible(row, tasks[name])]
+    """All cells, as many at a time as the machine has cores for."""
     cells: dict[tuple[str, str], Cell] = {}
     replaced: dict[str, Replaced] = {}
     with ThreadPoolExecutor(_at_once()) as threads:
@@ -153,7 +173,7 @@ def _at_once() -> int:
 
 def _cell(config: StudyConfig, row: str, task: Task, stages: Stages) -> Sequence[Any]:
     """The cell; of softmax attention also what its association is worth, replaced in the trained models."""
-    name = f"{task.name}_{re.sub('[^a-zA-Z0-9]+', '-', row)}"
+    name = _name(row, task.name)
     kinds: dict[str, type] = {name: Cell}
     if row == "softmax":
         kinds[f"{task.name}_replaced"] = Replaced
@@ -175,6 +195,11 @@ def _cell(config: StudyConfig, row: str, task: Task, stages: Stages) -> Sequence
         return [cell, replace_all(parameters, model_for(row, task), task, config.seed, pause=pause)], []
 
     return stages.runs(kinds, f"{task.name}: {row}", make, steps=config.steps_of(task))
+
+
+def _name(row: str, task: str) -> str:
+    """Of a cell's files."""
+    return f"{task}_{re.sub('[^a-zA-Z0-9]+', '-', row)}"
 
 
 def _plain(config: StudyConfig) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
     with Progress(silent, remaining=True) as progress, told_to_people(), writing_results(out, GOES_ON):
         with first_alone("data"):
             if is_first():
-                longer = () if overwrite else _made_longer(config, held, out)
-                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=longer)
+                changed = () if overwrite else _may_change(config, held, out)
+                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed)
                 write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
             ready = prepared(config, out / "data", progress.note)
             _check_data(out, ready)
@@ -65,6 +65,25 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
         if is_first():
             write_atomically(report, page(out, config, ready).encode())
     return report
+
+
+def _may_change(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[str, ...]:
+    """Settings that may differ from those that the run in ``out`` began with: all, where it was refused for them
+    and did nothing yet; else the number of steps, where that has grown.
+
+    Raises:
+        Problem: another setting has changed too.
+    """
+    if _nothing_done(out):
+        (out / "data.json").unlink(missing_ok=True)
+        return tuple(held)
+    return _made_longer(config, held, out)
+
+
+def _nothing_done(out: Path) -> bool:
+    """Whether a training was to be in this folder, and left no number and no weight."""
+    weights = [*out.glob("checkpoints/*"), *out.glob("model*")]
+    return "training.steps" in recorded(out) and not weights and not (out / "metrics.jsonl").exists()
 
 
 def _made_longer(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[str, ...]:

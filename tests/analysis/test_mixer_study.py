@@ -258,7 +258,8 @@ def test_presets_are_a_few_rows_or_all_and_softmax_attention_is_always_there():
 def small(monkeypatch):
     """The job with one small task, and a text that needs no reading."""
     monkeypatch.setattr(job.corpus, "python_documentation", lambda: CORPUS)
-    monkeypatch.setattr(job.study_tasks, "every_task", lambda texts: dict.fromkeys(job.TASKS, FACTS))
+    every = {name: dataclasses.replace(FACTS, name=name) for name in job.TASKS}
+    monkeypatch.setattr(job.study_tasks, "every_task", lambda texts: every)
     return job.StudyConfig(mixers=("uniform",), tasks=("memorisation",), seeds=2, steps=STEPS)
 
 
@@ -288,6 +289,28 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_interrupted(small, tmp_
     found = json.loads((tmp_path / "run" / "mixers.json").read_text())
     assert set(found["cells"]["memorisation"]) == {"softmax", "uniform"}
     assert found["cells"]["memorisation"]["softmax"]["flops"] == 1
+
+
+def test_a_finished_run_takes_more_rows_and_tasks_and_shows_all_that_it_has(small, tmp_path, monkeypatch):
+    trained, train = [], job.train_cell
+
+    def noting(row, task, **settings):
+        trained.append((row, task.name))
+        return train(row, task, **settings)
+
+    monkeypatch.setattr(job, "train_cell", noting)
+    job.run(small, tmp_path / "run", quiet=True)
+    more = dataclasses.replace(small, mixers=("nothing",), tasks=("recall",))
+    with pytest.raises(Problem, match=r"other settings \(seeds was 2 and is 3\)"):
+        job.run(dataclasses.replace(more, seeds=3), tmp_path / "run", resume=True, quiet=True)
+    before = sorted(trained)
+    job.run(more, tmp_path / "run", resume=True, quiet=True)
+    assert before == [("softmax", "memorisation"), ("uniform", "memorisation")]
+    assert sorted(trained[len(before) :]) == [("nothing", "recall"), ("softmax", "recall")]
+    found = json.loads((tmp_path / "run" / "mixers.json").read_text())
+    shown = {task: set(cells) for task, cells in found["cells"].items()}
+    assert shown == {"memorisation": {"softmax", "uniform"}, "recall": {"softmax", "nothing"}}
+    assert found["rows"] == [row for row in ROWS if row in ("softmax", "uniform", "nothing")]
 
 
 def test_rows_are_blind_whose_association_is_of_places_alone():

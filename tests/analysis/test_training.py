@@ -36,6 +36,10 @@ def run(out, **groups):
     return job.run(as_config(laid_over(TINY, groups)), out, quiet=True)
 
 
+def raises(error):
+    raise error
+
+
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
     out = tmp_path_factory.mktemp("several") / "run"
@@ -151,6 +155,35 @@ def test_what_cannot_be_trained_is_told_before_anything_is(tmp_path, groups, tol
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(Problem, match=told):
         run(tmp_path / "run", **groups)
+
+
+def test_the_folder_of_a_run_that_was_refused_takes_the_corrected_one(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(Problem, match="2 heads do not divide a width of 7"):
+        run(out, model={"width": 7})
+    # Stopped before its first step is no more than refused.
+    with monkeypatch.context() as stopped:
+        stopped.setattr(job.trainer, "compiled", lambda *_: raises(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(out, task={"name": "copy", "symbols": 5})
+    run(out)
+    assert "width = 8" in (out / "config.toml").read_text()
+    with pytest.raises(Problem, match="holds a run with other settings"):
+        run(out, model={"width": 16})
+
+
+def test_after_a_refusal_other_files_may_be_given(tmp_path):
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("\n\n".join(f"{name} and what follows, {i}." for i in range(300)))
+
+    def on(name, **model):
+        of_files = {"data": {"paths": [str(tmp_path / name)]}, "model": {**TINY["model"], "length": 16, **model}}
+        return as_config({**TINY, "task": {}, **of_files})
+
+    with pytest.raises(Problem, match="2 heads do not divide a width of 9"):
+        job.run(on("one.txt", width=9), tmp_path / "run", quiet=True)
+    job.run(on("two.txt"), tmp_path / "run", quiet=True)
+    assert "two.txt" in (tmp_path / "run" / "data" / "data.json").read_text()
 
 
 def test_layers_may_mix_as_they_like():
