@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
-from minitf.train.fourbit import dequantize, dynamic_exponent, scale_by_adam_4bit
-from minitf.train.fourbit.adam import second_moment
+from minitf.train.fourbit import Adam4BitState, as_adam, dequantize, dynamic_exponent, scale_by_adam_4bit
 
 ROWS, COLUMNS = 32, 256
 
@@ -31,21 +31,24 @@ class Drift:
     zeros: float
 
 
-def drift(steps: int = 1500, seed: int = 0, **settings: Any) -> Drift:
-    """Keep second moments coded for ``steps`` steps; ``settings`` are the optimizer's."""
-    settings = {"b2": 0.999, **settings}
-    start, end, exact = _kept(steps, jax.random.key(seed), settings)
-    changed = np.mean(np.asarray(start.codes) != np.asarray(end.codes))
-    kind, levels = second_moment(settings["second"], settings.get("bits", 4))
-    coded = np.asarray(dequantize(end, (ROWS, COLUMNS), levels, block=settings.get("block", 128), scale=kind))
+def drift(
+    steps: int = 1500, seed: int = 0, *, b2: float = 0.999, stochastic: bool = False, **coding: Any
+) -> Drift:
+    """Keep second moments coded for ``steps`` steps; ``coding`` is the optimizer's."""
+    coding = {"smallest": 0, **coding}
+    optimizer = scale_by_adam_4bit(b2=b2, stochastic=stochastic, **coding)
+    start, end, exact = _kept(optimizer, b2, steps, jax.random.key(seed))
+    changed = np.mean(np.asarray(start.moments.square.codes) != np.asarray(end.moments.square.codes))
+    coded = np.asarray(as_adam(end, exact, **coding).nu)
     seen = coded > 0
     ratio = np.log10(coded[seen] / np.asarray(exact)[seen])
     return Drift(float(changed), float(ratio.mean()), float(ratio.std()), float(np.mean(~seen)))
 
 
-def _kept(steps: int, key: Any, settings: dict[str, Any]) -> tuple[Any, Any, Array]:
-    """Coded second moments at two thirds of the steps and at the end, and the exact ones."""
-    optimizer = scale_by_adam_4bit(smallest=0, **settings)
+def _kept(
+    optimizer: optax.GradientTransformation, b2: float, steps: int, key: Any
+) -> tuple[Adam4BitState, Adam4BitState, Array]:
+    """The state at two thirds of the steps and at the end, and the exact second moments."""
     sizes = jax.random.split(jax.random.fold_in(key, 0))
     size = jnp.exp(jax.random.normal(sizes[0], (ROWS, 1)) + jax.random.normal(sizes[1], (1, COLUMNS)))
 
@@ -55,15 +58,15 @@ def _kept(steps: int, key: Any, settings: dict[str, Any]) -> tuple[Any, Any, Arr
             state, exact = carry
             gradient = size * jax.random.normal(jax.random.fold_in(key, number + 1), size.shape)
             _, state = optimizer.update(gradient, state)
-            return (state, settings["b2"] * exact + (1 - settings["b2"]) * gradient**2), None
+            return (state, b2 * exact + (1 - b2) * gradient**2), None
 
         return jax.lax.scan(one, carry, first + jnp.arange(steps // 3))[0]
 
     carry = (optimizer.init(size), jnp.zeros_like(size))
     for number in range(3):
-        before = carry[0].moments.square
+        before = carry[0]
         carry = third(carry, jnp.int32(number * (steps // 3)))
-    return before, carry[0].moments.square, carry[1]
+    return before, carry[0], carry[1]
 
 
 def momentum_of(gradient: float, steps: int = 200, **settings: Any) -> Float[np.ndarray, " number"]:

@@ -3,9 +3,7 @@
 A step decodes a weight's moments, takes in the gradient, moves by the exact new moments, and codes them again.
 """
 
-import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,15 +13,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from minitf.parameters import path_name
-from minitf.train.fourbit.codebooks import dynamic_exponent, linear
-from minitf.train.fourbit.layout import Layout, Path, heads_folded, layers_stacked
-from minitf.train.fourbit.moments import Moments, Setting, empty, step
-
-SECOND = (
-    *("rank1_linear", "rank1_de0", "block_linear", "block_de0", "factored"),
-    *("block_de", "block_linear_with_zero"),
-)
-Select = Callable[[Path, Any], bool]
+from minitf.train.fourbit.coding import MomentCoding
+from minitf.train.fourbit.layout import Path
+from minitf.train.fourbit.moments import Moments, Setting, decoded, empty, encoded, step
+from minitf.train.fourbit.quantized import Quantized
 
 
 @struct.dataclass
@@ -39,82 +32,39 @@ def scale_by_adam_4bit(
     b2: Any = 0.999,
     epsilon: Any = 1e-8,
     *,
-    bits: int = 4,
-    block: int = 128,
-    smallest: int = 4096,
-    second: str = "rank1_linear",
-    signed_scale: bool = False,
-    exclude: Select = lambda path, leaf: False,
     stochastic: bool = False,
     seed: int | Int[Array, ""] | Key[Array, ""] = 0,
-    stacked: Select = layers_stacked,
-    matrix: Callable[[Path, tuple[int, ...]], tuple[int, ...]] = heads_folded,
+    **coding: Any,
 ) -> optax.GradientTransformation:
     """``optax.scale_by_adam`` whose moments are kept as codes.
 
-    The first moment has signed dynamic-exponent levels with a scale for each block. With b2 = .999 and the nearest
-    of few levels, the codes of the second stop changing; lower ``b2``, ``block_de0`` or ``stochastic`` keep them
-    changing.
+    With b2 = .999 and the nearest of few levels, the codes of the second moment stop changing; lower ``b2``,
+    ``block_de0`` or ``stochastic`` keep them changing.
 
     An element whose gradient is not finite, or has a square that is not, keeps its moments, and its update is NaN:
     it shows, and no scale is lost. ``optax.apply_if_finite`` around the optimizer leaves out such steps wholly.
     Within ``optax.MultiSteps`` moments are coded once for each real update: what is coded between is not kept.
     Where that takes too long, add up gradients first and update once.
 
-    Nothing that is not an array is in the state; other settings (``block``, ``second``, ...) need a new one.
+    Nothing that is not an array is in the state; to go on with another ``coding``, see :func:`as_adam`.
 
     Args:
         b1, b2, epsilon: as Adam's; they may be traced.
-        bits: of a code, 4 or 8.
-        block: how many consecutive numbers of a weight have one scale; even.
-        smallest: weights of at most so many numbers (of a layer, when stacked) keep moments in float32, and are
-            moved as by ``optax.scale_by_adam``.
-        second: scales and levels of the second moment. ``rank1`` has a scale for each row and column, ``block``
-            one for each block, which needs no reduction across devices when weights are sharded along leading
-            axes; ``linear`` has even levels, ``de0`` those of the dynamic exponent without 0. ``factored`` keeps
-            means of rows and columns in float32 (Adafactor), all axes but the last taken as rows. Vectors have
-            block scales always, and linear levels when factored. ``block_de`` and ``block_linear_with_zero`` have
-            0 as a level and diverge; they are here to show it.
-        signed_scale: a block's scale has the sign of its largest number. Without, negative extremes shrink to
-            .8875 of themselves in every step, for lack of a level -1.
-        exclude: (path, weight) of those to keep in float32, whatever their size.
         stochastic: round to a neighboring level at random, with the number as mean.
         seed: of that, a number or a key. What is drawn is a function of it, the step and the weight's number.
-        stacked: (path, weight) whose first axis is one of layers, each treated by itself.
-        matrix: (path, shape) to the shape that one layer's weight is taken as; it must have as many numbers.
+        coding: fields of :class:`~minitf.train.fourbit.coding.MomentCoding`.
 
     Raises:
         ValueError: a setting that has no meaning, naming what would have; when initialized or updated, a
             ``matrix`` of another size.
     """
-    _check(bits, block, smallest, second)
-    scale, levels = second_moment(second, bits)
-    setting = Setting(
-        b1=b1,
-        b2=b2,
-        epsilon=epsilon,
-        first=dynamic_exponent(bits, signed=True),
-        second=levels,
-        scale=scale,
-        block=block,
-        signed_scale=signed_scale,
-    )
-
-    def layout(path: Path, leaf: Any) -> Layout:
-        one = leaf.shape[1:] if stacked(path, leaf) else leaf.shape
-        layers = leaf.shape[0] if stacked(path, leaf) else 1
-        folded = tuple(matrix(path, one))
-        if math.prod(folded) != math.prod(one):
-            raise ValueError(f"matrix makes {folded} of {path_name(path)}, whose shape {one} has another size")
-        if setting.scale == "factored" and len(folded) > 2:
-            folded = (math.prod(folded[:-1]), folded[-1])
-        return Layout(stacked(path, leaf), layers, folded)
+    how = MomentCoding(**coding)
+    setting = Setting(b1, b2, epsilon, how)
 
     def initial(path: Path, leaf: Any) -> Moments:
-        place = layout(path, leaf)
-        if math.prod(place.shape) <= smallest or exclude(path, leaf):
+        if how.in_float32(path, leaf):
             return Moments(jnp.zeros(leaf.shape, jnp.float32), jnp.zeros(leaf.shape, jnp.float32))
-        return empty(place, setting)
+        return empty(how.layout(path, leaf), how)
 
     def init(parameters: Any) -> Adam4BitState:
         return Adam4BitState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(initial, parameters))
@@ -124,14 +74,14 @@ def scale_by_adam_4bit(
         count = optax.safe_increment(state.count)
         key = jax.random.fold_in(_key(seed), count) if stochastic else None
         leaves, tree = jax.tree_util.tree_flatten_with_path(gradients)
-        moments = jax.tree.leaves(state.moments, is_leaf=lambda x: isinstance(x, Moments))
+        moments = jax.tree.leaves(state.moments, is_leaf=_is_moments)
         small = {n for n, old in enumerate(moments) if isinstance(old.mean, jax.Array)}
         # All at once, as optax does, whose last bits depend on that.
         done = dict(zip(sorted(small), _in_float32(leaves, moments, small, state.count, setting), strict=True))
         for number, (path, gradient) in enumerate(leaves):
             if number not in small:
                 own = None if key is None else jax.random.fold_in(key, number)
-                done[number] = step(gradient, moments[number], count, own, layout(path, gradient), setting)
+                done[number] = step(gradient, moments[number], count, own, how.layout(path, gradient), setting)
         ordered = [done[number] for number in range(len(leaves))]
         updates = [moved.astype(g.dtype) for (moved, _), (_, g) in zip(ordered, leaves, strict=True)]
         kept = jax.tree.unflatten(tree, [new for _, new in ordered])
@@ -152,13 +102,82 @@ def adamw_4bit(
 ) -> optax.GradientTransformation:
     """AdamW with moments of four bits; the decay is decoupled and multiplied by the rate, which may be traced.
 
-    ``mask`` is optax's, of the weights that decay; ``settings`` are those of :func:`scale_by_adam_4bit`.
+    ``mask`` is optax's, of the weights that decay; ``settings`` are the others of :func:`scale_by_adam_4bit`.
     """
     return optax.chain(
         scale_by_adam_4bit(b1, b2, epsilon, **settings),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def as_adam(state: Adam4BitState, parameters: Any, **coding: Any) -> optax.ScaleByAdamState:
+    """The state of ``optax.scale_by_adam`` that codes stand for, float32.
+
+    To go on from a checkpoint with another block, other levels or none: ``as_adam`` with the coding that made it,
+    then :func:`from_adam` with the new one.
+
+    Args:
+        state: of :func:`scale_by_adam_4bit`.
+        parameters: the weights, or their shapes.
+        coding: as the state was made with.
+
+    Raises:
+        ValueError: the state was made with another coding, or for other weights.
+    """
+    how = MomentCoding(**coding)
+    _check_weights(parameters, state.moments)
+
+    def of_weight(path: Path, leaf: Any, moments: Moments) -> Moments:
+        if not isinstance(moments.mean, Quantized):
+            return moments
+        layout = how.layout(path, leaf)
+        if not _alike(moments, jax.eval_shape(lambda: empty(layout, how))):
+            raise ValueError(
+                f"the moments of {path_name(path)}, of shape {tuple(leaf.shape)}, were not coded with "
+                f"bits={how.bits}, block={how.block} and second={how.second!r}; say what they were coded with"
+            )
+        return jax.tree.map(lambda x: x.reshape(leaf.shape), decoded(moments, layout, how))
+
+    exact = jax.tree_util.tree_map_with_path(of_weight, parameters, state.moments)
+    one = lambda name: jax.tree.map(lambda m: getattr(m, name), exact, is_leaf=_is_moments)
+    return optax.ScaleByAdamState(count=state.count, mu=one("mean"), nu=one("square"))
+
+
+def from_adam(state: optax.ScaleByAdamState, parameters: Any, **coding: Any) -> Adam4BitState:
+    """The state of :func:`scale_by_adam_4bit` with the nearest codes to a state of ``optax.scale_by_adam``.
+
+    ``parameters`` are the weights, or their shapes; ``coding`` is the new one. Raises ValueError for other weights
+    than those of the state.
+    """
+    how = MomentCoding(**coding)
+    _check_weights(parameters, state.mu)
+
+    def of_weight(path: Path, leaf: Any, mean: Array, square: Array) -> Moments:
+        if leaf.shape != mean.shape:
+            raise ValueError(f"{path_name(path)} is {leaf.shape} and its moments are {mean.shape}")
+        if how.in_float32(path, leaf):
+            return Moments(mean.astype(jnp.float32), square.astype(jnp.float32))
+        return encoded(mean, square, how.layout(path, leaf), how)
+
+    moments = jax.tree_util.tree_map_with_path(of_weight, parameters, state.mu, state.nu)
+    return Adam4BitState(state.count, moments)
+
+
+def _is_moments(x: Any) -> bool:
+    return isinstance(x, Moments)
+
+
+def _check_weights(parameters: Any, moments: Any) -> None:
+    trees: list[Any] = [jax.tree.structure(parameters), jax.tree.structure(moments, is_leaf=_is_moments)]
+    if trees[0] != trees[1]:
+        raise ValueError("the state is not that of these weights: their trees are not the same")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two trees have the same arrays: by place, shape and dtype."""
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    return bool(shapes(one) == shapes(other))
 
 
 def state_bytes(parameters: Any, optimizer: optax.GradientTransformation) -> int:
@@ -186,27 +205,3 @@ def _in_float32(
 def _key(seed: Any) -> Key[Array, ""]:
     is_key = jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key)
     return seed if is_key else jax.random.key(seed)
-
-
-def second_moment(second: str, bits: int) -> tuple[Any, Any]:
-    """The kind of scales and the levels that a name of ``SECOND`` stands for."""
-    scale, _, name = second.partition("_")
-    levels = {
-        "": partial(linear, bits),
-        "linear": partial(linear, bits),
-        "linear_with_zero": partial(linear, bits, zero=True),
-        "de": partial(dynamic_exponent, bits, signed=False),
-        "de0": partial(dynamic_exponent, bits, signed=False, zero=False),
-    }
-    return scale, levels[name]()
-
-
-def _check(bits: int, block: int, smallest: int, second: str) -> None:
-    if bits not in (4, 8):
-        raise ValueError(f"bits is {bits}; a code takes 4 or 8")
-    if block < 2 or block % 2:
-        raise ValueError(f"block is {block}; it must be an even number of at least 2")
-    if smallest < 0:
-        raise ValueError(f"smallest is {smallest}; it must be at least 0")
-    if second not in SECOND:
-        raise ValueError(f"second is {second!r}; it must be one of {', '.join(SECOND)}")

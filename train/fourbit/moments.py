@@ -8,7 +8,7 @@ collects.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,18 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from minitf.train.fourbit.codebooks import Codebook
+from minitf.train.fourbit.coding import MomentCoding
 from minitf.train.fourbit.layout import Layout, slices
 from minitf.train.fourbit.packing import as_blocks, block_shape, from_blocks, pack
 from minitf.train.fourbit.quantized import (
     Quantized,
     block_scales,
     decoded_blocks,
+    dequantize,
     inverse_rank1,
     inverted,
     largest_along,
+    quantize,
 )
 
 
@@ -38,20 +41,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all weights share; ``second`` and ``scale`` are levels and scales of second moments."""
+    """What all weights share: Adam's numbers, which may be traced, and how moments are coded."""
 
     b1: Any
     b2: Any
     epsilon: Any
-    first: Codebook
-    second: Codebook
-    scale: Literal["block", "rank1", "factored"]
-    block: int
-    signed_scale: bool
-
-    def scale_of(self, shape: tuple[int, ...]) -> Literal["block", "rank1", "factored"]:
-        """The kind of scales of a second moment of this shape: vectors have blocks always."""
-        return self.scale if len(shape) > 1 else "block"
+    coding: MomentCoding
 
 
 @struct.dataclass
@@ -70,21 +65,52 @@ class _Slice:
 Columns = tuple[Array, ...]
 
 
-def empty(layout: Layout, setting: Setting) -> Moments:
+def empty(layout: Layout, coding: MomentCoding) -> Moments:
     """Moments that are all exactly 0."""
-    shape, scale = layout.shape, setting.scale_of(layout.shape)
-    blocks = block_shape(shape, setting.block)
+    shape, scale = layout.shape, coding.scale_of(layout.shape)
+    blocks = block_shape(shape, coding.block)
     lead = (layout.layers,) if layout.stacked else ()
 
     def codes(levels: Codebook) -> Array:
-        return jnp.zeros((*lead, *blocks, setting.block * levels.bits // 8), jnp.uint8)
+        return jnp.zeros((*lead, *blocks, coding.block * levels.bits // 8), jnp.uint8)
 
     zeros = lambda *axes: jnp.zeros((*lead, *axes), jnp.float32)
-    mean = Quantized(codes(setting.first), (zeros(*blocks),))
+    mean = Quantized(codes(coding.first_levels), (zeros(*blocks),))
     if scale == "block":
-        return Moments(mean, Quantized(codes(setting.second), (zeros(*blocks),)))
+        return Moments(mean, Quantized(codes(coding.second_levels), (zeros(*blocks),)))
     per_axis = tuple(zeros(size) for size in shape)
-    return Moments(mean, Quantized(None if scale == "factored" else codes(setting.second), per_axis))
+    return Moments(mean, Quantized(None if scale == "factored" else codes(coding.second_levels), per_axis))
+
+
+def encoded(
+    mean: Float[Array, "*shape"], square: Float[Array, "*shape"], layout: Layout, coding: MomentCoding
+) -> Moments:
+    """Moments of one weight as codes of the nearest levels."""
+    scale = coding.scale_of(layout.shape)
+
+    def of_tensor(mean: Array, square: Array) -> Moments:
+        first = quantize(mean, coding.first_levels, block=coding.block, signed_scale=coding.signed_scale)
+        if scale == "factored":
+            means = tuple(jnp.mean(square, axis=axis) for axis in (1, 0))
+            return Moments(first, Quantized(None, means))
+        return Moments(first, quantize(square, coding.second_levels, block=coding.block, scale=scale))
+
+    one = lambda x: x.astype(jnp.float32).reshape((layout.layers,) * layout.stacked + layout.shape)
+    return (jax.vmap(of_tensor) if layout.stacked else of_tensor)(one(mean), one(square))
+
+
+def decoded(moments: Moments, layout: Layout, coding: MomentCoding) -> Moments:
+    """Moments of one weight in float32, in the shape of the layout."""
+    shape, scale = layout.shape, coding.scale_of(layout.shape)
+
+    def of_tensor(moments: Moments) -> Moments:
+        mean, square = moments.mean, moments.square
+        first = dequantize(mean, shape, coding.first_levels, block=coding.block)
+        if scale == "factored":
+            return Moments(first, _outer(*square.scales))
+        return Moments(first, dequantize(square, shape, coding.second_levels, block=coding.block, scale=scale))
+
+    return (jax.vmap(of_tensor) if layout.stacked else of_tensor)(moments)
 
 
 def step(
@@ -106,7 +132,7 @@ def step(
         setting: of all weights.
     """
     lead = lambda tree: tree if layout.stacked else jax.tree.map(lambda x: x[None], tree)
-    cut = slices(layout, setting.block)
+    cut = slices(layout, setting.coding.block)
     parts = cut or 1
 
     def sliced(x: Array) -> Array:
@@ -141,7 +167,7 @@ def _put(tree: Any, part: Any, index: Any) -> Any:
 
 def _collected(collect: Any, whole: _Slice, old: Columns, parts: int, setting: Setting) -> Columns:
     """The new columns of every layer, from one slice after another."""
-    join = jnp.add if setting.scale == "factored" else jnp.maximum
+    join = jnp.add if setting.coding.scale == "factored" else jnp.maximum
 
     def take_in(index: Array, new: Columns) -> Columns:
         layer = index // parts
@@ -162,10 +188,12 @@ def _one_after_another(advance: Any, whole: _Slice, old: Columns, new: Columns, 
 def _squares(part: _Slice, columns: Columns, setting: Setting) -> Array:
     """What the second moment was, as blocks; of a factored one, the tensor."""
     shape = part.gradient.shape
-    scale = setting.scale_of(shape)
+    scale = setting.coding.scale_of(shape)
     if scale == "factored":
         return _outer(part.rows, columns[0])
-    return decoded_blocks(Quantized(part.codes, (part.rows, *columns)), setting.second, setting.block, scale)
+    return decoded_blocks(
+        Quantized(part.codes, (part.rows, *columns)), setting.coding.second_levels, setting.coding.block, scale
+    )
 
 
 def _outer(rows: Array, columns: Array) -> Array:
@@ -185,12 +213,12 @@ def _finite(gradient: Array) -> Array:
 
 def _columns(part: _Slice, old: Columns, *, setting: Setting, parts: int) -> Columns:
     """What this slice adds to the columns' new scales: their largest numbers, or its share of their means."""
-    gradient, scale = part.gradient, setting.scale_of(part.gradient.shape)
+    gradient, scale = part.gradient, setting.coding.scale_of(part.gradient.shape)
     if scale == "block":
         return ()
     if scale == "factored":
         return (jnp.mean(_averaged_matrix(part, old, setting), axis=0) / parts,)
-    blocks = as_blocks(gradient, setting.block)
+    blocks = as_blocks(gradient, setting.coding.block)
     new = _averaged(_squares(part, old, setting), blocks * blocks, setting.b2, _finite(blocks))
     whole = from_blocks(new, gradient.shape)
     return tuple(largest_along(whole, axis) for axis in range(1, gradient.ndim))
@@ -206,15 +234,15 @@ def _advance(
     part: _Slice, old: Columns, new: Columns, number: Array, *, setting: Setting, count: Array, key: Any
 ) -> _Slice:
     """The step of one slice; ``number`` is its own."""
-    s, shape = setting, part.gradient.shape
-    scale = s.scale_of(shape)
-    blocks = as_blocks(part.gradient, s.block)
+    s, coding, shape = setting, setting.coding, part.gradient.shape
+    scale = coding.scale_of(shape)
+    blocks = as_blocks(part.gradient, coding.block)
     finite = _finite(blocks)
-    mean = _averaged(decoded_blocks(part.mean, s.first, s.block, "block"), blocks, s.b1, finite)
-    mean_scale = block_scales(mean, s.signed_scale)
+    mean = _averaged(decoded_blocks(part.mean, coding.first_levels, coding.block, "block"), blocks, s.b1, finite)
+    mean_scale = block_scales(mean, coding.signed_scale)
     if scale == "factored":
         rows = jnp.mean(_averaged_matrix(part, old, s), axis=1)
-        square, codes = as_blocks(_outer(rows, new[0]), s.block), None
+        square, codes = as_blocks(_outer(rows, new[0]), coding.block), None
     else:
         square = _averaged(_squares(part, old, s), blocks * blocks, s.b2, finite)
         if scale == "block":
@@ -222,9 +250,9 @@ def _advance(
             inverse = inverted(rows)[..., None]
         else:
             rows = largest_along(from_blocks(square, shape), 0)
-            inverse = as_blocks(inverse_rank1((rows, *new)), s.block)
-        codes = _coded(square * inverse, s.second, key, number, 1)
-    mean_codes = _coded(mean * inverted(mean_scale)[..., None], s.first, key, number, 0)
+            inverse = as_blocks(inverse_rank1((rows, *new)), coding.block)
+        codes = _coded(square * inverse, coding.second_levels, key, number, 1)
+    mean_codes = _coded(mean * inverted(mean_scale)[..., None], coding.first_levels, key, number, 0)
     # Bias corrections: both moments started at 0.
     root = jnp.sqrt(square / (1 - s.b2**count))
     moved = jnp.where(finite, mean / (1 - s.b1**count) / (root + s.epsilon), jnp.nan)
