@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minitf.files import write_atomically
+from minitf.memory import out_of_memory
 
 CONFIG = "config.json"
 FOLDERS = ("arrays", "figures", "checkpoints", "data", "model", "models", "tensorboard", "wandb")
@@ -44,6 +45,18 @@ def told_to_people() -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:
         raise Problem(str(error)) from error
+
+
+@contextmanager
+def telling_of_memory(then: str) -> Iterator[None]:
+    """Tell people where a device has no room, and what to do ``then``; raises Problem in place of JAX's error."""
+    try:
+        yield
+    except Exception as error:
+        said = out_of_memory(error)
+        if said is None:
+            raise
+        raise Problem(f"there is not enough memory on the device: {said}. {then}") from error
 
 
 @contextmanager

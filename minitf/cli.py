@@ -16,6 +16,7 @@ from tyro.conf import arg
 from minitf.cli_training import FourBit, Plan, Train, settings_first
 
 INTERRUPTED = 130
+LESS_MEMORY = "Ask for fewer or shorter sequences, fewer seeds or a smaller model. What was finished is kept."
 
 
 class _Stopped(BaseException):
@@ -365,10 +366,11 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(command: AnyCommand) -> int:
     """The exit code. Only what a person can put right is told without a stack trace; the rest are bugs."""
     try:
-        from minitf.analysis.run_folder import Problem
+        from minitf.analysis.run_folder import Problem, telling_of_memory
 
         try:
-            return command.run()
+            with telling_of_memory(LESS_MEMORY):
+                return command.run()
         except Problem as problem:
             print(f"minitf: {problem}", file=sys.stderr)
             return problem.exit_code

@@ -18,6 +18,7 @@ from minitf.analysis.run_folder import (
     check_run_folder,
     open_run_folder,
     recorded,
+    telling_of_memory,
     told_to_people,
     writing_results,
 )
@@ -27,6 +28,7 @@ from minitf.analysis.training.page import page
 from minitf.analysis.training.prepared import Prepared, prepared
 from minitf.analysis.training.under_way import Training, model_folders
 from minitf.files import write_atomically
+from minitf.memory import machine_bytes
 from minitf.parameters import count
 from minitf.train import sharding, trainer
 from minitf.train.checkpoints import Checkpoints
@@ -36,6 +38,10 @@ from minitf.train.settings import as_tables, as_toml, by_name
 
 # What may change when a run goes on: where it runs and what it keeps, not what it computes.
 FREE = ("mesh", "keep")
+LESS_MEMORY = (
+    "A smaller training.batch needs less, or training.accumulate=4, training.rematerialize=true, or "
+    "training.at_once=1 where many models train; minitf plan says how much."
+)
 GOES_ON = "The checkpoints before are whole; when this is put right, the same command goes on from the newest."
 
 
@@ -122,8 +128,27 @@ def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress
         with opened as shown:
             work = flops(ready.program.gradient, state.parameters, batch, numbers, key)
             progress.note(_what(ready, models, work))
-            programs = trainer.compiled(ready.program, mesh, work * len(models.seeds), ready.length)
-            Training(config, ready, programs, mesh, models, checkpoints, out, progress, work, shown).run()
+            with telling_of_memory(LESS_MEMORY):
+                programs = trainer.compiled(ready.program, mesh, work * len(models.seeds), ready.length)
+                _check_memory(programs, mesh)
+                Training(config, ready, programs, mesh, models, checkpoints, out, progress, work, shown).run()
+
+
+def _check_memory(programs: trainer.Compiled, mesh: Mesh) -> None:
+    """Refuse what the compiler says has no room: a CPU would take the machine's memory until it is killed.
+
+    Raises:
+        Problem: with what is needed and what there is.
+    """
+    there, each = trainer.memory_of(mesh), programs.argument_bytes + programs.temporary_bytes
+    where, needed = "the device", each
+    if there is None:
+        # Devices that do not say are parts of this machine.
+        there, where, needed = machine_bytes(), "this machine", each * len(mesh.local_devices)
+    if there is not None and needed > there:
+        raise Problem(
+            f"a training step needs {needed / 1e9:.1f} GB of memory; {where} has {there / 1e9:.1f}. {LESS_MEMORY}"
+        )
 
 
 def _what(ready: Prepared, models: trainer.Models, work: float) -> str:

@@ -1,5 +1,6 @@
 import json
 
+import jax.numpy as jnp
 import pytest
 
 from minitf.analysis.run_folder import (
@@ -7,6 +8,7 @@ from minitf.analysis.run_folder import (
     Problem,
     check_run_folder,
     open_run_folder,
+    telling_of_memory,
     told_to_people,
     writing_results,
 )
@@ -152,3 +154,11 @@ def test_a_file_that_vanished_is_told_by_its_name_and_is_no_full_disk(tmp_path):
 
 def test_bad_input_exits_with_2_and_divergence_with_1():
     assert (Problem.exit_code, Diverged.exit_code) == (2, 1)
+
+
+def test_too_little_memory_is_a_sentence_and_other_errors_are_not_taken_for_it():
+    said = r"not enough memory on the device: Out of memory allocating 40000000000000 bytes\. Ask for less\."
+    with pytest.raises(Problem, match=said), telling_of_memory("Ask for less."):
+        jnp.zeros(10**13)
+    with pytest.raises(RuntimeError, match="mistake"), telling_of_memory("Ask for less."):
+        raise RuntimeError("a mistake")

@@ -157,6 +157,22 @@ def test_what_cannot_be_trained_is_told_before_anything_is(tmp_path, groups, tol
         run(tmp_path / "run", **groups)
 
 
+def test_what_has_no_room_is_told_before_it_begins_and_a_smaller_one_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as small:
+        small.setattr(job, "machine_bytes", lambda: 1000)
+        with pytest.raises(
+            Problem, match=r"needs 0.0 GB of memory; this machine has 0.0. A smaller training.batch"
+        ):
+            run(tmp_path / "run")
+    with monkeypatch.context() as full:
+        full.setattr(job.trainer, "compiled", lambda *_: jnp.zeros(10**13))
+        with pytest.raises(
+            Problem, match=r"not enough memory on the device: .*40000000000000 bytes. A smaller train"
+        ):
+            run(tmp_path / "run")
+    run(tmp_path / "run", training={"batch": 2})
+
+
 def test_the_folder_of_a_run_that_was_refused_takes_the_corrected_one(tmp_path, monkeypatch):
     out = tmp_path / "run"
     with pytest.raises(Problem, match="2 heads do not divide a width of 7"):

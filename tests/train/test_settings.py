@@ -72,6 +72,21 @@ def test_words_say_what_a_file_says():
     }
 
 
+def test_a_list_may_have_bare_words_whose_quotes_a_shell_took():
+    words = [
+        "data.columns=[temp, wind speed]",
+        "model.mixer=[Mamba,Softmax]",
+        "keep.prompt=[a]b]",
+        "task.x=[1,two]",
+    ]
+    assert from_words(words) == {
+        "data": {"columns": ["temp", "wind speed"]},
+        "model": {"mixer": ["Mamba", "Softmax"]},
+        "keep": {"prompt": "[a]b]"},
+        "task": {"x": [1, "two"]},
+    }
+
+
 def test_what_is_laid_over_replaces_field_by_field_and_a_task_with_its_settings():
     below = {"model": {"layers": 1, "width": 8}, "task": {"name": "copy", "span": 3}}
     above = {"model": {"layers": 2}, "task": {"name": "recall"}}
