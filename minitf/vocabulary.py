@@ -148,7 +148,8 @@ class Names:
         try:
             return np.array([self._numbers[line] for line in lines], np.int32)
         except KeyError as error:
-            raise ValueError(f"{error.args[0]!r} is none of the {self.size} symbols found in the data") from None
+            known = f"{self.size} symbols found in the data ({', '.join(map(repr, self.names[:3]))}, ...)"
+            raise ValueError(f"{error.args[0]!r} is none of the {known}; each is a line") from None
 
     def decode(self, ids: Iterable[Any]) -> str:
         """Their names, one a line."""
@@ -283,7 +284,9 @@ def numbers(text: str, columns: int) -> np.ndarray:
         rows = np.full((1, 1), np.nan)
     if not np.all(np.isfinite(rows)):
         wrong = next((line for line in lines if not _is_row(line, columns)), lines[0])
-        raise ValueError(f"{wrong!r} is not a row of {columns} finite numbers with commas between them")
+        raise ValueError(
+            f"{wrong!r} is not a row of {columns} finite numbers with commas between them; each row is a line"
+        )
     return rows
 
 

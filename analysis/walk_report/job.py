@@ -70,6 +70,8 @@ def run(
         model = load(config.model)
         tokens = _tokens(config, model)
         edit = edit_of(config, model)
+        if config.generate and not model.config.causal:
+            raise Problem("the model sees later positions too (it is not causal), so it cannot generate a text")
         room = min(model.config.length, LONGEST)
         if len(tokens) + config.generate > room:
             raise Problem(

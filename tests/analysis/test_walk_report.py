@@ -17,7 +17,7 @@ from minitf.analysis.walk_report.job import WalkConfig, edit_of
 from minitf.analysis.walk_report.show import show
 from minitf.decode import generate
 from minitf.edits import ablate
-from minitf.pretrained import Pretrained, load
+from minitf.pretrained import Pretrained, load, save
 
 TOKENS = np.array([3, 1, 4, 1, 5], np.int32)
 
@@ -159,6 +159,17 @@ def test_bad_input_is_told_in_a_sentence_and_leaves_nothing(folder, tmp_path, ch
         job.run(config, tmp_path / "out")
     assert message in str(told.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_sees_later_tokens_walks_and_is_asked_for_none(tmp_path):
+    both_ways = replace(CONFIG, causal=False)
+    native = Pretrained("minitf", both_ways, model().parameters, None)
+    save(tmp_path / "model", native)
+    config = WalkConfig(str(tmp_path / "model"), "3 1", ids=True, generate=2)
+    said = []
+    with pytest.raises(Problem, match="it is not causal.*so it cannot generate"):
+        job.run(config, tmp_path / "out", say=said.append)
+    assert not said and not (tmp_path / "out").exists()
 
 
 def test_a_notebook_shows_the_page_and_nothing_of_it_leaves_its_frame(tmp_path):

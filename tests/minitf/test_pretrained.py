@@ -291,6 +291,10 @@ def test_a_configuration_file_that_is_none_is_refused(tmp_path):
     ]:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         refused(match, folder)
+    file.write_text('{"made_by": "minitf"}')
+    for inner in ("models/0", "model"):
+        saved(folder / inner)
+        refused(f"is the folder of a run; its model is in .*{inner}$", folder)
     file.unlink()
     refused("has no config.json, without which the model is not known$", folder)
 
