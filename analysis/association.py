@@ -5,6 +5,7 @@ are mixed under it whatever the text now says. So a model keeps everything but t
 what the association's dependence on the data was worth (Hassid et al. 2022, PAPA; Tay et al. 2021).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,10 +21,12 @@ from minitf.analysis.patching import Metric, Progress, patch
 from minitf.config import ModelConfig
 from minitf.model import walk
 from minitf.parameters import Parameters
-from minitf.walk import Change, Walk, put
+from minitf.record import record
+from minitf.walk import Change, Walk, put, with_as_many_heads
 
 Pattern = Float[Array, "layer batch head query key"]
 Mask = Bool[Array, "layer head"]
+Replacement = Callable[[Walk, Walk, ModelConfig, Array], Pattern]
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # What replacements are made of, and what they are compared with.
@@ -43,9 +46,47 @@ class Quality:
     divergence: Any
 
 
+def check(shapes: Walk) -> None:
+    """Refuse a walk, or its shapes, that has no association. Raises ValueError."""
+    if shapes.layers.pattern is None:
+        raise ValueError("no layer of this model mixes by an association, so there is none to replace")
+
+
+def kept(walk: Walk) -> Walk:
+    """Of a walk, what replacements are made of; where layers differ, zeros after the heads of those with fewer.
+
+    A head is what has an association of its own: of some mixers, a channel. Scores are there where every layer's
+    association is made of scores.
+
+    Raises:
+        ValueError: no layer has an association.
+    """
+    check(walk)
+    some = record(walk, lambda name: name in READ)
+    pattern, scores = some.layers.pattern, some.layers.scores
+    if isinstance(scores, tuple) and any(
+        score is None and one is not None for score, one in zip(scores, pattern, strict=True)
+    ):
+        scores = None
+    some = put(some, "layers.scores", None if scores is None else with_as_many_heads(scores, 1))
+    return put(some, "layers.pattern", with_as_many_heads(pattern, 1))
+
+
+def possible(intact: Walk) -> dict[str, Replacement]:
+    """The replacements of which what they are made of is there; those of scores need scores."""
+    return {
+        name: replace
+        for name, replace in REPLACEMENTS.items()
+        if intact.layers.scores is not None or name not in OF_SCORES
+    }
+
+
 def uniform(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
-    """Every key in sight counts the same."""
-    return _normalized(jnp.ones_like(intact.layers.pattern), config)
+    """Every key in sight counts the same; together as much as keys do on average over ``data``."""
+    pattern = intact.layers.pattern
+    seen = _seen(pattern.shape[-1], config)
+    share = seen / jnp.maximum(jnp.sum(seen, axis=-1, keepdims=True), 1)
+    return jnp.broadcast_to(share.astype(pattern.dtype) * _total(data), pattern.shape)
 
 
 def mean(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
@@ -54,20 +95,20 @@ def mean(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> 
 
 
 def by_lag(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
-    """The mean over ``data`` as a function of the distance alone (Toeplitz), rows made to sum to one again."""
+    """The mean over ``data`` as a function of the distance alone (Toeplitz), rows as heavy as they were."""
     average = _mean(data.layers.pattern)
     length = average.shape[-1]
     lag = np.arange(length)[:, None] - np.arange(length)[None, :] + length - 1
     counts = np.bincount(lag.reshape(-1), minlength=2 * length - 1)
     totals = jnp.zeros((*average.shape[:-2], 2 * length - 1), average.dtype).at[..., lag].add(average)
     constant = (totals / counts)[..., lag]
-    return jnp.broadcast_to(_normalized(constant, config), intact.layers.pattern.shape)
+    return jnp.broadcast_to(_as_heavy(constant, average, config), intact.layers.pattern.shape)
 
 
 def identity(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
-    """Every position sees itself alone: nothing is mixed."""
+    """Every position sees itself alone, as much as it sees of all on average over ``data``: nothing is mixed."""
     pattern = intact.layers.pattern
-    return jnp.broadcast_to(jnp.eye(pattern.shape[-1], dtype=pattern.dtype), pattern.shape)
+    return jnp.broadcast_to(jnp.eye(pattern.shape[-1], dtype=pattern.dtype) * _total(data), pattern.shape)
 
 
 def shuffled(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
@@ -81,32 +122,37 @@ def shuffled(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""])
 
 
 def random(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
-    """Softmax of standard normal scores, fixed for each head: the random Synthesizer's."""
+    """Softmax of standard normal scores, fixed for each head: the random Synthesizer's. Rows sum as on average."""
     pattern = intact.layers.pattern
     layers, _, heads, length, _ = pattern.shape
     scores = jax.random.normal(key, (layers, 1, heads, length, length), pattern.dtype)
     fixed = aggregate.associate(jnp.where(_seen(length, config), scores, -jnp.inf))
-    return jnp.broadcast_to(fixed, pattern.shape)
+    return jnp.broadcast_to(fixed * _total(data), pattern.shape)
 
 
-def top_k(count: int) -> Callable[[Walk, Walk, ModelConfig, Array], Pattern]:
-    """The ``count`` largest weights of each row, made to sum to one."""
+def top_k(count: int) -> Replacement:
+    """The ``count`` largest weights of each row, made as heavy as the row."""
 
     def replacement(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
         pattern = intact.layers.pattern
-        least = jax.lax.top_k(pattern, min(count, pattern.shape[-1]))[0][..., -1:]
-        return _normalized(jnp.where(pattern >= least, pattern, 0.0), config)
+        sizes = jnp.abs(pattern)
+        least = jax.lax.top_k(sizes, min(count, pattern.shape[-1]))[0][..., -1:]
+        return _as_heavy(jnp.where(sizes >= least, pattern, 0.0), pattern, config)
 
     return replacement
 
 
-def low_rank(rank: int) -> Callable[[Walk, Walk, ModelConfig, Array], Pattern]:
-    """The closest matrix of that rank; what is then negative or out of sight is cut off, the rest sums to one."""
+def low_rank(rank: int) -> Replacement:
+    """The closest matrix of that rank; what is then out of sight, or negative in a head that never is, is cut off,
+    and the rest made as heavy as the rows were.
+    """
 
     def replacement(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
-        left, sizes, right = jnp.linalg.svd(intact.layers.pattern, full_matrices=False)
+        pattern = intact.layers.pattern
+        left, sizes, right = jnp.linalg.svd(pattern, full_matrices=False)
         close = (left[..., :rank] * sizes[..., None, :rank]) @ right[..., :rank, :]
-        return _normalized(jnp.maximum(close, 0.0), config)
+        signed = jnp.any(pattern < 0, axis=(1, 3, 4), keepdims=True)
+        return _as_heavy(jnp.where(signed, close, jnp.maximum(close, 0.0)), pattern, config)
 
     return replacement
 
@@ -125,7 +171,7 @@ def contents_only(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array,
     return aggregate.associate(less)
 
 
-REPLACEMENTS: dict[str, Callable[[Walk, Walk, ModelConfig, Array], Pattern]] = {
+REPLACEMENTS: dict[str, Replacement] = {
     "uniform": uniform,
     "mean over data": mean,
     "mean per lag": by_lag,
@@ -139,6 +185,7 @@ REPLACEMENTS: dict[str, Callable[[Walk, Walk, ModelConfig, Array], Pattern]] = {
     "positions only": positions_only,
     "contents only": contents_only,
 }
+OF_SCORES = ("positions only", "contents only")
 
 
 def quality(
@@ -184,7 +231,8 @@ def by_head(
 ) -> Float[Array, "layer head *_"]:
     """Each head's association replaced alone: the metric of the logits, ``[layer, head, ...]``.
 
-    A run starts at its head's layer, and the heads of a layer run together (:mod:`minitf.analysis.patching`).
+    Where layers differ, NaN follows the heads of those with fewer. A run starts at its head's layer, and the heads
+    of a layer run together (:mod:`minitf.analysis.patching`).
 
     Args:
         intact: reads its ``layers.resid_pre``.
@@ -195,21 +243,26 @@ def by_head(
     Raises:
         ValueError: as ``patch``.
     """
-    source = put(Walk(), "layers.pattern", replacement)
+    source = put(Walk(), "layers.pattern", _own_heads(parameters, replacement, config))
     places = ("layers.pattern", ("head",))
     return patch(parameters, intact, source, metric, config, places, memory=memory, progress=progress)
 
 
-def in_order(order: Int[np.ndarray, " place"], fraction: float, layers: int) -> Mask:
-    """The first heads of an order (numbers ``layer * heads + head``), that share of all."""
-    chosen = np.zeros(len(order), bool)
+def in_order(order: Int[np.ndarray, " place"], fraction: float, shape: tuple[int, int]) -> Mask:
+    """The first heads of an order (numbers ``layer * heads + head``), that share of all that are in it.
+
+    ``shape`` is how many layers and heads a mask has.
+    """
+    chosen = np.zeros(math.prod(shape), bool)
     chosen[order[: round(fraction * len(order))]] = True
-    return jnp.asarray(chosen.reshape(layers, -1))
+    return jnp.asarray(chosen.reshape(shape))
 
 
-def every_share(orders: Mapping[str, Int[np.ndarray, " place"]], layers: int) -> Bool[Array, "mask _ _"]:
+def every_share(
+    orders: Mapping[str, Int[np.ndarray, " place"]], shape: tuple[int, int]
+) -> Bool[Array, "mask _ _"]:
     """Masks of every share of the heads in :data:`FRACTIONS`, order by order, for :func:`with_heads_replaced`."""
-    return jnp.stack([in_order(order, share, layers) for order in orders.values() for share in FRACTIONS])
+    return jnp.stack([in_order(order, share, shape) for order in orders.values() for share in FRACTIONS])
 
 
 def with_heads_replaced(
@@ -224,10 +277,9 @@ def with_heads_replaced(
 
     Raises ValueError for masks that are not of this model's heads.
     """
-    if masks.shape[1:] != (config.layers, config.heads):
-        raise ValueError(
-            f"the masks are of {masks.shape[1:]} layers and heads; the model has {(config.layers, config.heads)}"
-        )
+    expected = (replacement.shape[0], replacement.shape[2])
+    if masks.shape[1:] != expected:
+        raise ValueError(f"the masks are of {masks.shape[1:]} layers and heads; the model has {expected}")
     return _masked(parameters, tokens, replacement, masks, metric=metric, config=config)
 
 
@@ -241,22 +293,42 @@ def _masked(
     metric: Metric,
     config: ModelConfig,
 ) -> Array:
+    own = partial(_own_heads, parameters, config=config)
+
     def one(mask: Array) -> Array:
-        here = mask[:, None, :, None, None].astype(replacement.dtype)
-        edit = put(Walk(), "layers.pattern", Change(keep=1 - here, put=here * replacement))
-        return metric(walk(parameters, tokens, config, edit=edit).logits)
+        here = jnp.broadcast_to(mask[:, None, :, None, None], replacement.shape).astype(replacement.dtype)
+        keep, new = own(1 - here), own(here * replacement)
+        change: Any = Change(keep=keep, put=new)
+        if isinstance(keep, tuple):
+            change = tuple(None if k is None else Change(keep=k, put=p) for k, p in zip(keep, new, strict=True))
+        return metric(walk(parameters, tokens, config, edit=put(Walk(), "layers.pattern", change)).logits)
 
     return jax.lax.map(one, masks)
+
+
+def _own_heads(parameters: Parameters, pattern: Pattern, config: ModelConfig) -> Array | tuple[Array | None, ...]:
+    """Patterns as the model's walk has them: where layers differ, to each its own heads."""
+    _, batch, _, length, _ = pattern.shape
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    like = jax.eval_shape(lambda p, t: walk(p, t, config).layers.pattern, parameters, tokens)
+    if not isinstance(like, tuple):
+        return pattern
+    return tuple(None if x is None else pattern[number, :, : x.shape[1]] for number, x in enumerate(like))
 
 
 def orders(
     importance: Float[np.ndarray, "layer head"], seeds: Sequence[int]
 ) -> dict[str, Int[np.ndarray, " place"]]:
-    """In which order to replace heads: the least important first, the most important first, and at random."""
-    ranked = np.argsort(np.asarray(importance).reshape(-1), kind="stable")
+    """In which order to replace heads: the least important first, the most important first, and at random.
+
+    Heads that a layer does not have, whose importance is NaN, are in none.
+    """
+    flat = np.asarray(importance).reshape(-1)
+    ranked = np.argsort(flat, kind="stable")
+    ranked = ranked[~np.isnan(flat[ranked])]
     found = {"least important first": ranked, "most important first": ranked[::-1]}
     for seed in seeds:
-        found[f"random order {seed}"] = np.random.default_rng(seed).permutation(len(ranked))
+        found[f"random order {seed}"] = np.random.default_rng(seed).permutation(np.sort(ranked))
     return found
 
 
@@ -264,11 +336,18 @@ def _seen(length: int, config: ModelConfig) -> Bool[Array, "query key"]:
     return aggregate.allowed_pairs(length, config.causal, config.attend_self)
 
 
-def _normalized(weights: Float[Array, "*axes query key"], config: ModelConfig) -> Float[Array, "*axes query key"]:
-    """What is in sight, made to sum to one; rows of nothing stay so."""
+def _as_heavy(
+    weights: Float[Array, "*axes query key"], rows: Float[Array, "*axes query key"], config: ModelConfig
+) -> Float[Array, "*axes query key"]:
+    """What is in sight, its sizes adding up to what they do in ``rows``: to one, where those are probabilities."""
     weights = jnp.where(_seen(weights.shape[-1], config), weights, 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1.0, total)
+    size, aim = (jnp.sum(jnp.abs(x), axis=-1, keepdims=True) for x in (weights, rows))
+    return weights * (aim / jnp.where(size == 0, 1.0, size))
+
+
+def _total(data: Walk) -> Float[Array, "layer 1 head query 1"]:
+    """What a row's weights add up to, on average: one, where they are probabilities."""
+    return jnp.sum(_mean(data.layers.pattern), axis=-1, keepdims=True)
 
 
 def _mean(leaf: Float[Array, "layer batch head query key"]) -> Float[Array, "layer 1 head query key"]:

@@ -5,7 +5,6 @@ Wang et al. 2022). Each run starts at its own layer, from the corrupted walk's `
 of a layer run together. :mod:`minitf.analysis.attribution_patching` estimates the same from one gradient.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -22,6 +21,8 @@ from minitf.walk import Change, LayerWalk, Walk, get, leaf_axes, leaves, put
 # From logits [batch, position, vocabulary] to a number, or to one for each sequence.
 Metric = Callable[[Array], Array]
 Progress = Callable[[Iterable[int]], Iterable[int]]
+# Of all layers together, or, where they differ, each layer's own.
+ByLayer = Array | tuple[Array | None, ...]
 
 HEADS = ("layers.z", ("head",))
 HEADS_BY_POSITION = ("layers.z", ("position", "head"))
@@ -45,6 +46,8 @@ def patch(
 ) -> Float[Array, "layer ..."]:
     """The metric of the corrupted walk with one place patched at a time, ``[layer, *places, *metric]``.
 
+    Where layers differ in the leaf, those with fewer places (or none) have NaN after them.
+
     Args:
         corrupt: reads its ``layers.resid_pre`` alone; other leaves may be dropped.
         clean: reads the patched leaf alone.
@@ -65,34 +68,47 @@ def patch(
     _check_places(name, over, stream, values, config)
     length = stream.shape[2]
     fixed = fixed_positions(at, length)
-    count = math.prod(place_shape(name, over, values.shape))
     size = bytes_per_run(config, stream.shape[1], length, fixed, stream.dtype.itemsize)
-    together = runs_together(count, size, memory)
     # Of stacked layers one program serves for all; of single ones each has its own.
     single = isinstance(parameters.layers, tuple)
-    run = functools.partial(
-        _patched_known_layer if single else _patched_layer,
-        metric=metric,
-        config=config,
-        name=name,
-        over=over,
-        at=fixed,
-        together=together,
-    )
     # In the last layer, positions that nobody reads need no steps, unless they are read as keys and values.
     ends = fixed is not None and name.removeprefix("layers.") not in BEFORE_KEYS and ends_at_some(config)
-    found = [
-        run(
+
+    def of_layer(number: int, shape: tuple[int, ...] | None) -> Array | None:
+        if shape is None:
+            return None
+        return (_patched_known_layer if single else _patched_layer)(
             parameters,
             stream,
             values,
             valid,
-            layer=i if single else jnp.int32(i),
-            ends=ends and i == config.layers - 1,
+            layer=number if single else jnp.int32(number),
+            metric=metric,
+            config=config,
+            name=name,
+            over=over,
+            at=fixed,
+            together=runs_together(math.prod(place_shape(name, over, shape)), size, memory),
+            ends=ends and number == config.layers - 1,
         )
-        for i in progress(range(config.layers))
-    ]
-    return jnp.stack(found)
+
+    shapes = _shapes(values)
+    return _together([of_layer(number, shapes[number]) for number in progress(range(config.layers))], len(over))
+
+
+def _together(found: list[Array | None], places: int) -> Array:
+    """The layers' findings ``[*places, *metric]`` as one array, NaN where a layer has fewer places than others."""
+    present = [x for x in found if x is not None]
+    most = tuple(max(x.shape[axis] for x in present) for axis in range(places))
+    none = jnp.full((0,) * places + present[0].shape[places:], jnp.nan, present[0].dtype)
+
+    def padded(x: Array) -> Array:
+        rest = [(0, size - n) for size, n in zip(most, x.shape[:places], strict=True)]
+        return jnp.pad(x, [*rest, *[(0, 0)] * (x.ndim - places)], constant_values=jnp.nan)
+
+    return jnp.stack(
+        [x if x.shape[:places] == most else padded(x) for x in (none if x is None else x for x in found)]
+    )
 
 
 def runs_together(count: int, size: int, memory: int | None) -> int:
@@ -134,7 +150,7 @@ def normalized(
 def _patched(
     parameters: Parameters,
     streams: Array,
-    values: Array,
+    values: ByLayer,
     valid: Array | None,
     *,
     layer: int | Array,
@@ -151,8 +167,9 @@ def _patched(
     ``ends`` says that it is the last layer and need only be run where the logits are read.
     """
     stream, value = streams[layer], values[layer]
+    assert value is not None  # only layers that have the leaf are patched
     batch, length, width = stream.shape
-    shape = place_shape(name, over, values.shape)
+    shape = place_shape(name, over, value.shape)
     count = math.prod(shape)
     numbers = jnp.minimum(jnp.arange(math.ceil(count / together) * together), count - 1).reshape(-1, together)
 
@@ -218,8 +235,8 @@ def at_place(name: str, over: tuple[str, ...], shape: tuple[int, ...], number: A
 
 
 def place_shape(name: str, over: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """How many places there are on each axis gone over, of a leaf of this shape."""
-    return tuple(size for axis, size in zip(leaf_axes()[name], shape, strict=True) if axis in over)
+    """How many places there are on each axis gone over, of one layer's leaf of this shape."""
+    return tuple(size for axis, size in zip(leaf_axes()[name][1:], shape, strict=True) if axis in over)
 
 
 def fixed_positions(at: Sequence[int] | None, length: int) -> tuple[int, ...] | None:
@@ -229,34 +246,42 @@ def fixed_positions(at: Sequence[int] | None, length: int) -> tuple[int, ...] | 
     return None if at is None else tuple(int(i) for i in at)
 
 
-def _layer_leaf(clean: Walk, name: str) -> Array:
+def _layer_leaf(clean: Walk, name: str) -> ByLayer:
     value = get(clean, name)
     if not name.startswith("layers."):
         raise ValueError(f"{name!r} is not in the layers; patch one of a layer's leaves, such as 'layers.z'")
     if value is None:
         raise ValueError(f"the clean walk holds no {name!r} to patch with")
-    if isinstance(value, tuple):
-        raise ValueError(f"the layers differ in {name!r}, so one sweep cannot go over all; patch another leaf")
     return value
 
 
+def _shapes(values: ByLayer) -> list[tuple[int, ...] | None]:
+    """Of each layer's leaf."""
+    if isinstance(values, tuple):
+        return [None if value is None else value.shape for value in values]
+    return [values.shape[1:]] * len(values)
+
+
 def _check_places(
-    name: str, over: tuple[str, ...], stream: Array | None, values: Array, config: ModelConfig
+    name: str,
+    over: tuple[str, ...],
+    stream: Array | None,
+    values: ByLayer,
+    config: ModelConfig,
 ) -> None:
     if stream is None:
         raise ValueError("the corrupted walk holds no 'layers.resid_pre', from which the patched runs start")
-    axes = leaf_axes()[name]
-    allowed = [axis for axis in axes if axis not in ("layer", "batch")]
+    axes = leaf_axes()[name][1:]
+    allowed = [axis for axis in axes if axis != "batch"]
     for axis in over:
         if axis not in allowed:
             raise ValueError(f"{name!r} cannot be patched place by place over {axis!r}; choose from {allowed}")
-    if values.shape[0] != config.layers or stream.shape[0] != config.layers:
+    if len(values) != config.layers or stream.shape[0] != config.layers:
         raise ValueError(
-            f"the walks have {stream.shape[0]} and {values.shape[0]} layers; the model has {config.layers}"
+            f"the walks have {stream.shape[0]} and {len(values)} layers; the model has {config.layers}"
         )
-    for axis, size in zip(axes, values.shape, strict=True):
-        expected = {"batch": stream.shape[1], "position": stream.shape[2], "query": stream.shape[2]}.get(
-            axis, size
-        )
-        if size != expected:
-            raise ValueError(f"the clean walk has {size} on its {axis} axis, the corrupted one {expected}")
+    needed = {"batch": stream.shape[1], "position": stream.shape[2], "query": stream.shape[2]}
+    for shape in filter(None, set(_shapes(values))):
+        for axis, size in zip(axes, shape, strict=True):
+            if size != needed.get(axis, size):
+                raise ValueError(f"the clean walk has {size} on its {axis} axis, the corrupted one {needed[axis]}")

@@ -188,4 +188,4 @@ def _sender_shape(name: str, over: tuple[str, ...], base: Walk, source: Walk) ->
     for axis in over:
         if axis not in allowed:
             raise ValueError(f"{name!r} cannot be sent place by place over {axis!r}; choose from {allowed}")
-    return place_shape(name, over, sizes)
+    return place_shape(name, over, sizes[1:])

@@ -22,7 +22,7 @@
     Plotly.react("curves", traces, layout, config);
   };
   const map = () => {
-    const z = data.replacements[byId("replacement").value].heads.loss.map((row) => row.map((v) => v - data.intact.loss));
+    const z = data.replacements[byId("replacement").value].heads.loss.map((row) => row.map((v) => v === null ? null : v - data.intact.loss));
     const most = Math.max(...z.flat().map(Math.abs), 1e-9);
     const traces = [{ type: "heatmap", z, zmin: -most, zmax: most, colorscale: [[0, orange], [0.5, "#fff"], [1, blue]], colorbar: { thickness: 10 },
       hovertemplate: "layer %{y}, head %{x}: %{z:.4f}<extra></extra>" }];

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from minitf.analysis import association
 from minitf.analysis.ablate.page import page
-from minitf.analysis.association import FRACTIONS, REPLACEMENTS, Quality
+from minitf.analysis.association import FRACTIONS, Quality
 from minitf.analysis.given import check_tokens
 from minitf.analysis.page_parts import script_json
 from minitf.analysis.patching import Metric
@@ -22,7 +22,6 @@ from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people,
 from minitf.files import write_atomically
 from minitf.model import walk
 from minitf.pretrained import Pretrained, load
-from minitf.record import record
 
 RANDOM_ORDERS = 2
 
@@ -76,6 +75,7 @@ def run(
         if config.length > model.config.length:
             raise Problem(f"length is {config.length}; this model reads at most {model.config.length} tokens")
         measured, data = windows(tokens_of(config, model), config)
+        association.check(jax.eval_shape(lambda p: walk(p, measured, model.config), model.parameters))
         settings = {**vars(config), "text": str(config.text), "tokens": _digest(measured, data)}
         open_run_folder(out, settings, overwrite=overwrite, resume=resume)
     path = out / "report.html"
@@ -135,20 +135,21 @@ def measure(
     What is found of a replacement is kept in the folder ``kept_in``, if any, and read where it is there.
     """
     parameters, config = model.parameters, model.config
-    kept = jax.jit(lambda p, t: record(walk(p, t, config), association.READ))
+    kept = jax.jit(lambda p, t: association.kept(walk(p, t, config)))
     say("the intact model")
     intact, of_data = kept(parameters, tokens), kept(parameters, data)
     as_it_is = association.quality(intact.logits, tokens, intact.logits)
     metric = association.metric(tokens, intact.logits)
     found: dict[str, Any] = {
         "layers": config.layers,
-        "heads": config.heads,
+        "heads": intact.layers.pattern.shape[2],
         "fractions": FRACTIONS,
         "intact": _plain(as_it_is),
         "replacements": {},
     }
-    for number, (name, replace) in enumerate(REPLACEMENTS.items()):
-        say(f"{number + 1} of {len(REPLACEMENTS)}: {name}")
+    possible = association.possible(intact)
+    for number, (name, replace) in enumerate(possible.items()):
+        say(f"{number + 1} of {len(possible)}: {name}")
         file = None if kept_in is None else kept_in / f"{name.replace(' ', '_')}.json"
         one = _kept(file)
         if one is None:
@@ -182,10 +183,10 @@ def _shares(
     model: Pretrained, tokens: Array, pattern: Array, metric: Metric, heads: Quality, seed: int
 ) -> dict[str, Any]:
     """For each order, the quality at every share of the heads."""
-    config = model.config
-    orders = association.orders(np.asarray(heads.loss), range(seed, seed + RANDOM_ORDERS))
-    masks = association.every_share(orders, config.layers)
-    found = association.with_heads_replaced(model.parameters, tokens, pattern, masks, metric, config)
+    importance = np.asarray(heads.loss)
+    orders = association.orders(importance, range(seed, seed + RANDOM_ORDERS))
+    masks = association.every_share(orders, importance.shape)
+    found = association.with_heads_replaced(model.parameters, tokens, pattern, masks, metric, model.config)
     together = association.as_quality(found)
     shares = {name: np.asarray(value).reshape(len(orders), -1) for name, value in vars(together).items()}
     return {order: {name: values[i] for name, values in shares.items()} for i, order in enumerate(orders)}

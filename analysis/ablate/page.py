@@ -37,8 +37,11 @@ def conclusions(data: Mapping[str, Any]) -> list[str]:
         f"of the heads, the least important first: {lost('mean over data', len(data['fractions']) // 2):+.3f}.",
         f"By a uniform average {lost('uniform', -1):+.3f}, by nothing but the position itself "
         f"{lost('identity', -1):+.3f}.",
-        f"Places explain so much of the scores that their part alone costs {lost('positions only', -1):+.3f}; "
-        f"the rest alone costs {lost('contents only', -1):+.3f}.",
     ]
+    if "positions only" in data["replacements"]:
+        found.append(
+            f"Places explain so much of the scores that their part alone costs {lost('positions only', -1):+.3f}; "
+            f"the rest alone costs {lost('contents only', -1):+.3f}."
+        )
     cheapest = min((name for name in data["replacements"]), key=lambda name: lost(name, -1))
     return [*found, f"The least is lost with: {cheapest} ({lost(cheapest, -1):+.3f})."]

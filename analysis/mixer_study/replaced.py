@@ -15,7 +15,6 @@ from minitf.analysis.mixer_study.tasks import Batch, Task
 from minitf.analysis.patching import Metric
 from minitf.config import ModelConfig
 from minitf.model import walk
-from minitf.record import record
 from minitf.walk import Walk
 
 MEASURED = 64  # sequences; for means over data as many others
@@ -55,7 +54,7 @@ def replace_all(
     measured = jax.tree.map(lambda x: x[:MEASURED], task.held_out)
     data = task.draw(jax.random.fold_in(jax.random.key(seed), 1), MEASURED).tokens
     metric = _metric(task, measured)
-    kept = jax.jit(lambda p, t: record(walk(p, t, config), association.READ))
+    kept = jax.jit(lambda p, t: association.kept(walk(p, t, config)))
     seeds = jax.tree.leaves(parameters)[0].shape[0]
     found = []
     for number in range(seeds):
@@ -97,7 +96,7 @@ def _one_seed(
         pattern = jax.jit(replace, static_argnums=2)(intact, data, config, key)
         heads = np.asarray(association.by_head(parameters, intact, pattern, metric, config))
         harm = -heads if task.measure == "accuracy" else heads
-        masks = association.every_share(association.orders(harm, range(RANDOM_ORDERS)), config.layers)
+        masks = association.every_share(association.orders(harm, range(RANDOM_ORDERS)), harm.shape)
         together = association.with_heads_replaced(parameters, tokens, pattern, masks, metric, config)
         values.append(np.asarray(together).reshape(-1, len(FRACTIONS)))
         alone.append(heads)

@@ -1,19 +1,24 @@
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from full_disk import no_file_larger_than
 from walk_example import CONFIG, model, saved
 
-from minitf import walk
+from minitf import initialize, mixers, walk
 from minitf.analysis.ablate import job
 from minitf.analysis.ablate.page import conclusions
 from minitf.analysis.association import REPLACEMENTS, quality
 from minitf.analysis.run_folder import Problem
 from minitf.edits import set_to
-from minitf.pretrained import load
+from minitf.pretrained import Pretrained, load, save
+
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +135,27 @@ def test_a_file_that_holds_no_tokens_of_the_model_is_told(given, tmp_path, text,
     (tmp_path / "odd.txt").write_text(text)
     with pytest.raises(Problem, match=message):
         job.run(configured(given, text=tmp_path / "odd.txt"), tmp_path / "run")
+
+
+def test_models_whose_layers_differ_are_ablated_as_far_as_they_associate(given, tmp_path):
+    config = replace(CONFIG, mixer=(mixers.MinimalGru(), mixers.Softmax()))
+    assert config.layers == 2
+    save(tmp_path / "model", Pretrained("minitf", config, jax.jit(partial(initialize, config))(KEY), None))
+    report = job.run(configured(given, model=str(tmp_path / "model")), tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "ablate.json").read_text())
+    heads = found["replacements"]["uniform"]["heads"]["loss"]
+    assert found["heads"] == len(heads[0]) == len(heads[1]) == config.width
+    assert None not in heads[0] and heads[1][config.heads :] == [None] * (config.width - config.heads)
+    assert set(REPLACEMENTS) - set(found["replacements"]) == {"positions only", "contents only"}
+    assert "Places explain" not in report.read_text()
+
+
+def test_a_model_without_associations_is_refused(given, tmp_path):
+    config = replace(CONFIG, causal=False, mixer=mixers.TokenNetwork())
+    save(tmp_path / "model", Pretrained("minitf", config, jax.jit(partial(initialize, config))(KEY), None))
+    with pytest.raises(Problem, match="no layer of this model mixes by an association"):
+        job.run(configured(given, model=str(tmp_path / "model")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_number_of_windows_that_cannot_be_is_told(given):

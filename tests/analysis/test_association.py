@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from properties.models import GPT2, LLAMA, compiled, random_parameters, random_tokens
 
-from minitf import walk
+from minitf import mixers, walk
 from minitf.analysis import association
 from minitf.analysis.association import (
     FRACTIONS,
@@ -95,6 +95,34 @@ def test_where_places_alone_make_the_scores_they_are_all_of_the_association():
     np.testing.assert_allclose(contents, association.uniform(intact, intact, config, KEY), atol=1e-6)
 
 
+@pytest.mark.parametrize("mixer", [mixers.Mamba(states=4), mixers.DeltaNet(), mixers.Gru(), mixers.Uniform()])
+def test_of_other_mixers_every_replacement_is_as_heavy_as_what_it_replaces(mixer):
+    config = dataclasses.replace(GPT2, mixer=mixer)
+    run, parameters = compiled(config), random_parameters(config)
+    intact, data = run(parameters, TOKENS), run(parameters, random_tokens(config, seed=1, batch=8, length=7))
+    intact, data = association.kept(intact), association.kept(data)
+    pattern = np.asarray(intact.layers.pattern)
+    total = np.asarray(data.layers.pattern).mean(axis=1, keepdims=True)
+    for name, replace in association.possible(intact).items():
+        found = np.asarray(replace(intact, data, config, KEY))
+        assert found.shape == pattern.shape and not np.any(np.triu(found, 1)), name
+        if name in ("uniform", "identity", "random", "mean over data"):
+            expected = np.broadcast_to(total.sum(axis=-1), pattern.shape[:-1])
+            np.testing.assert_allclose(found.sum(axis=-1), expected, rtol=1e-4, atol=1e-5)
+        elif name == "mean per lag":
+            expected = np.broadcast_to(np.abs(total).sum(axis=-1), pattern.shape[:-1])
+            np.testing.assert_allclose(np.abs(found).sum(axis=-1), expected, rtol=1e-4, atol=1e-5)
+        else:
+            expected = np.abs(pattern).sum(axis=-1)
+            if name.startswith("rank"):  # of which nothing is left where all was to be negative
+                expected = expected * np.any(found, axis=-1)
+                assert np.any(found, axis=-1).mean() > 0.99
+            np.testing.assert_allclose(np.abs(found).sum(axis=-1), expected, rtol=1e-4, atol=1e-5)
+    for whole in (top_k(7), low_rank(7)):
+        rounding = 1e-5 * np.abs(pattern).max()  # of the largest number in a decomposed matrix
+        np.testing.assert_allclose(whole(intact, data, config, KEY), pattern, atol=rounding)
+
+
 def test_quality_is_that_of_numpy():
     logits, other = np.asarray(intact_walk().logits, np.float64), np.asarray(data_walk().logits[:3], np.float64)
     found = quality(intact_walk().logits, TOKENS, data_walk().logits[:3])
@@ -131,7 +159,7 @@ def test_a_share_of_the_heads_is_replaced_together():
     metric = association.metric(TOKENS, intact_walk().logits)
     importance = as_quality(by_head(PARAMETERS, intact_walk(), replacement, metric, GPT2)).loss
     first = orders(np.asarray(importance), [0])["most important first"]
-    masks = jnp.stack([in_order(first, fraction, GPT2.layers) for fraction in FRACTIONS])
+    masks = jnp.stack([in_order(first, fraction, (GPT2.layers, GPT2.heads)) for fraction in FRACTIONS])
     assert masks.sum(axis=(1, 2)).tolist() == [0, 2, 3, 4, 6]
     found = as_quality(with_heads_replaced(PARAMETERS, TOKENS, replacement, masks, metric, GPT2))
     intact = quality(intact_walk().logits, TOKENS, intact_walk().logits)

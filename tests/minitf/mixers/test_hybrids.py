@@ -12,6 +12,7 @@ from minitf_mixers import EVERY
 from properties.models import compiled, random_parameters, random_tokens, relative_error, shapes
 
 from minitf import Edit, ModelConfig, change, compose, describe, identity_edit, initialize, mixers, walk
+from minitf.analysis import association
 from minitf.analysis.patching import patch
 from minitf.config import from_plain, to_plain
 from minitf.decode import empty_cache, generate
@@ -114,8 +115,62 @@ def test_a_sweep_over_single_layers_is_one_edited_walk_for_each_place():
         edit = set_to(corrupt, "layers.attention_step", value, layer=layer, position=position)
         expected = metric(run(PARAMETERS, TOKENS, edit).logits)
         np.testing.assert_allclose(found[layer, position], expected, atol=1e-4)
-    with pytest.raises(ValueError, match="^the layers differ in 'layers.z'"):
-        patch(PARAMETERS, corrupt, clean, metric, HYBRID)
+    heads = patch(PARAMETERS, corrupt, clean, metric, HYBRID, at=(-1,))
+    assert np.isfinite(heads).sum(axis=1).tolist() == [16, 2, 2, 8] and heads.shape == (4, 16)
+    for layer, head in ((0, 15), (1, 1), (3, 7)):
+        edit = set_to(corrupt, "layers.z", clean.layers.z[layer][:, :, head], layer=layer, head=head)
+        np.testing.assert_allclose(heads[layer, head], metric(run(PARAMETERS, TOKENS, edit).logits), atol=1e-4)
+
+
+def test_its_associations_are_replaced_head_by_head_and_together():
+    walked = compiled(HYBRID)(PARAMETERS, TOKENS)
+    intact = association.kept(walked)
+    assert intact.layers.pattern.shape == (4, 2, 16, 9, 9) and intact.layers.scores is None
+    assert set(association.REPLACEMENTS) - set(association.possible(intact)) == {"positions only", "contents only"}
+    metric = association.metric(TOKENS, walked.logits)
+    replacement = association.by_lag(intact, intact, HYBRID, jax.random.key(0))
+    alone = association.by_head(PARAMETERS, intact, replacement, metric, HYBRID)
+    for layer, head in ((0, 3), (1, 1), (2, 0), (3, 7)):
+        edit = set_to(walked, "layers.pattern", replacement[layer, :, head], layer=layer, head=head)
+        np.testing.assert_allclose(
+            alone[layer, head], metric(compiled(HYBRID)(PARAMETERS, TOKENS, edit).logits), rtol=1e-4, atol=1e-6
+        )
+    orders = association.orders(np.asarray(alone[..., 0]), [0])
+    assert all(
+        len(order) == 28 and not np.any(np.isnan(alone[..., 0].ravel()[order])) for order in orders.values()
+    )
+    masks = association.every_share({"one": orders["least important first"]}, (4, 16))
+    assert masks.sum(axis=(1, 2)).tolist() == [0, 7, 14, 21, 28]
+    found = association.with_heads_replaced(PARAMETERS, TOKENS, replacement, masks, metric, HYBRID)
+    np.testing.assert_allclose(found[0], metric(walked.logits), rtol=1e-4, atol=1e-6)
+    every = functools.reduce(
+        compose,
+        [
+            set_to(walked, "layers.pattern", replacement[i, :, :heads], layer=i)
+            for i, heads in enumerate((16, 2, 2, 8))
+        ],
+    )
+    np.testing.assert_allclose(found[-1], metric(compiled(HYBRID)(PARAMETERS, TOKENS, every).logits), rtol=1e-4)
+
+
+def test_layers_without_an_association_keep_what_they_have():
+    config = dataclasses.replace(
+        HYBRID, causal=False, layers=2, position="learned", mixer=(mixers.TokenNetwork(), mixers.Softmax())
+    )
+    parameters = random_parameters(config)
+    walked = compiled(config)(parameters, TOKENS)
+    intact = association.kept(walked)
+    assert set(association.possible(intact)) == set(association.REPLACEMENTS)
+    metric = association.metric(TOKENS, walked.logits)
+    replacement = association.contents_only(intact, intact, config, jax.random.key(0))
+    alone = association.by_head(parameters, intact, replacement, metric, config)
+    assert np.isnan(alone[0]).all() and np.isfinite(alone[1]).all()
+    masks = association.every_share(association.orders(np.asarray(alone[..., 0]), []), (2, 2))
+    found = association.with_heads_replaced(parameters, TOKENS, replacement, masks, metric, config)
+    edit = set_to(walked, "layers.pattern", replacement[1], layer=1)
+    np.testing.assert_allclose(found[-1], metric(compiled(config)(parameters, TOKENS, edit).logits), rtol=1e-4)
+    with pytest.raises(ValueError, match="no layer of this model mixes by an association"):
+        association.kept(shapes(dataclasses.replace(config, mixer=mixers.TokenNetwork())))
 
 
 def test_it_learns():
