@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minitf.analysis.patching import Metric
+from minitf.analysis.patching import ByLayer, Metric, as_many_places
 from minitf.config import ModelConfig
 from minitf.model import walk
 from minitf.parameters import Parameters, split_layers
@@ -24,10 +24,11 @@ def attribution_patching(
     names: Sequence[str],
     *,
     valid: Bool[Array, "batch position"] | None = None,
-) -> dict[str, Array]:
+) -> dict[str, ByLayer]:
     """Patching every number of the named leaves, to first order: ``(clean - corrupt) * d metric / d leaf``.
 
-    One forward and one backward pass of the corrupted run; each leaf's result has the leaf's shape, and summed
+    One forward and one backward pass of the corrupted run; each leaf's result has the leaf's shape (a tuple where
+    layers differ), and summed
     over all of a patched part it estimates the change (not the value) that
     :func:`minitf.analysis.patching.patch` finds.
 
@@ -47,28 +48,30 @@ def attribution_patching(
             raise ValueError(
                 f"{'this model has' if like is None else 'the clean walk holds'} no {name!r} to patch"
             )
-        if like.shape != value.shape:
-            raise ValueError(
-                f"{name!r} has shape {value.shape} in the clean walk and {like.shape} in the corrupted"
-            )
+        sizes, others = jax.tree.map(jnp.shape, value), jax.tree.map(jnp.shape, like)
+        if sizes != others:
+            raise ValueError(f"{name!r} has shape {sizes} in the clean walk and {others} in the corrupted")
 
-    def measured(added: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def measured(added: dict[str, ByLayer]) -> tuple[Array, dict[str, ByLayer]]:
         edit: Edit = Edit()
         for name, value in added.items():
-            edit = put(edit, name, Change(keep=jnp.ones((), value.dtype), put=value))
+            change = jax.tree.map(lambda x: Change(keep=jnp.ones((), x.dtype), put=x), value)
+            edit = put(edit, name, change)
         passed = walk(parameters, corrupt_tokens, config, edit=edit, valid=valid)
         return metric(passed.logits), {name: get(passed, name) for name in added}
 
-    nothing = {name: jnp.zeros(get(shapes, name).shape, get(shapes, name).dtype) for name in names}
+    nothing = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), get(shapes, name)) for name in names}
     slope, corrupt = jax.grad(measured, has_aux=True)(nothing)
     # Forbidden scores are -inf in both walks, and their difference is no number; their slope is zero.
-    return {
-        name: jnp.where(slope[name] == 0, 0.0, (get(clean, name) - corrupt[name]) * slope[name]) for name in names
-    }
+    to_first_order = lambda s, clean, corrupt: jnp.where(s == 0, 0.0, (clean - corrupt) * s)
+    return {name: jax.tree.map(to_first_order, slope[name], get(clean, name), corrupt[name]) for name in names}
 
 
-def summed(values: Array, places: tuple[str, tuple[str, ...]]) -> Float[Array, "layer ..."]:
+def summed(values: ByLayer, places: tuple[str, tuple[str, ...]]) -> Float[Array, "layer ..."]:
     """Attributions of a leaf summed over all axes but the layer and those of ``places``, as ``patch`` has them."""
     name, over = places
-    axes = leaf_axes()[name]
-    return jnp.sum(values, axis=tuple(i for i, axis in enumerate(axes) if axis != "layer" and axis not in over))
+    axes = leaf_axes()[name][1:]
+    rest = tuple(i for i, axis in enumerate(axes) if axis not in over)
+    if not isinstance(values, tuple):
+        return jnp.sum(values, axis=tuple(1 + i for i in rest))
+    return as_many_places([None if value is None else jnp.sum(value, axis=rest) for value in values], len(over))

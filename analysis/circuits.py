@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
+from minitf.analysis.given import stacked_attention
 from minitf.analysis.lens import output_vectors
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
@@ -149,11 +150,7 @@ def random_composition(config: ModelConfig) -> float:
 def _attention(parameters: Parameters, config: ModelConfig) -> AttentionParameters:
     if config.attention == "table":
         raise ValueError("attention by a free table has no query, key, value and output weights to decompose")
-    if isinstance(parameters.layers, tuple) or not isinstance(parameters.layers.attention, AttentionParameters):
-        raise ValueError(
-            "circuits are of softmax attention in layers that are alike and stacked, as initialize makes them"
-        )
-    return parameters.layers.attention
+    return stacked_attention(parameters, "circuits")
 
 
 def _by_head(weight: Float[Array, "layer width group head_width"], config: ModelConfig) -> Array:

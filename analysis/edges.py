@@ -248,6 +248,8 @@ def _mask(shapes: Walk, name: str, index: dict[str, Any]) -> Bool[np.ndarray, ".
     like, axes = get(shapes, name), leaf_axes()[name]
     if like is None:
         raise ValueError(f"this walk has no {name!r}, so nothing is read there")
+    if isinstance(like, tuple):
+        raise ValueError(f"the layers differ in {name!r}; paths are of softmax attention in layers that are alike")
     allowed = [axis for axis in axes if axis not in ("width", "head_width")]
     mask = np.ones([like.shape[0] if axis == "layer" else 1 for axis in axes], bool)
     for axis, chosen in index.items():

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from minitf.config import ModelConfig
+from minitf.parameters import AttentionParameters, Parameters
 
 
 def check_tokens(tokens: Iterable[int], config: ModelConfig) -> None:
@@ -10,3 +11,12 @@ def check_tokens(tokens: Iterable[int], config: ModelConfig) -> None:
     for token in tokens:
         if not 0 <= token < config.vocabulary:
             raise ValueError(f"there is no token {token}; the model's are 0 to {config.vocabulary - 1}")
+
+
+def stacked_attention(parameters: Parameters, what: str) -> AttentionParameters:
+    """The weights of softmax attention, all layers'. Raises ValueError, naming ``what`` needs them, for others."""
+    if isinstance(parameters.layers, tuple) or not isinstance(parameters.layers.attention, AttentionParameters):
+        raise ValueError(
+            f"{what} are of softmax attention in layers that are alike and stacked, as initialize makes them"
+        )
+    return parameters.layers.attention

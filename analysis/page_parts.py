@@ -22,15 +22,19 @@ from minitf.parameters import count
 from minitf.pretrained import Pretrained
 
 HERE = Path(__file__).parent
+DIGITS = 4  # as many as a picture shows
 
 
-def render(template: Path, scripts: Mapping[str, Markup], data: Any, **values: Any) -> str:
+def render(
+    template: Path, scripts: Mapping[str, Markup], data: Any, *, digits: int = DIGITS, **values: Any
+) -> str:
     """The page of a template, which gets ``style``, ``scripts``, ``script_hashes``, ``data`` and ``values``.
 
     Args:
         template: its file; templates beside it can be included.
         scripts: of :func:`script`, by name, to be inlined as they are.
         data: what the scripts read: numbers, text, arrays, lists and mappings.
+        digits: that a number has, significant ones.
         **values: what the template shows; text is escaped.
     """
     environment = jinja2.Environment(
@@ -44,7 +48,7 @@ def render(template: Path, scripts: Mapping[str, Markup], data: Any, **values: A
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         scripts=scripts,
         script_hashes=" ".join(script_hash(str(s)) for s in scripts.values()),
-        data=Markup(script_json(data)),
+        data=Markup(script_json(data, digits)),
         **values,
     )
 
@@ -52,7 +56,8 @@ def render(template: Path, scripts: Mapping[str, Markup], data: Any, **values: A
 def page_of_model(template: Path, report: Path, data: Any, model: Pretrained, name: str, **values: Any) -> str:
     """The page of a template about a model called ``name``, drawn by plotly and the script ``report``.
 
-    The template also gets ``family``, ``model`` (its configuration), ``parameters`` (how many), ``version``.
+    The template also gets ``family``, ``model`` (its configuration), ``parameters`` (how many), ``version``;
+    ``values`` are those of :func:`render`.
     """
     return render(
         template,
@@ -88,21 +93,23 @@ def script_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def script_json(data: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it ends the element or opens a comment."""
-    text = json.dumps(_finite(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+def script_json(data: Any, digits: int = DIGITS) -> str:
+    """JSON that can stand inside a script element: nothing in it ends the element or opens a comment.
+
+    Numbers have so many significant digits; what is not finite is null.
+    """
+    text = json.dumps(_finite(data, digits), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 
-def _finite(item: Any) -> Any:
-    """Arrays as lists, four significant digits, null for what is not finite."""
+def _finite(item: Any, digits: int) -> Any:
     if isinstance(item, np.ndarray):
-        return _finite(item.tolist())
+        return _finite(item.tolist(), digits)
     if isinstance(item, Mapping):
-        return {str(k): _finite(v) for k, v in item.items()}
+        return {str(k): _finite(v, digits) for k, v in item.items()}
     if isinstance(item, list | tuple):
-        return [_finite(x) for x in item]
+        return [_finite(x, digits) for x in item]
     if isinstance(item, float):
-        rounded = float(f"{item:.4g}")  # the largest numbers round up to infinity
+        rounded = float(f"{item:.{digits}g}")  # the largest numbers round up to infinity
         return rounded if math.isfinite(rounded) else None
     return item

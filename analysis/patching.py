@@ -93,10 +93,12 @@ def patch(
         )
 
     shapes = _shapes(values)
-    return _together([of_layer(number, shapes[number]) for number in progress(range(config.layers))], len(over))
+    return as_many_places(
+        [of_layer(number, shapes[number]) for number in progress(range(config.layers))], len(over)
+    )
 
 
-def _together(found: list[Array | None], places: int) -> Array:
+def as_many_places(found: list[Array | None], places: int) -> Array:
     """The layers' findings ``[*places, *metric]`` as one array, NaN where a layer has fewer places than others."""
     present = [x for x in found if x is not None]
     most = tuple(max(x.shape[axis] for x in present) for axis in range(places))

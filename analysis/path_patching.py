@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from minitf.analysis.edges import Half, Receivers, Stream, check, end_along
+from minitf.analysis.given import stacked_attention
 from minitf.analysis.lens import read
 from minitf.analysis.patching import (
     Metric,
@@ -91,6 +92,7 @@ def patch(
         ValueError: the model's inputs are not sums of steps, or senders, receivers and walks do not fit.
     """
     check(receivers, base, config)
+    stacked_attention(parameters, "paths")
     name, over = senders
     shape = _sender_shape(name, over, base, source)
     stream, values = base.layers.resid_pre, get(base, name)

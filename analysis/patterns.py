@@ -68,11 +68,18 @@ def mass_on_previous(pattern: Pattern) -> PerQuery:
 
 
 def statistics(
-    pattern: Float[Array, "layer batch head query key"],
+    pattern: Float[Array, "layer batch head query key"] | tuple,
     config: ModelConfig,
     valid: Bool[Array, "batch position"] | None = None,
 ) -> AttentionStatistics:
-    """Every statistic, averaged over the batch's valid queries."""
+    """Every statistic, averaged over the batch's valid queries.
+
+    Raises ValueError for layers that differ in their heads: ask for each by itself.
+    """
+    if isinstance(pattern, tuple):
+        raise ValueError(
+            "the layers differ in their heads; ask for one at a time: statistics(pattern[0][None], ...)"
+        )
     batch, _, query, _ = pattern.shape[1:]
     valid = jnp.ones((batch, query), bool) if valid is None else valid
     pairs = aggregate.allowed_pairs(query, config.causal, config.attend_self)

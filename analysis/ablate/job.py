@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from minitf.analysis import association
-from minitf.analysis.ablate.page import page
+from minitf.analysis.ablate.page import DIGITS, page
 from minitf.analysis.association import FRACTIONS, Quality
 from minitf.analysis.given import check_tokens
 from minitf.analysis.page_parts import script_json
@@ -81,7 +81,8 @@ def run(
     path = out / "report.html"
     with writing_results(out):
         # The page and the file say the same, to the last digit.
-        found = json.loads(script_json(measure(model, measured, data, config.seed, say, out / "arrays")))
+        measures = measure(model, measured, data, config.seed, say, out / "arrays")
+        found = json.loads(script_json(measures, DIGITS))
         write_atomically(out / "ablate.json", (json.dumps(found, indent=1) + "\n").encode())
         shown = [(name, str(value)) for name, value in vars(config).items() if name != "model"]
         write_atomically(path, page(found, model, config.model, shown).encode())
@@ -158,7 +159,7 @@ def measure(
             heads = association.as_quality(association.by_head(parameters, intact, pattern, metric, config))
             one = {"heads": _plain(heads), "orders": _shares(model, tokens, pattern, metric, heads, seed)}
             if file is not None:
-                write_atomically(file, script_json(one).encode())
+                write_atomically(file, script_json(one, DIGITS).encode())
         found["replacements"][name] = one
     return found
 

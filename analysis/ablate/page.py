@@ -8,6 +8,7 @@ from minitf.analysis import page_parts
 from minitf.pretrained import Pretrained
 
 HERE = Path(__file__).parent
+DIGITS = 7  # what a head costs is a small difference of losses
 
 
 def page(data: Mapping[str, Any], model: Pretrained, name: str, settings: Sequence[tuple[str, str]] = ()) -> str:
@@ -18,6 +19,7 @@ def page(data: Mapping[str, Any], model: Pretrained, name: str, settings: Sequen
         data,
         model,
         name,
+        digits=DIGITS,
         conclusions=conclusions(data),
         settings=settings,
     )

@@ -46,7 +46,7 @@ def test_every_replacement_is_measured_for_each_head_and_for_shares_of_all(done)
     for measured in found["replacements"].values():
         assert np.shape(measured["heads"]["loss"]) == (CONFIG.layers, CONFIG.heads)
         for order in measured["orders"].values():
-            np.testing.assert_allclose(order["loss"][0], found["intact"]["loss"], rtol=1e-3)
+            np.testing.assert_allclose(order["loss"][0], found["intact"]["loss"], rtol=1e-5)
             assert len(order["divergence"]) == len(found["fractions"])
     assert done["said"][-1] == f"{len(REPLACEMENTS)} of {len(REPLACEMENTS)}: {list(REPLACEMENTS)[-1]}"
 
@@ -58,13 +58,13 @@ def test_the_numbers_are_those_of_edited_walks(given, done):
     intact = walk(loaded.parameters, tokens, CONFIG)
     found = done["found"]
     np.testing.assert_allclose(
-        found["intact"]["loss"], quality(intact.logits, tokens, intact.logits).loss, rtol=1e-3
+        found["intact"]["loss"], quality(intact.logits, tokens, intact.logits).loss, rtol=1e-5
     )
     edit = set_to(intact, "layers.pattern", jnp.eye(8))
     expected = quality(walk(loaded.parameters, tokens, CONFIG, edit=edit).logits, tokens, intact.logits)
     for order in found["replacements"]["identity"]["orders"].values():
-        np.testing.assert_allclose(order["loss"][-1], expected.loss, rtol=1e-3)
-        np.testing.assert_allclose(order["divergence"][-1], expected.divergence, rtol=1e-3)
+        np.testing.assert_allclose(order["loss"][-1], expected.loss, rtol=1e-5)
+        np.testing.assert_allclose(order["divergence"][-1], expected.divergence, rtol=1e-5)
 
 
 def test_a_run_goes_on_with_the_replacements_that_are_not_there_yet(given, done, tmp_path):

@@ -12,7 +12,8 @@ from minitf_mixers import EVERY
 from properties.models import compiled, random_parameters, random_tokens, relative_error, shapes
 
 from minitf import Edit, ModelConfig, change, compose, describe, identity_edit, initialize, mixers, walk
-from minitf.analysis import association
+from minitf.analysis import association, edges, path_patching, patterns
+from minitf.analysis.attribution_patching import attribution_patching, summed
 from minitf.analysis.patching import patch
 from minitf.config import from_plain, to_plain
 from minitf.decode import empty_cache, generate
@@ -120,6 +121,31 @@ def test_a_sweep_over_single_layers_is_one_edited_walk_for_each_place():
     for layer, head in ((0, 15), (1, 1), (3, 7)):
         edit = set_to(corrupt, "layers.z", clean.layers.z[layer][:, :, head], layer=layer, head=head)
         np.testing.assert_allclose(heads[layer, head], metric(run(PARAMETERS, TOKENS, edit).logits), atol=1e-4)
+
+
+def test_patching_to_first_order_is_its_slope_times_the_difference():
+    run = compiled(HYBRID)
+    # A clean walk so near that the first order is all that there is.
+    near = jax.tree.map(lambda x: x + 1e-3 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), PARAMETERS)
+    clean, metric = run(near, TOKENS), lambda logits: jnp.mean(logits[:, -1, 3])
+    corrupt, places = run(PARAMETERS, TOKENS), ("layers.z", ("head",))
+    found = attribution_patching(PARAMETERS, TOKENS, clean, metric, HYBRID, ["layers.z", "layers.pattern"])
+    assert [x.shape for x in found["layers.pattern"]] == [x.shape for x in corrupt.layers.pattern]
+    change = patch(PARAMETERS, corrupt, clean, metric, HYBRID, places) - metric(corrupt.logits)
+    np.testing.assert_allclose(summed(found["layers.z"], places), change, rtol=0.05, atol=2e-5)
+
+
+def test_what_asks_for_softmax_attention_everywhere_says_so():
+    walked = compiled(HYBRID)(PARAMETERS, TOKENS)
+    metric = lambda logits: jnp.mean(logits[:, -1, 3])
+    with pytest.raises(ValueError, match="the layers differ in 'layers.q'; paths are of softmax attention"):
+        edges.to_heads(walked, layer=1)
+    with pytest.raises(ValueError, match="paths are of softmax attention in layers that are alike and stacked"):
+        path_patching.patch(PARAMETERS, walked, walked, metric, HYBRID, edges.to_end(walked))
+    with pytest.raises(ValueError, match="the layers differ in their heads; ask for one at a time"):
+        patterns.statistics(walked.layers.pattern, HYBRID)
+    alone = patterns.statistics(walked.layers.pattern[1][None], HYBRID)
+    assert alone.entropy.shape == (1, 2)
 
 
 def test_its_associations_are_replaced_head_by_head_and_together():
