@@ -240,6 +240,8 @@ def _prepared(node: Node, tokens: np.ndarray, padding: np.ndarray, shapes: Walk)
     like = get(shapes, node.name)
     if like is None:
         raise ValueError(f"this model's walk has no {node.name!r} to resample")
+    if isinstance(like, tuple):
+        raise ValueError(f"the layers differ in {node.name!r}; what all layers have alike can be resampled")
     if "batch" not in leaf_axes()[node.name] or "batch" in node.place or node.name == "logits":
         raise ValueError(
             f"{node.name!r} at {dict(node.place)} is not what all examples have one of, before the logits, so it "

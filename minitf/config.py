@@ -171,7 +171,8 @@ class ModelConfig:
             return
         self.mixer.check(self)
         if self.causal and not self.mixer.about(self).causal:
-            raise ValueError(f"{type(self.mixer).__name__} lets every position see all others: set causal=False")
+            kind = type(self.mixer).__name__
+            raise ValueError(f"mixer is {kind}, which lets every position see all others: set causal=False")
 
     def layer(self, number: int) -> "ModelConfig":
         """This configuration with that layer's mixer as its only one."""

@@ -6,13 +6,16 @@ not named are meant whole. What cannot be is a ValueError, as in ``change``. Edi
 after another, are joined by ``minitf.compose``.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from minitf.walk import Edit, Walk, change, get, leaf_axes, put
+from minitf.walk import Edit, Walk, change, compose, get, leaf_axes, put
 
 
 def ablate(shapes: Walk, name: str, **index: Any) -> Edit:
@@ -32,7 +35,7 @@ def set_to(shapes: Walk, name: str, value: Any, **index: Any) -> Edit:
 
 def patch(shapes: Walk, name: str, source: Walk, **index: Any) -> Edit:
     """What ``source`` has there: activation patching."""
-    return set_to(shapes, name, _part(source, name, index), **index)
+    return _by_layer(shapes, name, index, lambda index: set_to(shapes, name, _part(source, name, index), **index))
 
 
 def mean_ablate(shapes: Walk, name: str, data: Walk, **index: Any) -> Edit:
@@ -45,9 +48,12 @@ def mean_ablate(shapes: Walk, name: str, data: Walk, **index: Any) -> Edit:
         raise ValueError(f"{name!r} has no batch to take a mean over")
     if "batch" in index:
         raise ValueError("a mean over the batch is put into the whole batch; leave batch out")
-    part = _part(data, name, index)
-    batch = [axis for axis in axes if not _is_single(index.get(axis, slice(None)))].index("batch")
-    return set_to(shapes, name, jnp.mean(part, axis=batch, keepdims=True), **index)
+
+    def mean(index: dict[str, Any]) -> Edit:
+        batch = [axis for axis in axes if not _is_single(index.get(axis, slice(None)))].index("batch")
+        return set_to(shapes, name, jnp.mean(_part(data, name, index), axis=batch, keepdims=True), **index)
+
+    return _by_layer(shapes, name, index, mean)
 
 
 def resample(shapes: Walk, name: str, data: Walk, key: Key[Array, ""], **index: Any) -> Edit:
@@ -64,11 +70,14 @@ def resample(shapes: Walk, name: str, data: Walk, key: Key[Array, ""], **index: 
             f"{name!r} is resampled over its whole batch; it has the axes {', '.join(axes) or 'none'}"
         )
     value = get(data, name)
-    sequences = value.shape[axes.index("batch")]
+    # Each layer's own, where they differ, has no layer axis.
+    batch = axes.index("batch") - isinstance(value, tuple)
+    sequences = jax.tree.leaves(value)[0].shape[batch]
     if sequences < 2:
         raise ValueError(f"there is {sequences} sequence; another one is drawn from at least 2")
     order = around_a_circle(key, sequences)
-    return patch(shapes, name, put(data, name, jnp.take(value, order, axis=axes.index("batch"))), **index)
+    drawn = jax.tree.map(lambda x: jnp.take(x, order, axis=batch), value)
+    return patch(shapes, name, put(data, name, drawn), **index)
 
 
 def around_a_circle(key: Key[Array, ""], count: int) -> Int[Array, " count"]:
@@ -116,14 +125,36 @@ def _is_single(chosen: Any) -> bool:
     return not isinstance(chosen, slice) and jnp.ndim(chosen) == 0
 
 
+def _by_layer(shapes: Walk, name: str, index: dict[str, Any], make: Callable[[dict[str, Any]], Edit]) -> Edit:
+    """The edit that ``make`` makes at these places; where layers differ, of each that has the leaf."""
+    like, chosen = get(shapes, name), index.get("layer")
+    if not isinstance(like, tuple) or (chosen is not None and _is_single(chosen)):
+        return make(index)
+    numbers = [number for number, x in enumerate(like) if x is not None]
+    if chosen is not None:
+        numbers = _layers(name, len(like), chosen)
+    return functools.reduce(compose, [make({**index, "layer": number}) for number in numbers], Edit())
+
+
+def _layers(name: str, count: int, chosen: Any) -> list[int]:
+    """The numbers of the chosen layers. Raises ValueError for one that there is not."""
+    try:
+        numbers = np.arange(count)[chosen if isinstance(chosen, slice) else np.asarray(chosen)]
+    except IndexError:
+        raise ValueError(f"layer={chosen} is outside {name!r}, which has {count} on that axis") from None
+    return [int(number) for number in np.atleast_1d(numbers)]
+
+
 def _part(walk: Walk, name: str, index: dict[str, Any]) -> Array:
     """The chosen part of a leaf; axes with a single index are gone."""
-    leaf = get(walk, name)
+    leaf, axes = get(walk, name), leaf_axes()[name]
+    if isinstance(leaf, tuple):
+        leaf, axes = leaf[_layers(name, len(leaf), index["layer"])[0]], axes[1:]
     if leaf is None:
         raise ValueError(f"the walk to read from has no {name!r}")
     # One axis after another, so that several lists choose every combination.
     for axis in reversed(range(leaf.ndim)):
-        chosen = index.get(leaf_axes()[name][axis])
+        chosen = index.get(axes[axis])
         if chosen is not None:
             leaf = leaf[(slice(None),) * axis + (chosen if isinstance(chosen, slice) else jnp.asarray(chosen),)]
     return leaf

@@ -297,14 +297,25 @@ def _neutral(shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> list[Change]:
 def compose(first: Edit, second: Edit) -> Edit:
     """The edit that does ``first``, then ``second``, on every leaf."""
 
-    def after(a: Change | None, b: Change | None) -> Change | None:
+    def after(a: Leaf, b: Leaf) -> Leaf:
         if a is None or b is None:
             return b if a is None else a
+        if isinstance(a, tuple) or isinstance(b, tuple):
+            layers = len(a) if isinstance(a, tuple) else len(b)
+            return tuple(map(after, _for_each(a, layers), _for_each(b, layers)))
         if b.keep is None:
             return b
         return Change(keep=None if a.keep is None else b.keep * a.keep, put=b.keep * a.put + b.put)
 
-    return jax.tree.map(after, first, second, is_leaf=lambda x: x is None or isinstance(x, Change))
+    return jax.tree.map(after, first, second, is_leaf=lambda x: x is None or isinstance(x, Change | tuple))
+
+
+def _for_each(change: Leaf, layers: int) -> tuple[Leaf, ...]:
+    """A change of all layers as one for each; a number is the same for all."""
+    if isinstance(change, tuple):
+        return change
+    of = lambda number: jax.tree.map(lambda x: x[number] if jnp.ndim(x) else x, change)
+    return tuple(of(number) for number in range(layers))
 
 
 def station_steps(walk: Walk) -> Array:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from minitf.analysis.training.devices import peak
+from minitf.analysis.training.devices import names, peak
 
 # NVIDIA's: JAX takes three quarters of the memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 OF_GPU = 0.75
@@ -140,10 +140,10 @@ def named(name: str) -> Device:
     An A100 has 40 GB unless its name has an 80 in it. Raises ValueError for a device that is not known.
     """
     known = {d.name: d for d in DEVICES}
-    if "a100" in name.lower():
+    if names("A100", name):
         return known["A100-80" if "80" in name else "A100-40"]
     for part in (*known, *OTHER_NAMES):
-        if part.lower() in name.lower():
+        if names(part, name):
             return known[OTHER_NAMES.get(part, part)]
     raise ValueError(f"device is {name!r}, which is not known; those that are: {', '.join(known)}")
 

@@ -1,5 +1,7 @@
 """What devices can do at most, as their makers state it: dense bfloat16 matrix products, operations a second."""
 
+import re
+
 # By a part of the name that JAX gives a device. Sources: the makers' data sheets.
 PEAKS = {
     "H200": 989e12,
@@ -22,4 +24,9 @@ PEAKS = {
 
 def peak(kind: str) -> float | None:
     """Of a device, by its ``device_kind``; None where it is not known, which is no guess."""
-    return next((rate for name, rate in PEAKS.items() if name.lower() in kind.lower()), None)
+    return next((rate for name, rate in PEAKS.items() if names(name, kind)), None)
+
+
+def names(part: str, kind: str) -> bool:
+    """Whether a part of a device's name says which it is: an L40 is no L4, a GH200 no H200, an A1000 no A100."""
+    return re.search(rf"(?<![a-z0-9]){re.escape(part.lower())}(?![0-9])", kind.lower()) is not None

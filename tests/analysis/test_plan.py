@@ -17,6 +17,7 @@ from rich.console import Console
 from minitf import ModelConfig, initialize
 from minitf.analysis.plan import devices, job
 from minitf.analysis.plan import model as paper
+from minitf.analysis.training.devices import peak
 from minitf.parameters import count
 from minitf.train import sharding, trainer
 from minitf.train.batch import Batch
@@ -355,6 +356,13 @@ def test_every_device_is_found_by_its_name_and_has_a_peak():
         assert device.operations > 0 and math.isfinite(device.memory)
     assert devices.named("NVIDIA A100-SXM4-80GB").memory == 80e9
     assert devices.named("NVIDIA A100-SXM4-40GB").memory == 40e9
+
+
+@pytest.mark.parametrize("name", ["H1000", "NVIDIA L40", "NVIDIA GH200 480GB", "NVIDIA RTX A1000", "NVIDIA T400"])
+def test_a_name_that_only_begins_or_ends_like_a_known_one_is_not_known(name):
+    with pytest.raises(ValueError, match=f"device is '{name}', which is not known"):
+        devices.named(name)
+    assert peak(name) is None
 
 
 def test_models_side_by_side_are_whole_on_every_device():

@@ -14,14 +14,15 @@ from properties.models import compiled, random_parameters, random_tokens, relati
 from minitf import Edit, ModelConfig, change, compose, describe, identity_edit, initialize, mixers, walk
 from minitf.analysis import association, edges, path_patching, patterns
 from minitf.analysis.attribution_patching import attribution_patching, summed
+from minitf.analysis.causal_scrubbing import Node, scrub
 from minitf.analysis.patching import patch
 from minitf.config import from_plain, to_plain
 from minitf.decode import empty_cache, generate
-from minitf.edits import ablate, set_to
+from minitf.edits import ablate, freeze_association, mean_ablate, resample, set_to, steer
 from minitf.model import walk_on
 from minitf.record import record
 from minitf.resume import end_from, layer_walk, walk_from
-from minitf.walk import get, leaves
+from minitf.walk import Change, get, leaves, put
 
 HYBRID = ModelConfig(
     vocabulary=11,
@@ -135,6 +136,33 @@ def test_patching_to_first_order_is_its_slope_times_the_difference():
     np.testing.assert_allclose(summed(found["layers.z"], places), change, rtol=0.05, atol=2e-5)
 
 
+def test_edits_of_leaves_that_differ_are_made_and_joined_as_others_are():
+    run, other = compiled(HYBRID), random_tokens(HYBRID, seed=1, length=9)
+    walked, source = run(PARAMETERS, TOKENS), run(PARAMETERS, other)
+    frozen = run(PARAMETERS, TOKENS, freeze_association(walked, source))
+    means = run(PARAMETERS, TOKENS, mean_ablate(walked, "layers.z", source, layer=[0, 2]))
+    drawn = run(PARAMETERS, TOKENS, resample(walked, "layers.z", source, jax.random.key(0)))
+    for number in range(4):
+        np.testing.assert_allclose(frozen.layers.pattern[number], source.layers.pattern[number], atol=1e-6)
+        # Of two sequences, each is given the other's.
+        np.testing.assert_allclose(drawn.layers.z[number], source.layers.z[number][::-1], atol=1e-6)
+    for number in (0, 2):
+        expected = jnp.broadcast_to(source.layers.z[number].mean(axis=0), walked.layers.z[number].shape)
+        np.testing.assert_allclose(means.layers.z[number], expected, atol=1e-5)
+    # With an edit of another leaf, and with a number for all layers.
+    steered = steer(walked, jnp.ones(8), layer=1)
+    joined = run(
+        PARAMETERS, TOKENS, compose(compose(ablate(walked, "layers.z", layer=0, head=3), steered), Edit())
+    )
+    assert not np.any(joined.layers.z[0][:, :, 3]) and np.any(joined.layers.z[1])
+    two = compose(ablate(walked, "layers.z", layer=0), put(Edit(), "layers.z", Change(keep=0.5, put=1.0)))
+    scaled = run(PARAMETERS, TOKENS, two).layers.z
+    np.testing.assert_allclose(scaled[0], 1.0)
+    assert not np.allclose(scaled[1], 1.0)
+    with pytest.raises(ValueError, match="layer=7 is outside 'layers.z', which has 4 on that axis"):
+        mean_ablate(walked, "layers.z", source, layer=7)
+
+
 def test_what_asks_for_softmax_attention_everywhere_says_so():
     walked = compiled(HYBRID)(PARAMETERS, TOKENS)
     metric = lambda logits: jnp.mean(logits[:, -1, 3])
@@ -144,6 +172,9 @@ def test_what_asks_for_softmax_attention_everywhere_says_so():
         path_patching.patch(PARAMETERS, walked, walked, metric, HYBRID, edges.to_end(walked))
     with pytest.raises(ValueError, match="the layers differ in their heads; ask for one at a time"):
         patterns.statistics(walked.layers.pattern, HYBRID)
+    part = Node("layers.z", [0, 1], {"layer": 1, "head": 0})
+    with pytest.raises(ValueError, match="the layers differ in 'layers.z'; what all layers have alike can be"):
+        scrub(PARAMETERS, TOKENS, lambda logits: logits[:, -1, 3], HYBRID, [part], jax.random.key(0))
     alone = patterns.statistics(walked.layers.pattern[1][None], HYBRID)
     assert alone.entropy.shape == (1, 2)
 
@@ -234,7 +265,10 @@ def test_a_mixer_may_be_given_by_its_name_alone():
         ({"mixer": (mixers.Gru(),)}, "mixer names 1 mixers; this model has 2 layers"),
         ({"mixer": mixers.Gru}, "it must be a mixer such as minitf.mixers.Retention()"),
         ({"mixer": "mamba"}, "mixer is 'mamba'; it must be a mixer"),
-        ({"mixer": mixers.Fourier()}, "Fourier lets every position see all others: set causal=False"),
+        (
+            {"mixer": mixers.Fourier()},
+            "mixer is Fourier, which lets every position see all others: set causal=False",
+        ),
         ({"mixer": mixers.Gru(), "position": "rotary"}, "position is 'rotary', which is a part of softmax"),
         ({"mixer": mixers.Gru(), "attend_self": False}, "leave mixer out"),
         ({"mixer": mixers.Softmax(window=-1)}, "window is -1; it must be at least 1, or 0 to see everything"),
