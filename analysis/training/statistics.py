@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 from minitf import ModelConfig, Parameters, walk
 from minitf.analysis import patterns
 from minitf.analysis.geometry import encoding_geometry
+from minitf.analysis.patching import ByLayer, as_many_places
 from minitf.filter import in_statistics_dtype
+from minitf.layer import mixer_of
 from minitf.parameters import declared, named
 from minitf.train.batch import Batch
 from minitf.train.objective import with_inputs
@@ -23,7 +25,8 @@ NUMBERS_AT_ONCE = 2**28  # of walks, a GiB of float32
 def statistics(parameters: Parameters, batch: Batch, config: ModelConfig) -> dict[str, Array]:
     """Means over a batch, each by its name; ``LABELS`` says what they are and which axes they have.
 
-    The attention's are left out where a layer has no association of heads.
+    The attention's are of layers in which heads have shares of what they see; heads that a layer does not have are
+    NaN, and without any such layer they are left out.
     """
     edit = with_inputs(Edit(), parameters, batch)
     walked = walk(parameters, batch.tokens, config, edit=edit)
@@ -38,11 +41,23 @@ def statistics(parameters: Parameters, batch: Batch, config: ModelConfig) -> dic
         "efficiency": over_places(geometry.efficiency),
         **weight_ranks(parameters, config),
     }
-    pattern = walked.layers.pattern
-    if pattern is not None and not isinstance(pattern, tuple) and pattern.shape[2] == config.heads:
+    return found | _of_attention(walked.layers.pattern, config)
+
+
+def _of_attention(pattern: ByLayer | None, config: ModelConfig) -> dict[str, Array]:
+    """Entropy and distance ``[layer, head]``, of rows that sum to at most one: of others they mean nothing."""
+    layers = [config.layer(number) for number in range(config.layers)]
+    known = [mixer_of(layer).about(layer) for layer in layers]
+    shares = [about.granularity == "head" and about.normalized != "no" for about in known]
+    if pattern is None or not any(shares):
+        return {}
+    if all(shares) and not isinstance(pattern, tuple):
         attention = patterns.statistics(pattern, config)
-        found |= {"entropy": attention.entropy_share, "distance": attention.distance}
-    return found
+        return {"entropy": attention.entropy_share, "distance": attention.distance}
+    own: Any = pattern  # a layer that has shares has a pattern
+    each = [patterns.statistics(own[i][None], config) if share else None for i, share in enumerate(shares)]
+    joined = lambda name: as_many_places([None if x is None else getattr(x, name)[0] for x in each], 1)
+    return {"entropy": joined("entropy_share"), "distance": joined("distance")}
 
 
 def looker(batch: Batch, config: ModelConfig, batched: bool) -> Callable[[Parameters], dict[str, Array]]:

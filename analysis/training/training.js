@@ -55,7 +55,7 @@
     const sign = (i) => single ? "circle" : signs[(i % inner) % signs.length];
     const traces = rows[0].map((_, i) => ({ type: "scatter", mode: "lines+markers", marker: { size: inner > 1 ? 6 : 4, symbol: sign(i) },
       name: label(i), x: found.step, y: rows.map((row) => row[i]), line: { color: color(i), width: 1.6 },
-      hovertemplate: `%{x}: %{y:.4g}<extra>${label(i)}</extra>` }));
+      hovertemplate: `%{x}: %{y:.4g}<extra>${label(i)}</extra>` })).filter((trace) => trace.y.some((y) => y !== null));
     Plotly.react("statistics", traces, { font, margin: { l: 60, r: 10, t: 10, b: 44 }, hovermode: "closest", showlegend: traces.length <= 24,
       xaxis: steps(), yaxis: { ...axis, title: { text: found.label } } }, config);
   };

@@ -1,5 +1,6 @@
 """What a training run writes down, shows and refuses."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -257,6 +258,23 @@ def test_statistics_say_what_they_are():
     output = np.asarray(parameters.layers.attention.output)[0].reshape(8, 8)
     singular = np.linalg.svd(output, compute_uv=False) ** 2
     np.testing.assert_allclose(found["rank_output"][0], singular.sum() ** 2 / (singular**2).sum(), rtol=1e-4)
+
+
+def test_attention_is_looked_at_where_heads_have_shares_of_what_they_see():
+    mixing = (mixers.Softmax(), mixers.Retention(), mixers.Gru(), mixers.Proximity())
+    config = ModelConfig(vocabulary=9, layers=4, width=8, heads=2, length=6, mixer=mixing)
+    parameters = jax.jit(lambda key: initialize(config, key))(jax.random.key(0))
+    batch = next_token(jax.random.randint(jax.random.key(1), (3, 7), 0, 9))
+    found = jax.jit(lambda p: statistics(p, batch, config))(parameters)
+    assert np.isfinite(found["entropy"]).tolist() == [[True, True], [False, False], [False, False], [True, False]]
+    pattern = walk(parameters, batch.tokens, config).layers.pattern[0]
+    back = np.arange(6)[:, None] - np.arange(6)
+    np.testing.assert_allclose(
+        found["distance"][0], np.mean(np.sum(pattern * back, axis=-1), axis=(0, 2)), rtol=1e-5
+    )
+    alone = dataclasses.replace(config, layers=1, mixer=mixers.Retention())
+    shapes = jax.eval_shape(lambda key: initialize(alone, key), jax.random.key(0))
+    assert "entropy" not in jax.eval_shape(lambda p: statistics(p, batch, alone), shapes)
 
 
 def test_of_many_models_statistics_are_those_of_each_also_side_by_side(monkeypatch):
