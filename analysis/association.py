@@ -243,7 +243,8 @@ def by_head(
     Raises:
         ValueError: as ``patch``.
     """
-    source = put(Walk(), "layers.pattern", _own_heads(parameters, replacement, config))
+    own = _own_heads(replacement, _heads(parameters, replacement, config))
+    source = put(Walk(), "layers.pattern", own)
     places = ("layers.pattern", ("head",))
     return patch(parameters, intact, source, metric, config, places, memory=memory, progress=progress)
 
@@ -293,11 +294,11 @@ def _masked(
     metric: Metric,
     config: ModelConfig,
 ) -> Array:
-    own = partial(_own_heads, parameters, config=config)
+    heads = _heads(parameters, replacement, config)
 
     def one(mask: Array) -> Array:
-        here = jnp.broadcast_to(mask[:, None, :, None, None], replacement.shape).astype(replacement.dtype)
-        keep, new = own(1 - here), own(here * replacement)
+        here = mask[:, None, :, None, None].astype(replacement.dtype)
+        keep, new = _own_heads(1 - here, heads), _own_heads(here * replacement, heads)
         change: Any = Change(keep=keep, put=new)
         if isinstance(keep, tuple):
             change = tuple(None if k is None else Change(keep=k, put=p) for k, p in zip(keep, new, strict=True))
@@ -306,14 +307,22 @@ def _masked(
     return jax.lax.map(one, masks)
 
 
-def _own_heads(parameters: Parameters, pattern: Pattern, config: ModelConfig) -> Array | tuple[Array | None, ...]:
-    """Patterns as the model's walk has them: where layers differ, to each its own heads."""
-    _, batch, _, length, _ = pattern.shape
-    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+def _heads(parameters: Parameters, pattern: Pattern, config: ModelConfig) -> tuple[int, ...] | None:
+    """How many heads' associations each layer has, where layers differ; None where they do not."""
+    if not isinstance(config.mixer, tuple):
+        return None
+    tokens = jax.ShapeDtypeStruct((pattern.shape[1], pattern.shape[-1]), jnp.int32)
     like = jax.eval_shape(lambda p, t: walk(p, t, config).layers.pattern, parameters, tokens)
-    if not isinstance(like, tuple):
-        return pattern
-    return tuple(None if x is None else pattern[number, :, : x.shape[1]] for number, x in enumerate(like))
+    return tuple(0 if x is None else x.shape[1] for x in like) if isinstance(like, tuple) else None
+
+
+def _own_heads(
+    x: Float[Array, "layer _ head _ _"], heads: tuple[int, ...] | None
+) -> Array | tuple[Array | None, ...]:
+    """What there is for as many heads in every layer, as the model's walk has it: for each layer its own."""
+    if heads is None:
+        return x
+    return tuple(x[number, :, :count] if count else None for number, count in enumerate(heads))
 
 
 def orders(

@@ -149,6 +149,10 @@ def _part(walk: Walk, name: str, index: dict[str, Any]) -> Array:
     """The chosen part of a leaf; axes with a single index are gone."""
     leaf, axes = get(walk, name), leaf_axes()[name]
     if isinstance(leaf, tuple):
+        if "layer" not in index:
+            raise ValueError(
+                f"the layers of the walk to read from differ in {name!r}, and those to be edited do not"
+            )
         leaf, axes = leaf[_layers(name, len(leaf), index["layer"])[0]], axes[1:]
     if leaf is None:
         raise ValueError(f"the walk to read from has no {name!r}")
