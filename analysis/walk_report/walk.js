@@ -141,7 +141,7 @@
       const most = Math.max(...z.flat().map(Math.abs), 1e-9);
       const traces = [{ type: "heatmap", z, zmin: -most, zmax: most, colorscale: [[0, orange], [0.5, "#fff"], [1, blue]], colorbar: { thickness: 10 },
         hovertemplate: "layer %{y}, head %{x}: %{z:.3f}<extra></extra>" }];
-      const layout = { font, margin: { l: 50, r: 10, t: 10, b: 44 }, xaxis: { ...axis, title: { text: "head" }, dtick: 1, showgrid: false },
+      const layout = { font, margin: { l: 50, r: 10, t: 10, b: 44 }, xaxis: { ...axis, title: { text: "head" }, dtick: Math.ceil(z[0].length / 16), showgrid: false },
         yaxis: { ...axis, title: { text: "layer" }, dtick: 1, autorange: "reversed", showgrid: false } };
       Plotly.react(plot, traces, layout, config);
     },
