@@ -291,25 +291,28 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_interrupted(small, tmp_
     assert found["cells"]["memorisation"]["softmax"]["flops"] == 1
 
 
-def test_a_finished_run_takes_more_rows_and_tasks_and_shows_all_that_it_has(small, tmp_path, monkeypatch):
-    trained, train = [], job.train_cell
+def test_a_finished_run_takes_more_rows_and_tasks_and_shows_all_that_it_has(
+    small, trained, replaced, tmp_path, monkeypatch
+):
+    made = []
 
-    def noting(row, task, **settings):
-        trained.append((row, task.name))
-        return train(row, task, **settings)
+    def train(row, task, **settings):
+        made.append((row, task.name))
+        cell, parameters = trained["softmax" if row == "softmax" else "uniform"]
+        return dataclasses.replace(cell, row=row, task=task.name), parameters
 
-    monkeypatch.setattr(job, "train_cell", noting)
+    monkeypatch.setattr(job, "train_cell", train)
+    monkeypatch.setattr(job, "replace_all", lambda parameters, config, task, *_, **__: replaced)
     job.run(small, tmp_path / "run", quiet=True)
-    more = dataclasses.replace(small, mixers=("nothing",), tasks=("recall",))
+    assert sorted(made) == [("softmax", "memorisation"), ("uniform", "memorisation")]
+    more = dataclasses.replace(small, mixers=("nothing",), tasks=("addition",))
     with pytest.raises(Problem, match=r"other settings \(seeds was 2 and is 3\)"):
         job.run(dataclasses.replace(more, seeds=3), tmp_path / "run", resume=True, quiet=True)
-    before = sorted(trained)
     job.run(more, tmp_path / "run", resume=True, quiet=True)
-    assert before == [("softmax", "memorisation"), ("uniform", "memorisation")]
-    assert sorted(trained[len(before) :]) == [("nothing", "recall"), ("softmax", "recall")]
+    assert sorted(made[2:]) == [("nothing", "addition"), ("softmax", "addition")]
     found = json.loads((tmp_path / "run" / "mixers.json").read_text())
     shown = {task: set(cells) for task, cells in found["cells"].items()}
-    assert shown == {"memorisation": {"softmax", "uniform"}, "recall": {"softmax", "nothing"}}
+    assert shown == {"memorisation": {"softmax", "uniform"}, "addition": {"softmax", "nothing"}}
     assert found["rows"] == [row for row in ROWS if row in ("softmax", "uniform", "nothing")]
 
 
