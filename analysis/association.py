@@ -280,7 +280,7 @@ def with_heads_replaced(
     """
     expected = (replacement.shape[0], replacement.shape[2])
     if masks.shape[1:] != expected:
-        raise ValueError(f"the masks are of {masks.shape[1:]} layers and heads; the model has {expected}")
+        raise ValueError(f"the masks are of {masks.shape[1:]} layers and heads; the replacement has {expected}")
     return _masked(parameters, tokens, replacement, masks, metric=metric, config=config)
 
 

@@ -102,15 +102,16 @@ def as_many_places(found: list[Array | None], places: int) -> Array:
     """The layers' findings ``[*places, *metric]`` as one array, NaN where a layer has fewer places than others."""
     present = [x for x in found if x is not None]
     most = tuple(max(x.shape[axis] for x in present) for axis in range(places))
-    none = jnp.full((0,) * places + present[0].shape[places:], jnp.nan, present[0].dtype)
+    if all(x is not None and x.shape[:places] == most for x in found):
+        return jnp.stack(present)
+    dtype = present[0].dtype if jnp.issubdtype(present[0].dtype, jnp.inexact) else jnp.float32
+    none = jnp.full((0,) * places + present[0].shape[places:], jnp.nan, dtype)
 
     def padded(x: Array) -> Array:
         rest = [(0, size - n) for size, n in zip(most, x.shape[:places], strict=True)]
-        return jnp.pad(x, [*rest, *[(0, 0)] * (x.ndim - places)], constant_values=jnp.nan)
+        return jnp.pad(x.astype(dtype), [*rest, *[(0, 0)] * (x.ndim - places)], constant_values=jnp.nan)
 
-    return jnp.stack(
-        [x if x.shape[:places] == most else padded(x) for x in (none if x is None else x for x in found)]
-    )
+    return jnp.stack([padded(none if x is None else x) for x in found])
 
 
 def runs_together(count: int, size: int, memory: int | None) -> int:

@@ -78,7 +78,7 @@ def statistics(
     """
     if isinstance(pattern, tuple):
         raise ValueError(
-            "the layers differ in their heads; ask for one at a time: statistics(pattern[0][None], ...)"
+            "the layers differ in their heads; ask for one at a time: statistics(pattern[layer][None], ...)"
         )
     batch, _, query, _ = pattern.shape[1:]
     valid = jnp.ones((batch, query), bool) if valid is None else valid

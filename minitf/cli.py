@@ -16,7 +16,7 @@ from tyro.conf import arg
 from minitf.cli_training import FourBit, Plan, Train, settings_first
 
 INTERRUPTED = 130
-LESS_MEMORY = "Ask for fewer or shorter sequences, fewer seeds or a smaller model. What was finished is kept."
+LESS_MEMORY = "Ask for fewer or shorter sequences, fewer seeds or a smaller model."
 
 
 class _Stopped(BaseException):

@@ -149,9 +149,9 @@ def _part(walk: Walk, name: str, index: dict[str, Any]) -> Array:
     """The chosen part of a leaf; axes with a single index are gone."""
     leaf, axes = get(walk, name), leaf_axes()[name]
     if isinstance(leaf, tuple):
-        if "layer" not in index:
+        if "layer" not in index or not _is_single(index["layer"]):
             raise ValueError(
-                f"the layers of the walk to read from differ in {name!r}, and those to be edited do not"
+                f"the layers to read from differ in {name!r}, and those to be edited do not: choose one"
             )
         leaf, axes = leaf[_layers(name, len(leaf), index["layer"])[0]], axes[1:]
     if leaf is None:

@@ -75,7 +75,7 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 def from_words(words: Iterable[str]) -> dict[str, Any]:
     """The tables that ``group.field=value`` words say; values are as in TOML, and bare words are text.
 
-    So they are in a list (``[temperature,wind]``), whose quotes a shell takes away.
+    So they are in a list of several (``[temperature,wind]``), whose quotes a shell takes away.
 
     Raises ValueError for a word of another form.
     """
@@ -93,9 +93,10 @@ def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        if text[:1] != "[" or text[-1:] != "]" or set("[]") & set(text[1:-1]):
+        inside = text[1:-1]
+        if text[:1] != "[" or text[-1:] != "]" or "," not in inside or set("[]'\"") & set(inside):
             return text
-        return [_value(one.strip()) for one in text[1:-1].split(",")]
+        return [_value(one.strip()) for one in inside.removesuffix(",").split(",")]
 
 
 def sweep_from(words: Iterable[str]) -> dict[str, tuple[float, ...]]:

@@ -120,11 +120,12 @@ def run(
             tasks = {name: every[name] for name in TASKS if ("softmax", name) in wanted}
             cells, replaced = _train(config, wanted, tasks, stages)
             claims = study_claims.claims(cells, replaced, tasks)
+            shown = {**recorded, "mixers": rows, "tasks": tuple(tasks), "rows": rows}
             with progress.stage("report"):
                 save_claims(folder / "claims.json", claims)
                 found = json.loads(script_json(results(rows, cells, replaced, tasks)))
                 write_atomically(folder / "mixers.json", (json.dumps(found, indent=1) + "\n").encode())
-                write_atomically(folder / "report.html", page(found, cells, tasks, claims, recorded).encode())
+                write_atomically(folder / "report.html", page(found, cells, tasks, claims, shown).encode())
             return claims
 
 

@@ -5,6 +5,7 @@ import re
 # By a part of the name that JAX gives a device. Sources: the makers' data sheets.
 PEAKS = {
     "H200": 989e12,
+    "GH200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -28,5 +29,5 @@ def peak(kind: str) -> float | None:
 
 
 def names(part: str, kind: str) -> bool:
-    """Whether a part of a device's name says which it is: an L40 is no L4, a GH200 no H200, an A1000 no A100."""
+    """Whether a part of a device's name says which it is: an L40 is no L4, and an RTX A1000 no A100."""
     return re.search(rf"(?<![a-z0-9]){re.escape(part.lower())}(?![0-9])", kind.lower()) is not None

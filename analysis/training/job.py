@@ -24,6 +24,7 @@ from minitf.analysis.run_folder import (
 )
 from minitf.analysis.training.boards import Board, boards
 from minitf.analysis.training.distributed import first_alone, is_first
+from minitf.analysis.training.log import read
 from minitf.analysis.training.page import page
 from minitf.analysis.training.prepared import Prepared, prepared
 from minitf.analysis.training.under_way import Training, model_folders
@@ -81,15 +82,18 @@ def _may_change(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[s
         Problem: another setting has changed too.
     """
     if _nothing_done(out):
-        (out / "data.json").unlink(missing_ok=True)
+        for name in ("data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"):
+            (out / name).unlink(missing_ok=True)
         return tuple(held)
     return _made_longer(config, held, out)
 
 
 def _nothing_done(out: Path) -> bool:
-    """Whether a training was to be in this folder, and left no number and no weight."""
-    weights = [*out.glob("checkpoints/*"), *out.glob("model*")]
-    return "training.steps" in recorded(out) and not weights and not (out / "metrics.jsonl").exists()
+    """Whether a training was to be in this folder, and took no step: no weights, no loss but the first."""
+    if "training.steps" not in recorded(out) or [*out.glob("checkpoints/*"), *out.glob("model*")]:
+        return False
+    metrics = out / "metrics.jsonl"
+    return not metrics.exists() or all(line["step"] == 0 for line in read(metrics))
 
 
 def _made_longer(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[str, ...]:

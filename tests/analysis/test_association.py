@@ -179,5 +179,7 @@ def test_orders_go_from_least_to_most_and_back_and_at_random():
 
 def test_what_cannot_be_is_told():
     replacement = association.uniform(intact_walk(), data_walk(), GPT2, KEY)
-    with pytest.raises(ValueError, match=r"^the masks are of \(3, 3\) layers and heads; the model has \(2, 3\)$"):
+    with pytest.raises(
+        ValueError, match=r"^the masks are of \(3, 3\) layers and heads; the replacement has \(2, 3\)$"
+    ):
         with_heads_replaced(PARAMETERS, TOKENS, replacement, jnp.ones((1, 3, 3), bool), jnp.mean, GPT2)

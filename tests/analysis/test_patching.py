@@ -234,3 +234,8 @@ def test_reading_some_positions_alone_changes_no_effect(places):
     finite = jnp.isfinite(whole)
     np.testing.assert_allclose(jnp.where(finite, some, 0), jnp.where(finite, whole, 0), atol=2e-5)
     np.testing.assert_array_equal(jnp.isfinite(some), finite)
+
+
+def test_what_a_layer_does_not_have_is_no_number_also_among_counts():
+    found = patching.as_many_places([jnp.arange(3), jnp.arange(2), None], 1)
+    np.testing.assert_array_equal(found, [[0, 1, 2], [0, 1, np.nan], [np.nan] * 3])

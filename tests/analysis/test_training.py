@@ -178,13 +178,15 @@ def test_the_folder_of_a_run_that_was_refused_takes_the_corrected_one(tmp_path, 
     out = tmp_path / "run"
     with pytest.raises(Problem, match="2 heads do not divide a width of 7"):
         run(out, model={"width": 7})
-    # Stopped before its first step is no more than refused.
+    # Stopped before its first step is no more than refused, also where it was measured as it began.
     with monkeypatch.context() as stopped:
-        stopped.setattr(job.trainer, "compiled", lambda *_: raises(KeyboardInterrupt))
+        stopped.setattr(job.trainer, "run", lambda *_: raises(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(out, task={"name": "copy", "symbols": 5})
+    assert [line["step"] for line in read(out / "metrics.jsonl")] == [0]
     run(out)
     assert "width = 8" in (out / "config.toml").read_text()
+    assert [line["step"] for line in read(out / "metrics.jsonl") if "validation_loss" in line] == [0, 3, 6]
     with pytest.raises(Problem, match="holds a run with other settings"):
         run(out, model={"width": 16})
 

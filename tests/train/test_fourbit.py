@@ -349,6 +349,9 @@ def test_codes_are_not_read_as_if_they_were_of_another_coding_or_other_weights()
         fourbit.as_adam(state, weights(), block=32)
     with pytest.raises(ValueError, match="the state is not that of these weights"):
         fourbit.as_adam(state, {"matrix": jnp.zeros((12, 32))}, block=BLOCK)
+    _, whole = trained(scale_by_adam_4bit(), 1)
+    with pytest.raises(ValueError, match=r"odd is \(5, 5\) and its moments are \(7, 11\)"):
+        fourbit.as_adam(whole, weights() | {"odd": jnp.zeros((5, 5))})
     before = optax.scale_by_adam().init(weights())
     with pytest.raises(ValueError, match="the state is not that of these weights"):
         fourbit.from_adam(before, {"matrix": jnp.zeros((12, 32))})

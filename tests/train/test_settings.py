@@ -76,13 +76,13 @@ def test_a_list_may_have_bare_words_whose_quotes_a_shell_took():
     words = [
         "data.columns=[temp, wind speed]",
         "model.mixer=[Mamba,Softmax]",
-        "keep.prompt=[a]b]",
-        "task.x=[1,two]",
+        "keep.prompt=[CLS]",
+        "task.x=[1,two,]",
     ]
     assert from_words(words) == {
         "data": {"columns": ["temp", "wind speed"]},
         "model": {"mixer": ["Mamba", "Softmax"]},
-        "keep": {"prompt": "[a]b]"},
+        "keep": {"prompt": "[CLS]"},
         "task": {"x": [1, "two"]},
     }
 

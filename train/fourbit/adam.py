@@ -123,13 +123,15 @@ def as_adam(state: Adam4BitState, parameters: Any, **coding: Any) -> optax.Scale
         coding: as the state was made with.
 
     Raises:
-        ValueError: the state was made with another coding, or for other weights.
+        ValueError: the state is of other weights, or has not the shapes that this coding gives. (Levels of as many
+            bits, such as linear and de0, cannot be told apart.)
     """
     how = MomentCoding(**coding)
     _check_weights(parameters, state.moments)
 
     def of_weight(path: Path, leaf: Any, moments: Moments) -> Moments:
         if not isinstance(moments.mean, Quantized):
+            _check_shape(path, leaf, moments.mean)
             return moments
         layout = how.layout(path, leaf)
         if not _alike(moments, jax.eval_shape(lambda: empty(layout, how))):
@@ -154,8 +156,7 @@ def from_adam(state: optax.ScaleByAdamState, parameters: Any, **coding: Any) -> 
     _check_weights(parameters, state.mu)
 
     def of_weight(path: Path, leaf: Any, mean: Array, square: Array) -> Moments:
-        if leaf.shape != mean.shape:
-            raise ValueError(f"{path_name(path)} is {leaf.shape} and its moments are {mean.shape}")
+        _check_shape(path, leaf, mean)
         if how.in_float32(path, leaf):
             return Moments(mean.astype(jnp.float32), square.astype(jnp.float32))
         return encoded(mean, square, how.layout(path, leaf), how)
@@ -172,6 +173,11 @@ def _check_weights(parameters: Any, moments: Any) -> None:
     trees: list[Any] = [jax.tree.structure(parameters), jax.tree.structure(moments, is_leaf=_is_moments)]
     if trees[0] != trees[1]:
         raise ValueError("the state is not that of these weights: their trees are not the same")
+
+
+def _check_shape(path: Path, leaf: Any, mean: Array) -> None:
+    if leaf.shape != mean.shape:
+        raise ValueError(f"{path_name(path)} is {leaf.shape} and its moments are {mean.shape}")
 
 
 def _alike(one: Any, other: Any) -> bool:

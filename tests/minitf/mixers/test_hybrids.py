@@ -164,6 +164,9 @@ def test_edits_of_leaves_that_differ_are_made_and_joined_as_others_are():
     scaled = run(TWO, TOKENS, two).layers.z
     np.testing.assert_allclose(scaled[0], 1.0)
     assert not np.allclose(scaled[1], 1.0)
+    alike = put(walked, "layers.z", jnp.stack([walked.layers.z[1]] * 2))
+    with pytest.raises(ValueError, match="and those to be edited do not: choose one"):
+        mean_ablate(alike, "layers.z", source, layer=[1])
     with pytest.raises(ValueError, match="layer=7 is outside 'layers.z', which has 2 on that axis"):
         mean_ablate(walked, "layers.z", source, layer=7)
 
