@@ -298,10 +298,7 @@ def _masked(
 
     def one(mask: Array) -> Array:
         here = mask[:, None, :, None, None].astype(replacement.dtype)
-        keep, new = _own_heads(1 - here, heads), _own_heads(here * replacement, heads)
-        change: Any = Change(keep=keep, put=new)
-        if isinstance(keep, tuple):
-            change = tuple(None if k is None else Change(keep=k, put=p) for k, p in zip(keep, new, strict=True))
+        change = _own_heads(Change(keep=1 - here, put=here * replacement), heads)
         return metric(walk(parameters, tokens, config, edit=put(Walk(), "layers.pattern", change)).logits)
 
     return jax.lax.map(one, masks)
@@ -316,13 +313,12 @@ def _heads(parameters: Parameters, pattern: Pattern, config: ModelConfig) -> tup
     return tuple(0 if x is None else x.shape[1] for x in like) if isinstance(like, tuple) else None
 
 
-def _own_heads(
-    x: Float[Array, "layer _ head _ _"], heads: tuple[int, ...] | None
-) -> Array | tuple[Array | None, ...]:
-    """What there is for as many heads in every layer, as the model's walk has it: for each layer its own."""
+def _own_heads(whole: Any, heads: tuple[int, ...] | None) -> Any:
+    """A pattern, or a change of it, for as many heads in every layer, as the model's walk has it: each its own."""
     if heads is None:
-        return x
-    return tuple(x[number, :, :count] if count else None for number, count in enumerate(heads))
+        return whole
+    own = lambda number, count: jax.tree.map(lambda x: x[number, :, :count], whole)
+    return tuple(own(number, count) if count else None for number, count in enumerate(heads))
 
 
 def orders(

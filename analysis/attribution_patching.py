@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minitf.analysis.patching import ByLayer, Metric, as_many_places
+from minitf.analysis.patching import ByLayer, Metric
 from minitf.config import ModelConfig
 from minitf.model import walk
 from minitf.parameters import Parameters, split_layers
-from minitf.walk import Change, Edit, Walk, get, leaf_axes, put
+from minitf.walk import Change, Edit, Walk, get, leaf_axes, put, stacked
 
 SHALLOW = 12  # layers that are compiled one by one, at most
 
@@ -28,8 +28,7 @@ def attribution_patching(
     """Patching every number of the named leaves, to first order: ``(clean - corrupt) * d metric / d leaf``.
 
     One forward and one backward pass of the corrupted run; each leaf's result has the leaf's shape (a tuple where
-    layers differ), and summed
-    over all of a patched part it estimates the change (not the value) that
+    layers differ), and summed over all of a patched part it estimates the change (not the value) that
     :func:`minitf.analysis.patching.patch` finds.
 
     Args:
@@ -74,4 +73,5 @@ def summed(values: ByLayer, places: tuple[str, tuple[str, ...]]) -> Float[Array,
     rest = tuple(i for i, axis in enumerate(axes) if axis not in over)
     if not isinstance(values, tuple):
         return jnp.sum(values, axis=tuple(1 + i for i in rest))
-    return as_many_places([None if value is None else jnp.sum(value, axis=rest) for value in values], len(over))
+    each = [None if value is None else jnp.sum(value, axis=rest) for value in values]
+    return stacked(each, range(len(over)), jnp.nan)

@@ -16,7 +16,7 @@ from minitf.analysis.lens import read
 from minitf.config import ModelConfig
 from minitf.parameters import Parameters
 from minitf.resume import BEFORE_KEYS, end_from, ends_at_some, last_layer_at, layer_walk
-from minitf.walk import Change, LayerWalk, Walk, get, leaf_axes, leaves, put
+from minitf.walk import Change, LayerWalk, Walk, get, leaf_axes, leaves, put, stacked
 
 # From logits [batch, position, vocabulary] to a number, or to one for each sequence.
 Metric = Callable[[Array], Array]
@@ -93,25 +93,8 @@ def patch(
         )
 
     shapes = _shapes(values)
-    return as_many_places(
-        [of_layer(number, shapes[number]) for number in progress(range(config.layers))], len(over)
-    )
-
-
-def as_many_places(found: list[Array | None], places: int) -> Array:
-    """The layers' findings ``[*places, *metric]`` as one array, NaN where a layer has fewer places than others."""
-    present = [x for x in found if x is not None]
-    most = tuple(max(x.shape[axis] for x in present) for axis in range(places))
-    if all(x is not None and x.shape[:places] == most for x in found):
-        return jnp.stack(present)
-    dtype = present[0].dtype if jnp.issubdtype(present[0].dtype, jnp.inexact) else jnp.float32
-    none = jnp.full((0,) * places + present[0].shape[places:], jnp.nan, dtype)
-
-    def padded(x: Array) -> Array:
-        rest = [(0, size - n) for size, n in zip(most, x.shape[:places], strict=True)]
-        return jnp.pad(x.astype(dtype), [*rest, *[(0, 0)] * (x.ndim - places)], constant_values=jnp.nan)
-
-    return jnp.stack([padded(none if x is None else x) for x in found])
+    found = [of_layer(number, shapes[number]) for number in progress(range(config.layers))]
+    return stacked(found, range(len(over)), jnp.nan)
 
 
 def runs_together(count: int, size: int, memory: int | None) -> int:
@@ -266,11 +249,7 @@ def _shapes(values: ByLayer) -> list[tuple[int, ...] | None]:
 
 
 def _check_places(
-    name: str,
-    over: tuple[str, ...],
-    stream: Array | None,
-    values: ByLayer,
-    config: ModelConfig,
+    name: str, over: tuple[str, ...], stream: Array | None, values: ByLayer, config: ModelConfig
 ) -> None:
     if stream is None:
         raise ValueError("the corrupted walk holds no 'layers.resid_pre', from which the patched runs start")

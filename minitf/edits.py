@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from minitf.walk import Edit, Walk, change, compose, get, leaf_axes, put
+from minitf.walk import Edit, Walk, change, compose, get, leaf_axes, places_on, put
 
 
 def ablate(shapes: Walk, name: str, **index: Any) -> Edit:
@@ -132,17 +131,8 @@ def _by_layer(shapes: Walk, name: str, index: dict[str, Any], make: Callable[[di
         return make(index)
     numbers = [number for number, x in enumerate(like) if x is not None]
     if chosen is not None:
-        numbers = _layers(name, len(like), chosen)
+        numbers = places_on(name, "layer", len(like), len(like), chosen).tolist()
     return functools.reduce(compose, [make({**index, "layer": number}) for number in numbers], Edit())
-
-
-def _layers(name: str, count: int, chosen: Any) -> list[int]:
-    """The numbers of the chosen layers. Raises ValueError for one that there is not."""
-    try:
-        numbers = np.arange(count)[chosen if isinstance(chosen, slice) else np.asarray(chosen)]
-    except IndexError:
-        raise ValueError(f"layer={chosen} is outside {name!r}, which has {count} on that axis") from None
-    return [int(number) for number in np.atleast_1d(numbers)]
 
 
 def _part(walk: Walk, name: str, index: dict[str, Any]) -> Array:
@@ -153,7 +143,7 @@ def _part(walk: Walk, name: str, index: dict[str, Any]) -> Array:
             raise ValueError(
                 f"the layers to read from differ in {name!r}, and those to be edited do not: choose one"
             )
-        leaf, axes = leaf[_layers(name, len(leaf), index["layer"])[0]], axes[1:]
+        leaf, axes = leaf[int(places_on(name, "layer", len(leaf), len(leaf), index["layer"]))], axes[1:]
     if leaf is None:
         raise ValueError(f"the walk to read from has no {name!r}")
     # One axis after another, so that several lists choose every combination.

@@ -149,9 +149,9 @@ def _load_folder(folder: Path, dtype: Any) -> Pretrained:
         raise ValueError(f"{folder} has no config.json, without which the model is not known")
     settings = read_json(file)
     name = settings.get("model_type")
-    within = [inner for inner in (folder / "model", folder / "models" / "0") if (inner / "config.json").is_file()]
-    if name is None and within:
-        raise ValueError(f"{folder} is the folder of a run; its model is in {within[0]}")
+    for inner in (folder / "model", folder / "models" / "0"):
+        if name is None and (inner / "config.json").is_file():
+            raise ValueError(f"{folder} is the folder of a run; its model is in {inner}")
     if name == native.NAME:
         config = native.config_of(settings)
         tokenizer = Tokenizer(load_vocabulary(folder)) if (folder / VOCABULARY).is_file() else None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minitf.walk import Walk, get, leaf_axes, leaves, put
+from minitf.walk import Walk, get, leaf_axes, leaves, places_on, put
 
 
 def record(
@@ -62,11 +62,7 @@ def _chosen(value: jax.Array, name: str, axes: tuple[str, ...], places: dict[str
 
 def _of_differing_layers(values: tuple, name: str, axes: tuple[str, ...], layer: Any, position: Any) -> Any:
     """The chosen layers' own values; of a single layer, the value itself. Layers are known also under a trace."""
-    chosen = slice(None) if layer is None else layer if isinstance(layer, slice) else np.asarray(layer)
-    try:
-        numbers = np.arange(len(values))[chosen]
-    except IndexError:
-        raise ValueError(_outside("layer", layer, name, len(values))) from None
+    numbers = places_on(name, "layer", len(values), len(values), slice(None) if layer is None else layer)
     places = {"position": position, "query": position}
     found = [
         None if values[number] is None else _chosen(values[number], name, axes, places)
@@ -81,10 +77,6 @@ def _taken(value: jax.Array, axis: int, chosen: Any, name: str, label: str) -> j
     if not isinstance(chosen, slice):
         places = jnp.asarray(chosen)
         if not isinstance(places, jax.core.Tracer) and bool(jnp.any((places < -size) | (places >= size))):
-            raise ValueError(_outside(label, chosen, name, size))
+            raise ValueError(f"{label}={chosen} is outside {name!r}, which has {size} on that axis")
         chosen = places
     return value[(*(slice(None),) * axis, chosen)]
-
-
-def _outside(label: str, chosen: Any, name: str, size: int) -> str:
-    return f"{label}={chosen} is outside {name!r}, which has {size} on that axis"

@@ -147,16 +147,24 @@ def with_as_many_heads(value: Leaf, axis: int) -> Array:
     """
     if not isinstance(value, tuple):
         return value
-    present = [x for x in value if x is not None]
-    most = max(x.shape[axis] for x in present)
-    shape = (*present[0].shape[:axis], most, *present[0].shape[axis + 1 :])
+    return stacked(value, (axis,), 0.0)
+
+
+def stacked(layers: Sequence[Array | None], axes: Sequence[int], fill: float) -> Array:
+    """What each layer has as one array; on these axes, ``fill`` after what those with less (or none) have."""
+    present = [x for x in layers if x is not None]
+    most = [max(x.shape[axis] for x in present) if axis in axes else n for axis, n in enumerate(present[0].shape)]
+    if all(x is not None and all(x.shape[axis] == most[axis] for axis in axes) for x in layers):
+        return jnp.stack(present)
+    dtype = jnp.result_type(present[0].dtype, fill)
 
     def padded(x: Array | None) -> Array:
         if x is None:
-            return jnp.zeros(shape, present[0].dtype)
-        return jnp.pad(x, [(0, most - n if i == axis else 0) for i, n in enumerate(x.shape)])
+            return jnp.full(most, fill, dtype)
+        rest = [(0, most[axis] - n if axis in axes else 0) for axis, n in enumerate(x.shape)]
+        return jnp.pad(x.astype(dtype), rest, constant_values=fill)
 
-    return jnp.stack([padded(x) for x in value])
+    return jnp.stack([padded(x) for x in layers])
 
 
 def leaf_axes() -> dict[str, tuple[str, ...]]:
@@ -228,7 +236,7 @@ def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index
         for axis, size in zip(axes, like.shape, strict=True)
     )
     places = [
-        _places(name, axis, full, size, index.get(axis, slice(None)))
+        places_on(name, axis, full, size, index.get(axis, slice(None)))
         for axis, full, size in zip(axes, like.shape, shape, strict=True)
     ]
     return put_change(name, _placed(tuple(places), keep, put, shape, like.dtype))
@@ -255,7 +263,7 @@ def _change_by_layer(
 ) -> tuple[Change | None, ...]:
     """A change of a leaf whose layers differ: one change, or None, for each layer."""
     rest = {axis: chosen for axis, chosen in index.items() if axis != "layer"}
-    numbers = _places(name, "layer", len(like), len(like), index.get("layer", slice(None)))
+    numbers = places_on(name, "layer", len(like), len(like), index.get("layer", slice(None)))
     found: list[Change | None] = [None] * len(like)
     for number in np.atleast_1d(np.asarray(numbers)).tolist():
         if like[number] is None:
@@ -266,8 +274,11 @@ def _change_by_layer(
     return tuple(found)
 
 
-def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array | np.ndarray:
-    """The chosen places on one axis of ``full`` places, of which the edit holds ``size``."""
+def places_on(name: str, axis: str, full: int, size: int, chosen: Any) -> Array | np.ndarray:
+    """The chosen places on one axis of ``full`` places, of which the edit holds ``size``.
+
+    Raises ValueError for one that there is not, where it can be looked at.
+    """
     if isinstance(chosen, jax.core.Tracer):
         return jnp.asarray(chosen)
     try:

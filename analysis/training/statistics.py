@@ -11,13 +11,13 @@ from jaxtyping import Array, Float
 from minitf import ModelConfig, Parameters, walk
 from minitf.analysis import patterns
 from minitf.analysis.geometry import encoding_geometry
-from minitf.analysis.patching import ByLayer, as_many_places
+from minitf.analysis.patching import ByLayer
 from minitf.filter import in_statistics_dtype
 from minitf.layer import mixer_of
 from minitf.parameters import declared, named
 from minitf.train.batch import Batch
 from minitf.train.objective import with_inputs
-from minitf.walk import Edit
+from minitf.walk import Edit, stacked
 
 NUMBERS_AT_ONCE = 2**28  # of walks, a GiB of float32
 
@@ -56,7 +56,7 @@ def _of_attention(pattern: ByLayer | None, config: ModelConfig) -> dict[str, Arr
         return {"entropy": attention.entropy_share, "distance": attention.distance}
     own: Any = pattern  # a layer that has shares has a pattern
     each = [patterns.statistics(own[i][None], config) if share else None for i, share in enumerate(shares)]
-    joined = lambda name: as_many_places([None if x is None else getattr(x, name)[0] for x in each], 1)
+    joined = lambda name: stacked([None if x is None else getattr(x, name)[0] for x in each], (0,), jnp.nan)
     return {"entropy": joined("entropy_share"), "distance": joined("distance")}
 
 

@@ -21,7 +21,7 @@ from properties.models import (
 from minitf import Walk, change, walk
 from minitf.analysis import patching
 from minitf.analysis.attribution_patching import attribution_patching, summed
-from minitf.walk import get, leaf_axes
+from minitf.walk import get, leaf_axes, stacked
 
 DEEP = replace(GPT2, layers=3)
 
@@ -237,5 +237,5 @@ def test_reading_some_positions_alone_changes_no_effect(places):
 
 
 def test_what_a_layer_does_not_have_is_no_number_also_among_counts():
-    found = patching.as_many_places([jnp.arange(3), jnp.arange(2), None], 1)
+    found = stacked([jnp.arange(3), jnp.arange(2), None], (0,), jnp.nan)
     np.testing.assert_array_equal(found, [[0, 1, 2], [0, 1, np.nan], [np.nan] * 3])
