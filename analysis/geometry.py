@@ -17,7 +17,7 @@ from minitf.analysis.lens import lens, output_vectors
 from minitf.config import ModelConfig
 from minitf.edits import around_a_circle
 from minitf.filter import in_statistics_dtype
-from minitf.parameters import Parameters
+from minitf.parameters import Parameters, split_layers
 from minitf.walk import Leaf, Walk, leaf, station_steps
 
 Tokens = Int[Array, "batch position"]
@@ -134,18 +134,27 @@ def revisits(tokens: Tokens, run: int = 1) -> Bool[Array, "batch place"]:
 
 def random_initialization(parameters: Parameters, config: ModelConfig, key: Key[Array, ""]) -> Parameters:
     """Control: the same model before any training, in the same dtypes."""
-    return jax.tree.map(lambda fresh, like: fresh.astype(like.dtype), initialize(config, key), parameters)
+    fresh = initialize(config, key)
+    if isinstance(parameters.layers, tuple):
+        fresh = split_layers(fresh)
+    return jax.tree.map(lambda fresh, like: fresh.astype(like.dtype), fresh, parameters)
 
 
 def shuffled_layers(parameters: Parameters, config: ModelConfig, key: Key[Array, ""]) -> Parameters:
     """Control: the same layers in a random order in which none keeps its place.
 
-    Raises ValueError for a model of one layer.
+    Raises ValueError for a model of one layer, and for layers with different mixers.
     """
     if config.layers < 2:
         raise ValueError("the layers of a model with one layer cannot be shuffled; take another control")
-    order = around_a_circle(key, config.layers)
-    return dataclasses.replace(parameters, layers=jax.tree.map(lambda x: x[order], parameters.layers))
+    if isinstance(config.mixer, tuple) and any(mixer != config.mixer[0] for mixer in config.mixer):
+        raise ValueError("layers with different mixers cannot take each other's places; take another control")
+    order, layers = around_a_circle(key, config.layers), parameters.layers
+    single = isinstance(layers, tuple)
+    if single:
+        layers = jax.tree.map(lambda *of_each: jnp.stack(of_each), *layers)
+    shuffled = dataclasses.replace(parameters, layers=jax.tree.map(lambda x: x[order], layers))
+    return split_layers(shuffled) if single else shuffled
 
 
 def permuted_vocabulary(parameters: Parameters, config: ModelConfig, key: Key[Array, ""]) -> Parameters:

@@ -136,4 +136,6 @@ def dose_response(
         edit = steer(shapes, vector, layer=0, coefficient=coefficient, name=name, position=position)
         return metric(walk_from(parameters, stream, config, layer, edit=edit, valid=valid).logits)
 
-    return jax.vmap(lambda vector: jax.vmap(lambda dose: steered(vector, dose))(coefficients))(vectors)
+    pairs = len(vectors), len(coefficients)
+    found = jax.vmap(steered)(jnp.repeat(vectors, pairs[1], axis=0), jnp.tile(coefficients, pairs[0]))
+    return jax.tree.map(lambda values: values.reshape(*pairs, *values.shape[1:]), found)

@@ -104,6 +104,30 @@ def _config(config: ModelConfig, layer: int | Int[Array, ""]) -> ModelConfig:
     return config.layer(int(layer)) if isinstance(config.mixer, tuple) else config
 
 
+def run_between(
+    parameters: Parameters,
+    stream: Float[Array, "batch position width"],
+    config: ModelConfig,
+    layer: int | Int[Array, ""],
+    to: int,
+    *,
+    valid: Bool[Array, "batch position"] | None = None,
+) -> Float[Array, "batch position width"]:
+    """The start of layer ``to``, from the start of an earlier one; no more of the walk is kept.
+
+    Takes one layer after another by its number, traced or not, as :func:`layer_walk` does.
+    """
+
+    def one(number: int | Int[Array, ""], stream: Stream) -> Stream:
+        return layer_walk(parameters, stream, config, number, valid=valid).resid_post
+
+    if isinstance(parameters.layers, tuple):
+        for number in range(int(layer), to):
+            stream = one(number, stream)
+        return stream
+    return jax.lax.fori_loop(layer, to, one, stream)
+
+
 def end_from(
     parameters: Parameters,
     stream: Float[Array, "batch position width"],
@@ -127,17 +151,7 @@ def end_from(
         ValueError: a stream that does not fit, or a position that it does not have.
     """
     _check_stream(stream, config)
-
-    def one(number: int | Int[Array, ""], stream: Stream) -> Stream:
-        return layer_walk(parameters, stream, config, number, valid=valid).resid_post
-
-    def run(to: int, stream: Stream) -> Stream:
-        if isinstance(parameters.layers, tuple):
-            for number in range(int(layer), to):
-                stream = one(number, stream)
-            return stream
-        return jax.lax.fori_loop(layer, to, one, stream)
-
+    run = lambda to, stream: run_between(parameters, stream, config, layer, to, valid=valid)
     if at is None:
         return run(config.layers, stream)
     last = config.layers - 1

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from minitf.config import ModelConfig
 from minitf.train.config import SWEPT, TrainConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -158,12 +159,21 @@ def _settings(group: str, fields: Mapping[str, Any], kind: type) -> Any:
     hints = typing.get_type_hints(kind, include_extras=True)
     for name in fields:
         if name not in hints:
-            raise ValueError(f"there is no {group}.{name}{_near(name, hints)}; {group} has {', '.join(hints)}")
+            raise ValueError(f"there is no {group}.{name}{meant(name, hints)}; {group} has {', '.join(hints)}")
     values = {name: _fitted(f"{group}.{name}", value, hints[name]) for name, value in fields.items()}
     try:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{group}.{error}") from error
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What may be meant by a name that a group lacks: the same of another group, or the nearest of its own."""
+    groups = {**typing.get_type_hints(TrainConfig), "model": ModelConfig}
+    for group, kind in groups.items():
+        if dataclasses.is_dataclass(kind) and name in typing.get_type_hints(kind):
+            return f" (did you mean {group}.{name}?)"
+    return _near(name, known)
 
 
 def _fitted(name: str, value: Any, kind: Any) -> Any:

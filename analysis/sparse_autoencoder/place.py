@@ -1,7 +1,6 @@
 """Where in a walk an autoencoder stands: one leaf, whose vectors are rows to read and to replace."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from minitf.config import ModelConfig
 from minitf.edits import set_to
 from minitf.model import walk
 from minitf.parameters import Parameters
-from minitf.resume import layer_walk
+from minitf.resume import layer_walk, run_between
 from minitf.walk import Walk, get, leaf_axes
 
 
@@ -64,7 +63,8 @@ class Place:
         if self.layer is None:
             value = get(walk(self.parameters, tokens, self.config), self.name)
         else:
-            stream = self._start(tokens, self.layer)
+            start = walk(self.parameters, tokens, self.config).start
+            stream = run_between(self.parameters, start, self.config, 0, self.layer)
             here = layer_walk(self.parameters, stream, self.config, self.layer)
             value = get(Walk(layers=here), self.name)
         if value is None:
@@ -82,14 +82,6 @@ class Place:
             shape, index = shape[1:], {"layer": self.layer}
         edit = set_to(shapes, self.name, jnp.asarray(rows, like.dtype).reshape(shape), **index)
         return walk(self.parameters, tokens, self.config, edit=edit).logits
-
-    def _start(self, tokens: Int[Array, "batch position"], layer: int) -> Float[Array, "batch position width"]:
-        """Where a layer starts: the end of the model that has the layers before it alone."""
-        if layer == 0:
-            return walk(self.parameters, tokens, self.config).start
-        some = jax.tree.map(lambda x: x[:layer], self.parameters.layers)
-        before = replace(self.parameters, layers=some)
-        return walk(before, tokens, replace(self.config, layers=layer)).end
 
 
 def checked_batches(source: Place | None, batches: Iterable[Any]) -> Iterator[np.ndarray]:

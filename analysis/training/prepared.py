@@ -15,6 +15,7 @@ from minitf.train import tasks
 from minitf.train.batch import Batch, masked, next_token
 from minitf.train.config import TrainConfig
 from minitf.train.loader import Loader, chunk, spread_windows
+from minitf.train.settings import meant
 from minitf.train.step import Program
 from minitf.train.symbols import Data, prepare
 from minitf.train.trainer import Windows, in_parts, models_of
@@ -141,7 +142,9 @@ def model_of(config: TrainConfig, vocabulary: int, length: int | None, causal: b
     fields |= config.model
     unknown = [name for name in fields if name not in known]
     if unknown:
-        raise ValueError(f"there is no model.{unknown[0]}; a model has {', '.join(sorted(known))}")
+        raise ValueError(
+            f"there is no model.{unknown[0]}{meant(unknown[0], known)}; a model has {', '.join(sorted(known))}"
+        )
     try:
         model = from_plain(fields)
     except TypeError as error:

@@ -20,11 +20,13 @@ from properties.models import (
     random_tokens,
 )
 
-from minitf import Walk
+from minitf import Walk, mixers
 from minitf.analysis import geometry
 from minitf.analysis.lens import logit_lens, stations
+from minitf.parameters import split_layers
 from minitf.walk import LayerWalk
 
+HYBRID = replace(GPT2, mixer=(mixers.Retention(), mixers.Softmax()))
 ATTENTION_ONLY = replace(GPT2, feed_forward="none", layers=3)
 
 
@@ -163,6 +165,13 @@ def test_shuffled_layers_are_the_same_layers_none_in_its_place(layers):
     np.testing.assert_array_equal(shuffled.embedding, parameters.embedding)
 
 
+def test_controls_of_single_layers_are_those_of_the_stack():
+    stacked = random_parameters(GPT2)
+    for control in (geometry.shuffled_layers, geometry.random_initialization):
+        single = control(split_layers(stacked), GPT2, jax.random.key(0))
+        assert bits(single) == bits(split_layers(control(stacked, GPT2, jax.random.key(0))))
+
+
 @pytest.mark.parametrize("config", [GPT2, replace(LLAMA, unembedding_bias=True)], ids=["tied", "untied"])
 def test_a_permuted_vocabulary_walks_replaced_text(config):
     parameters, tokens, _ = run(config)
@@ -189,6 +198,7 @@ def test_a_random_initialization_has_the_shapes_and_dtypes_and_other_numbers():
     [
         (lambda p: geometry.encoding_geometry(Walk(), GPT2), "keep them in the walk"),
         (lambda p: geometry.shuffled_layers(p, replace(GPT2, layers=1), jax.random.key(0)), "one layer cannot"),
+        (lambda p: geometry.shuffled_layers(p, HYBRID, jax.random.key(0)), "different mixers cannot take"),
         (
             lambda p: geometry.revisits(jnp.zeros((1, 3), jnp.int32), 4),
             "run of 4 tokens does not fit sequences of 3",

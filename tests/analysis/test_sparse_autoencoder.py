@@ -22,7 +22,7 @@ from properties.models import (
 )
 from scipy.optimize import minimize
 
-from minitf import walk
+from minitf import mixers, walk
 from minitf.analysis.sparse_autoencoder.activations import above, jump_relu, keep_largest
 from minitf.analysis.sparse_autoencoder.autoencoder import (
     AutoencoderConfig,
@@ -41,6 +41,7 @@ from minitf.walk import get
 RELU = AutoencoderConfig(width=5, latents=8, kind="relu", sparsity=0.3)
 TOPK = AutoencoderConfig(width=5, latents=8, kind="topk", k=2, auxiliary_k=3)
 JUMP = AutoencoderConfig(width=5, latents=8, kind="jumprelu", sparsity=0.3, threshold=0.4, bandwidth=0.5)
+HYBRID = replace(LLAMA, mixer=(mixers.Uniform(), mixers.Softmax()))
 kinds = pytest.mark.parametrize("config", [RELU, TOPK, JUMP], ids=lambda config: config.kind)
 
 
@@ -344,15 +345,16 @@ def test_an_interrupted_training_returns_what_was_done():
     )
 
 
-def test_a_place_reads_the_leaf_and_all_heads_of_it_as_one_vector():
-    parameters, tokens = random_parameters(LLAMA), random_tokens(LLAMA)
+@pytest.mark.parametrize("config", [LLAMA, HYBRID], ids=["llama", "hybrid"])
+def test_a_place_reads_the_leaf_and_all_heads_of_it_as_one_vector(config):
+    parameters, tokens = random_parameters(config), random_tokens(config)
     places = [("layers.z", 1), ("layers.post", 0), ("start", None)]
 
     @quick_jit
     def both(tokens):
-        walked = walk(parameters, tokens, LLAMA)
+        walked = walk(parameters, tokens, config)
         leaves = [get(walked, name) if layer is None else get(walked, name)[layer] for name, layer in places]
-        return [Place(parameters, LLAMA, *place).rows(tokens) for place in places], leaves
+        return [Place(parameters, config, *place).rows(tokens) for place in places], leaves
 
     for rows, leaf in zip(*both(tokens), strict=True):
         np.testing.assert_allclose(rows, leaf.reshape(10, -1), atol=1e-5)

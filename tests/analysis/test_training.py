@@ -145,6 +145,8 @@ def test_results_that_cannot_be_written_are_a_sentence_and_what_was_kept_stays(t
         ({"task": {"name": "copy", "spam": 3}}, "'spam'"),
         ({"model": {"width": 7}}, "2 heads do not divide a width of 7"),
         ({"model": {"depth": 7}}, "there is no model.depth"),
+        ({"model": {"batch": 7}}, "did you mean training.batch"),
+        ({"model": {"layer": 7}}, "did you mean layers"),
         ({"model": {"vocabulary": 2}}, "model.vocabulary is 2; the data has"),
         ({"model": {"length": 2}}, "model.length is 2; the task's sequences have"),
         ({"model": {"mixer": "Mambo"}}, "model.mixer is 'Mambo'; choose one of AttentionFree, "),
