@@ -72,7 +72,7 @@ def _constant(one: Replaced, task: Task) -> list[Claim]:
                 "In a model trained to recall, constant associations cost nearly everything: at least .8 of what "
                 "it is better than guessing.",
                 "conclusion of Hassid et al. 2022 and Dong et al. 2025",
-                (one.intact - every) / (one.intact - _chance(task)),
+                _share(one.intact - every, one.intact - _chance(task)),
                 "share of the accuracy above chance that is lost",
                 ">",
                 0.8,
@@ -133,7 +133,7 @@ def _text(cells: Cells) -> list[Claim]:
                 "averaged vector keeps .54 of the signal of gpt-neo-1.3B on HellaSwag): here, from half to one "
                 "and a half times that share.",
                 SINGH,
-                (bits[NOTHING] - bits[UNIFORM]) / (bits[NOTHING] - bits[SOFTMAX]),
+                _share(bits[NOTHING] - bits[UNIFORM], bits[NOTHING] - bits[SOFTMAX]),
                 "share of the gain over no context at all",
                 "within",
                 (0.27, 0.81),
@@ -205,7 +205,7 @@ def _rules(cells: Cells, tasks: Mapping[str, Task]) -> list[Claim]:
         )
     if {(SOFTMAX, "recall"), (FIXED_PAIRS, "recall")} <= cells.keys():
         chance = _chance(tasks["recall"])
-        share = (cells[FIXED_PAIRS, "recall"].final - chance) / (cells[SOFTMAX, "recall"].final - chance)
+        share = _share(cells[FIXED_PAIRS, "recall"].final - chance, cells[SOFTMAX, "recall"].final - chance)
         found.append(
             _seeds(
                 "fixed_pairs_recall",
@@ -243,13 +243,18 @@ def _classification(cells: Cells) -> list[Claim]:
         ),
     ):
         if {(SOFTMAX, "classification"), (row, "classification")} <= cells.keys():
-            share = cells[row, "classification"].final / cells[SOFTMAX, "classification"].final
+            share = _share(cells[row, "classification"].final, cells[SOFTMAX, "classification"].final)
             found.append(_seeds(name, text, source, share, "accuracy, of attention's", ">", least))
     return found
 
 
 def _chance(task: Task) -> float:
     return next(value for name, value in task.references.items() if name.startswith("chance"))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """NaN where there is no whole (a model that has learned nothing), so that what is claimed does not hold."""
+    return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole != 0)
 
 
 def _seeds(

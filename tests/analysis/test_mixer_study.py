@@ -8,6 +8,7 @@ import pytest
 
 from minitf import walk
 from minitf.analysis import association
+from minitf.analysis.claims import as_json
 from minitf.analysis.mixer_study import cell as cells_of
 from minitf.analysis.mixer_study import claims, job, page, tasks
 from minitf.analysis.mixer_study.cell import Cell, train_cell
@@ -225,6 +226,15 @@ def test_every_claim_holds_where_everything_is_as_published():
 )
 def test_each_claim_fails_where_its_numbers_do(name, change):
     assert not known(**change)[f"mixers.{name}"].holds
+
+
+@pytest.mark.filterwarnings("error")
+def test_models_that_have_learned_nothing_hold_no_claim_of_shares():
+    (chance,) = (value for name, value in RECALL.references.items() if name.startswith("chance"))
+    found = known({**dict.fromkeys(job.TASKS, 0.0), "text": 3.0, "recall": chance})
+    shares = ("uniform_share", "fixed_pairs_recall", "fnet", "uniform_classification")
+    assert not any(found[f"mixers.{name}"].holds for name in shares)
+    assert "null" in as_json(found.values())
 
 
 def test_only_what_ran_is_claimed():
