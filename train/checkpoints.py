@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 from orbax.checkpoint import checkpoint_managers
 
@@ -94,7 +96,7 @@ class Checkpoints:
         if not there or (step is not None and step not in there):
             raise ValueError(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
         step = there[-1] if step is None else step
-        wanted = {"state": like, "digests": jax.eval_shape(digests, like)}
+        wanted = _placed({"state": like, "digests": jax.eval_shape(digests, like)})
         try:
             kept = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except Exception as error:  # what Orbax and TensorStore raise of damaged files has no common type
@@ -147,6 +149,15 @@ def dynamics_steps(steps: int) -> list[int]:
     """0, 1, 2, 4, ... 512, then every 1000, and the last: where Pythia was kept (Biderman et al. 2023)."""
     doubled = [0, *(2**power for power in range(10))]
     return sorted({*(step for step in (*doubled, *range(1000, steps, 1000)) if step < steps), steps})
+
+
+def _placed(like: Tree) -> Tree:
+    """The same, with a place for each: what has none, Orbax seeks on the devices that it was written from."""
+    meshes = [one.sharding.mesh for one in jax.tree.leaves(like) if isinstance(one.sharding, NamedSharding)]
+    elsewhere = NamedSharding(meshes[0], P()) if meshes else SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=one.sharding or elsewhere), like
+    )
 
 
 @jax.jit

@@ -4,13 +4,16 @@ import socket
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from compiled_once import lightly
 
 from minitf import ModelConfig
 from minitf.parameters import declare
 from minitf.train import sharding
-from minitf.train.config import MeshSettings
+from minitf.train.checkpoints import Checkpoints
+from minitf.train.config import KeepSettings, MeshSettings
 
 COMMON = """
 import sys, jax, jax.numpy as jnp, numpy as np
@@ -76,6 +79,8 @@ for data, fsdp, tensor in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2)
         last = Checkpoints(Path(sys.argv[1]) / f"{data}{fsdp}{tensor}", KeepSettings(), 6)
         last.save(6, state)
         last.wait()
+with Checkpoints(Path(sys.argv[1]) / "eight", KeepSettings(), 6) as kept:
+    kept.save(6, jax.device_put({"x": jnp.arange(8.0)}, sharding.NamedSharding(devices, sharding.P("fsdp"))))
 print("alike")
 print("losses", losses.tolist())
 """
@@ -105,20 +110,32 @@ with Checkpoints(folder, KeepSettings(), 6) as kept:
 
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
-    """What a process of eight devices says, which trains on one of them first."""
+    """What a process of eight devices says, which trains on one of them first; and where its checkpoints are."""
+    folder = tmp_path_factory.mktemp("kept")
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(tmp_path_factory.mktemp("kept"))],
+        [sys.executable, "-c", SHARDED, str(folder)],
         env=lightly(8),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout, folder
 
 
 def test_training_on_eight_devices_is_training_on_one(eight_devices):
-    assert eight_devices.startswith("alike\n")
+    output, _ = eight_devices
+    assert output.startswith("alike\n")
+
+
+@pytest.mark.parametrize(
+    "where", [sharding.everywhere(sharding.mesh_of(MeshSettings())), None], ids=["mesh", "any"]
+)
+def test_what_eight_devices_wrote_a_machine_with_one_reads(eight_devices, where):
+    _, folder = eight_devices
+    with Checkpoints(folder / "eight", KeepSettings(), 6) as kept:
+        step, state = kept.restore({"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=where)})
+    assert step == 6 and state["x"].tolist() == list(range(8))
 
 
 def _two_processes(folder, end):
@@ -145,7 +162,7 @@ def _losses(output):
 
 
 def test_two_processes_that_are_killed_go_on_as_one_would(eight_devices, tmp_path):
-    expected = _losses(eight_devices)
+    expected = _losses(eight_devices[0])
     for end, steps in ((3, slice(0, 3)), (6, slice(3, 6))):
         for (output, errors), code in _two_processes(tmp_path / "kept", end):
             assert code == (0 if end == 6 else -9), errors[-3000:]
