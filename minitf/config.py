@@ -1,6 +1,9 @@
 """What a model is: one frozen dataclass, checked when it is made."""
 
 import dataclasses
+import functools
+import numbers
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,6 +22,8 @@ _LEAST = {
     "hidden": 0,
     "token_types": 0,
 }
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 PositionKind = Literal["none", "learned", "sinusoidal", "rotary", "alibi"]
 
@@ -86,6 +91,7 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        _check_kinds(type(self), vars(self))
         self._check_choices()
         if self.attention == "query_key" and not self.head_width and self.width % self.heads:
             raise ValueError(
@@ -108,6 +114,11 @@ class ModelConfig:
             raise ValueError("parallel layers need residual=True and norm_placement='pre'")
 
     def _check_positions_and_norms(self) -> None:
+        if not isinstance(self.rotary_scaling, RotaryScaling | None):
+            raise ValueError(
+                f"rotary_scaling is {self.rotary_scaling!r}; it must be a RotaryScaling or None (from_plain "
+                "reads what dataclasses.asdict wrote)"
+            )
         if self.position == "rotary":
             if self.attention == "table":
                 raise ValueError("table attention has no queries and keys to rotate; choose another position")
@@ -118,11 +129,6 @@ class ModelConfig:
                 )
             if self.rotary_base <= 0:
                 raise ValueError(f"rotary_base is {self.rotary_base}; it must be positive")
-            if not isinstance(self.rotary_scaling, RotaryScaling | None):
-                raise ValueError(
-                    f"rotary_scaling is {self.rotary_scaling!r}; it must be a RotaryScaling or None (from_plain "
-                    "reads what dataclasses.asdict wrote)"
-                )
             frequencies(self.rotated_width, self.rotary_base, self.rotary_scaling)  # raises where they have none
         if self.embedding_norm and self.norm == "none":
             raise ValueError("embedding_norm needs a norm, but norm is 'none'; choose l2, layer or rms")
@@ -234,6 +240,38 @@ class ModelConfig:
         return self.norm != "none" and self.norm_placement == "pre"
 
 
+def _check_kinds(of: type, given: Mapping[str, Any], what: str = "") -> None:
+    """Text is no number, and no truth value either: ``"no"`` would be a yes."""
+    for name, value in given.items():
+        kind = _kinds(of).get(name)
+        if kind in _KINDS and not _fits(value, kind):
+            raise ValueError(f"{what}{name} is {value!r}; it must be {_KINDS[kind]}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, int if kind is int else numbers.Real)
+
+
+@functools.cache
+def _kinds(of: type) -> dict[str, Any]:
+    return typing.get_type_hints(of)
+
+
+def _made(of: type, given: Mapping[str, Any], what: str) -> Any:
+    """A dataclass of settings that may be anything, as they come from a file."""
+    has = {field.name: field.default for field in dataclasses.fields(of)}
+    for name in given:
+        if name not in has:
+            raise ValueError(f"{what} has no {name!r}; it has {', '.join(has) or 'no settings'}")
+    missing = [name for name, default in has.items() if default is dataclasses.MISSING and name not in given]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    _check_kinds(of, given, f"{what}: ")
+    return of(**given)
+
+
 def _position_with(position: PositionKind, mixer: Any) -> PositionKind:
     """The positions that layers of these mixers have: turning and ALiBi are parts of softmax attention."""
     mixers = mixer if isinstance(mixer, tuple) else (mixer,)
@@ -257,28 +295,32 @@ def from_plain(fields: Mapping[str, Any], mixers: Mapping[str, Any] | None = Non
     """The configuration that :func:`to_plain`, and perhaps JSON after it, wrote down.
 
     ``mixers`` are classes by name, for those that are not in :mod:`minitf.mixers`. A mixer may be given by its
-    name alone, with the usual settings. Raises ValueError for one that is not known.
+    name alone, with the usual settings. Raises ValueError for one that is not known, or has no such setting.
     """
     from minitf import mixers as known  # noqa: PLC0415 (they are made of configurations)
 
     is_mixer = lambda x: isinstance(x, type) and issubclass(x, known.Mixer) and x is not known.Mixer
     classes = {name: x for name, x in vars(known).items() if is_mixer(x)} | dict(mixers or {})
 
-    def made(named: Mapping[str, Any] | str) -> Any:
-        settings = {"kind": named} if isinstance(named, str) else dict(named)
-        kind = settings.pop("kind", None)
+    def made(named: Any) -> Any:
+        settings = dict(named) if isinstance(named, Mapping) else {"kind": named}
+        if "kind" not in settings:
+            raise ValueError(f"mixer is {settings}, without a kind, such as kind = 'Convolution'")
+        kind = settings.pop("kind")
         if kind not in classes:
             names = ", ".join(sorted(classes))
             raise ValueError(f"mixer is {kind!r}; choose one of {names}, or give its class in mixers")
-        return classes[kind](**settings)
+        return _made(classes[kind], settings, f"mixer {kind}")
 
     scaling, mixer = fields.get("rotary_scaling"), fields.get("mixer")
     if mixer is not None:
-        mixer = made(mixer) if isinstance(mixer, Mapping | str) else tuple(made(one) for one in mixer)
+        mixer = tuple(made(one) for one in mixer) if isinstance(mixer, list | tuple) else made(mixer)
     return ModelConfig(
         **{
             **fields,
-            "rotary_scaling": None if scaling is None else RotaryScaling(**scaling),
+            "rotary_scaling": _made(RotaryScaling, scaling, "rotary_scaling")
+            if isinstance(scaling, Mapping)
+            else scaling,
             "mixer": mixer,
         }
     )

@@ -78,7 +78,7 @@ def from_words(words: Iterable[str]) -> dict[str, Any]:
 
     So they are in a list of several (``[temperature,wind]``), whose quotes a shell takes away.
 
-    Raises ValueError for a word of another form.
+    Raises ValueError for a word of another form, and for a table that is not TOML.
     """
     tables: dict[str, Any] = {}
     for word in words:
@@ -95,6 +95,11 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         inside = text[1:-1]
+        if text[:1] + text[-1:] in ("{}", "[]") and "=" in inside:
+            raise ValueError(
+                f'{text} is not TOML; a table and text in it are written {{kind = "Convolution", taps = 4}}, with '
+                "quotes for the shell around all of it"
+            ) from None
         if text[:1] != "[" or text[-1:] != "]" or "," not in inside or set("[]'\"") & set(inside):
             return text
         return [_value(one.strip()) for one in inside.removesuffix(",").split(",")]

@@ -98,6 +98,13 @@ def _of_data(config: TrainConfig, data: Data) -> Prepared:
             return masked(window[:, :-1], key, config.objective.mask_share, mask_token)
         return next_token(window)
 
+    for side, tokens in (("training", data.train), ("validation", data.validation)):
+        if len(tokens.ids) <= length:
+            raise ValueError(
+                f"the data has {len(tokens.ids)} tokens for {side}, and one window of model.length={length} (and "
+                f"the token after it) needs {length + 1}. Give more data, a shorter window, or another share for "
+                f"validation (of whole documents, by their hash; data.validation={config.data.validation})"
+            )
     loaders = [
         Loader(
             data.train.ids,

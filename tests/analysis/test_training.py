@@ -161,6 +161,16 @@ def test_what_cannot_be_trained_is_told_before_anything_is(tmp_path, groups, tol
         run(tmp_path / "run", **groups)
 
 
+def test_text_too_short_for_a_window_says_which_side_is(tmp_path):
+    (tmp_path / "text").write_text("\n\n".join(f"{number} and so on" for number in range(40)))
+    data = {"paths": [str(tmp_path / "text")], "encoding": "characters", "validation": 0.1}
+    config = as_config({"data": data, "model": {"length": 200, "width": 8}})
+    with pytest.raises(
+        Problem, match=r"the data has \d\d tokens for validation, and one window of model.length=200"
+    ):
+        job.run(config, tmp_path / "run", quiet=True)
+
+
 def test_what_has_no_room_is_told_before_it_begins(tmp_path, monkeypatch):
     with monkeypatch.context() as small:
         small.setattr(job, "machine_bytes", lambda: 1000)

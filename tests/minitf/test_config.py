@@ -77,6 +77,16 @@ def test_one_hot_embeddings_are_as_wide_as_the_vocabulary_and_untied():
     refused(match + "vocabulary is 12, tied is True$", embedding="one_hot", vocabulary=12, tied=True)
 
 
+def test_text_is_no_truth_value_and_no_number():
+    refused("^causal is 'no'; it must be true or false$", causal="no")
+    refused("^biases is 1; it must be true or false$", biases=1)
+    refused("^norm_epsilon is 'small'; it must be a number$", norm_epsilon="small")
+    refused("^embedding_scale is True; it must be a number$", embedding_scale=True)
+    config = ModelConfig(**GOOD)
+    object.__setattr__(config, "rotary_base", 10_000)  # a whole number is a number
+    config.__post_init__()
+
+
 def test_what_cannot_be_rotated_is_refused():
     rotary = {"position": "rotary"}
     refused(

@@ -72,6 +72,14 @@ def test_words_say_what_a_file_says():
     }
 
 
+def test_a_table_is_toml_or_told():
+    mixer = [{"kind": "Convolution", "taps": 4}, "Softmax"]
+    assert from_words(['model.mixer=[{kind="Convolution",taps=4},"Softmax"]']) == {"model": {"mixer": mixer}}
+    for table in ('[{kind="Convolution",taps=4},Softmax]', "{kind=Softmax}"):
+        with pytest.raises(ValueError, match=r"is not TOML; a table .* \{kind = \"Convolution\", taps = 4\}"):
+            from_words([f"model.mixer={table}"])
+
+
 def test_a_list_may_have_bare_words_whose_quotes_a_shell_took():
     words = [
         "data.columns=[temp, wind speed]",

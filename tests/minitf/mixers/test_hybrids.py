@@ -254,6 +254,22 @@ def test_an_unknown_mixer_in_a_file_is_named():
                 from_plain(to_plain(HYBRID) | {"mixer": given})
 
 
+@pytest.mark.parametrize(
+    ("mixer", "told"),
+    [
+        (3, "mixer is 3; choose one of"),
+        ({"name": "Mamba"}, "mixer is {'name': 'Mamba'}, without a kind, such as kind = 'Convolution'"),
+        ({"kind": "Convolution", "width": 4}, "mixer Convolution has no 'width'; it has taps"),
+        ({"kind": "Gru", "width": 4}, "mixer Gru has no 'width'; it has no settings"),
+        ({"kind": "Mamba", "states": "ten"}, "mixer Mamba: states is 'ten'; it must be a whole number"),
+        ({"kind": "Softmax", "trained": "no"}, "mixer Softmax: trained is 'no'; it must be true or false"),
+    ],
+)
+def test_settings_of_a_mixer_that_it_does_not_have_are_told(mixer, told):
+    with pytest.raises(ValueError, match=f"^{told}"):
+        from_plain(to_plain(HYBRID) | {"mixer": mixer})
+
+
 def test_a_mixer_may_be_given_by_its_name_alone():
     of = lambda given: from_plain({**to_plain(HYBRID), "position": "learned", "layers": 2, "mixer": given}).mixer
     assert of("Mamba") == mixers.Mamba()
