@@ -1,14 +1,16 @@
 """The command ``minitf``: a thin layer over functions that a notebook can call."""
 
+import collections
 import dataclasses
 import functools
 import logging
+import operator
 import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import arg
@@ -324,32 +326,58 @@ def _to_go_on(out: Path, overwrite: bool) -> str:
     return f"What was finished is in {out}; run the same command with {instead} to go on from there."
 
 
-Command = (
-    Annotated[ScanSnap, tyro.conf.subcommand("scan-snap")]
-    | Annotated[WalkText, tyro.conf.subcommand("walk")]
-    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
-    | Annotated[Mixers, tyro.conf.subcommand("mixers")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[FourBit, tyro.conf.subcommand("fourbit")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-)
-
-
 AnyCommand = ScanSnap | WalkText | Ablate | Mixers | Train | Plan | FourBit | Bench
+COMMANDS = {
+    "scan-snap": ScanSnap,
+    "walk": WalkText,
+    "ablate": Ablate,
+    "mixers": Mixers,
+    "train": Train,
+    "plan": Plan,
+    "fourbit": FourBit,
+    "bench": Bench,
+}
 
 
 def parsed(arguments: list[str]) -> AnyCommand:
     """What the words of a command line ask for; exits with 2, and a reason, where they cannot be understood."""
+    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
+    any_of_them: Any = functools.reduce(operator.or_, named)
     command: AnyCommand = tyro.cli(
-        Command,
+        any_of_them,
         prog="minitf",
-        args=settings_first(arguments),
+        args=settings_first(_gathered(arguments)),
         description="Transformers to understand: train a toy model, watch it learn, take its attention apart. "
         "Begin with: minitf scan-snap --quick",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     return command
+
+
+def _gathered(arguments: list[str]) -> list[str]:
+    """The same words, with those of an option that takes several and is given again in one place.
+
+    ``--ablate 0.1 --ablate 1.3`` leaves out both heads; the parser alone would forget the first, and say nothing.
+    """
+    if not arguments or arguments[0] not in COMMANDS:
+        return arguments
+    name, *words = arguments
+    fields = dataclasses.fields(COMMANDS[name])
+    several = {f"--{field.name}" for field in fields if isinstance(field.default, tuple)}
+    parts: list[list[str]] = [[]]
+    for word in words:
+        parts.append([word]) if word.startswith("--") else parts[-1].append(word)
+    options = [(part[0] if part else "").partition("=") for part in parts]
+    given = collections.Counter(option for option, _, _ in options)
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    for part, (option, equals, value) in zip(parts, options, strict=True):
+        if option in several and given[option] > 1:
+            values.setdefault(option, []).extend([value] if equals else part[1:])
+            rest += part[1:] if equals else []
+        else:
+            rest += part
+    return [name, *rest, *(word for option, found in values.items() for word in (option, *found))]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import tomllib
 
 import pytest
@@ -49,6 +50,29 @@ def test_settings_may_stand_anywhere(words):
     expected = {"settings": ("model.layers=6", "data.columns=x,y"), "text": ("a", "b"), "steps": 7}
     assert {name: getattr(found, name) for name in expected} == expected
     assert found.sweep == ("lr=1e-3,1e-2",)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--ablate 0.1 --generate 3 --ablate 1.3 0.2",
+        "--ablate=0.1 --ablate 1.3 0.2 --generate 3",
+        "--ablate 0.1 1.3 0.2",
+    ],
+)
+def test_an_option_that_takes_several_may_be_given_again(words):
+    found = cli.parsed(["walk", "model", "a text", *words.split()])
+    assert found.ablate == ("0.1", "1.3", "0.2") and (found.model, found.text) == ("model", "a text")
+
+
+def test_what_is_given_again_takes_nothing_that_is_not_its_own():
+    found = cli.parsed(shlex.split("walk --ablate=0.1 --seed 1 --ablate=1.3 model 'a text' --seed 2"))
+    assert (found.ablate, found.model, found.text, found.seed) == (("0.1", "1.3"), "model", "a text", 2)
+    found = cli.parsed(
+        "train --text a model.layers=3 --sweep lr=1,2 --text b --sweep z_loss=1,2 keep.last=2".split()
+    )
+    assert (found.text, found.sweep) == (("a", "b"), ("lr=1,2", "z_loss=1,2"))
+    assert found.settings == ("model.layers=3", "keep.last=2")
 
 
 def test_what_follows_an_option_is_its_value_though_it_looks_like_a_setting():
