@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minitf import aggregate, filter
 from minitf.config import ModelConfig
 from minitf.layer import Stream, apply_norm, as_rows, mixer_of, one_layer
-from minitf.parameters import Layer, Parameters
+from minitf.parameters import Layer, Parameters, check_fit
 from minitf.places import Cache, Places, places_after, places_from_start, together
 from minitf.walk import Edit, LayerWalk, Walk, apply, at_layer, by_layer, leaves, put
 
@@ -53,12 +53,14 @@ def walk(
 
     Raises:
         ValueError: the sequence is longer than ``config.length``, an id is outside the vocabulary (where they can
-            be looked at), or an edit does not fit the model.
+            be looked at), or the parameters, an edit or ``valid`` do not fit the model or the tokens.
     """
+    _check_tokens(tokens, config)
     length = tokens.shape[1]
     if length > config.length:
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
-    _check_tokens(tokens, config)
+    if valid is not None and valid.shape != tokens.shape:
+        raise ValueError(f"valid has the shape {valid.shape}; the tokens it is of have {tokens.shape}")
     edit = fit_edit(edit or Edit(), config, association)
     places = places_from_start(length, config, valid, association)
     return _walk(
@@ -120,6 +122,7 @@ def _walk(
     rematerialize: bool = False,
     sharding: Any = None,
 ) -> tuple[Walk, Any]:
+    check_fit(parameters, config)
     token_embedding, position_embedding, start = _start(parameters, tokens, config, edit, places)
     end, layers, states = run_layers(
         parameters.layers, start, config, edit.layers, places, states, unroll, rematerialize, sharding
@@ -129,9 +132,16 @@ def _walk(
     return walked, states
 
 
-def _check_tokens(tokens: Int[Array, "batch position"], config: ModelConfig) -> None:
-    """Refuse tokens outside the vocabulary, where they can be looked at: not while tracing."""
-    if isinstance(tokens, jax.core.Tracer) or not tokens.size or not getattr(tokens, "is_fully_addressable", True):
+def _check_tokens(tokens: Any, config: ModelConfig) -> None:
+    """Refuse what are no tokens; and, where they can be looked at (not while tracing), ids that there are not."""
+    if not hasattr(tokens, "shape"):
+        raise ValueError(f"tokens are a {type(tokens).__name__}; make them an array: jnp.array(tokens)")
+    if len(tokens.shape) != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens are {tokens.dtype} of the shape {tokens.shape}; they must be whole numbers, "
+            "[batch, position], at least one"
+        )
+    if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
         return
     seen = np.asarray(tokens)  # numpy, since under a trace jnp would trace what is known
     wrong = seen[(seen < 0) | (seen >= config.vocabulary)]
@@ -155,6 +165,12 @@ def run_layers(
 
     if isinstance(weights, tuple):
         return _run_split(weights, start, config, edit, places, states, rematerialize, sharding)
+    for name, change in leaves(Walk(layers=edit)):
+        if isinstance(change, tuple):
+            raise ValueError(
+                f"the edit of {name!r} is of a model whose layers differ, and this model's are alike: make it "
+                "from a walk of this model"
+            )
 
     def layer(stream: Stream, inputs: tuple[Layer, LayerWalk, Any]) -> tuple[Stream, tuple[LayerWalk, Any]]:
         stream = _pinned(stream, sharding)

@@ -5,6 +5,7 @@ checkpoints and sharding read it, so that a weight is described in one place onl
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -328,7 +329,12 @@ def declared(config: ModelConfig) -> dict[str, Declaration]:
 
 
 def initialize(config: ModelConfig, key: Key[Array, ""], dtype: Any = jnp.float32) -> Parameters:
-    """Fresh parameters. Each weight draws from ``fold_in(key, its number)``, so none depends on another."""
+    """Fresh parameters. Each weight draws from ``fold_in(key, its number)``, so none depends on another.
+
+    Raises ValueError where the key is none.
+    """
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"key is {key!r}; it must be a random key, such as jax.random.key(0)")
     return _initialize(key, config=config, dtype=dtype)
 
 
@@ -396,6 +402,37 @@ def path_name(path: tuple[Any, ...]) -> str:
     """A weight's name from its place in the tree: ``layers.attention.query``."""
     return ".".join(
         str(getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", entry)))) for entry in path
+    )
+
+
+def check_fit(parameters: Parameters, config: ModelConfig) -> None:
+    """Raise ValueError where the parameters are not those of a model of this configuration, naming a weight."""
+    has, wanted = named(parameters), _shapes(config)
+    if isinstance(parameters.layers, tuple) and not isinstance(config.mixer, tuple):
+        wanted = {one: shape for name, whole in wanted.items() for one, shape in _split(name, whole).items()}
+    for name in sorted(has.keys() | wanted.keys()):
+        if name not in has or name not in wanted:
+            lacks = "lack" if name not in has else "have"
+            raise ValueError(f"the parameters are not of this model: they {lacks} {name}")
+        if has[name].shape != wanted[name]:
+            raise ValueError(
+                f"the parameters are not of this model: {name} has the shape {has[name].shape}, and the model has "
+                f"{wanted[name]}"
+            )
+
+
+@functools.cache
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {name: declaration.shape for name, declaration in declared(config).items()}
+
+
+def _split(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a weight where layers are single."""
+    group, _, rest = name.partition(".")
+    return (
+        {f"{group}.{number}.{rest}": shape[1:] for number in range(shape[0])}
+        if group == "layers"
+        else {name: shape}
     )
 
 

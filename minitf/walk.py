@@ -263,7 +263,13 @@ def _change_by_layer(
 ) -> tuple[Change | None, ...]:
     """A change of a leaf whose layers differ: one change, or None, for each layer."""
     rest = {axis: chosen for axis, chosen in index.items() if axis != "layer"}
-    numbers = places_on(name, "layer", len(like), len(like), index.get("layer", slice(None)))
+    chosen = index.get("layer", slice(None))
+    if isinstance(chosen, jax.core.Tracer):
+        raise ValueError(
+            f"the layers of this model differ in {name!r}: say which by a number, and not by one that is traced "
+            "(in a sweep over layers, edit them one after another)"
+        )
+    numbers = places_on(name, "layer", len(like), len(like), chosen)
     found: list[Change | None] = [None] * len(like)
     for number in np.atleast_1d(np.asarray(numbers)).tolist():
         if like[number] is None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,10 @@ from properties.models import (
     shapes,
 )
 
-from minitf import Change, Edit, ModelConfig, identity_edit, token_tables, walk
+from minitf import Change, Edit, ModelConfig, identity_edit, initialize, mixers, token_tables, walk
+from minitf.edits import ablate
 from minitf.model import unembed
+from minitf.parameters import check_fit, split_layers
 from minitf.walk import get, leaf_axes, put
 
 
@@ -33,6 +37,79 @@ def test_a_token_outside_the_vocabulary_is_refused_where_it_can_be_seen(wrong):
     for refused in (forward, lambda: jax.eval_shape(forward)):
         with pytest.raises(ValueError, match=f"^there is no token {wrong}; the vocabulary is 0 to 12$"):
             refused()
+
+
+def untyped(function):
+    """Past the type checker of these tests, as users have none."""
+    return getattr(function, "__wrapped__", function)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        (
+            np.zeros(8, np.int32),
+            r"tokens are int32 of the shape \(8,\); they must be whole numbers, \[batch, position\]",
+        ),
+        (np.zeros((2, 8), np.float32), r"tokens are float32 of the shape \(2, 8\)"),
+        (np.zeros((0, 8), np.int32), r"\[batch, position\], at least one$"),
+        ([[1, 2]], r"tokens are a list; make them an array: jnp.array\(tokens\)"),
+    ],
+)
+def test_what_are_no_tokens_is_told(tokens, told):
+    with pytest.raises(ValueError, match=told):
+        untyped(walk)(random_parameters(GPT2), tokens, GPT2)
+
+
+HYBRID = replace(GPT2, mixer=(mixers.Mamba(), mixers.Softmax()))
+
+
+@pytest.mark.parametrize(
+    ("config", "of", "told"),
+    [
+        (GPT2, HYBRID, "they lack layers.0.attention.gate"),
+        (HYBRID, GPT2, "they have layers.0.attention"),
+        (
+            replace(GPT2, hidden=20),
+            GPT2,
+            r"layers.feed_forward.into has the shape \(2, 12, 20\), .* \(2, 12, 48\)",
+        ),
+        (replace(GPT2, layers=3), GPT2, r"layers.attention.key has the shape \(3, 12, 3, 4\)"),
+    ],
+)
+def test_parameters_of_another_model_are_told_by_a_weight(config, of, told):
+    parameters = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
+    with pytest.raises(ValueError, match=f"^the parameters are not of this model: .*{told}"):
+        jax.eval_shape(lambda p: walk(p, random_tokens(of), of), parameters)
+
+
+def test_single_layers_are_of_the_model_and_other_sizes_are_not():
+    check_fit(split_layers(random_parameters(GPT2)), GPT2)
+    with pytest.raises(ValueError, match=r"layers.0.feed_forward.into has the shape \(12, 48\)"):
+        check_fit(split_layers(random_parameters(GPT2)), replace(GPT2, hidden=20))
+
+
+def test_padding_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"^valid has the shape \(2, 4\); the tokens it is of have \(2, 5\)$"):
+        untyped(walk)(random_parameters(GPT2), random_tokens(GPT2), GPT2, valid=jnp.ones((2, 4), bool))
+
+
+def test_an_edit_of_a_hybrid_is_refused_by_a_model_of_equal_layers():
+    other = jax.eval_shape(lambda: walk(initialize(HYBRID, jax.random.key(0)), random_tokens(HYBRID), HYBRID))
+    edit = ablate(other, "layers.z", layer=1, head=0)
+    with pytest.raises(ValueError, match=r"the edit of 'layers.z' is of a model whose layers differ"):
+        walk(random_parameters(GPT2), random_tokens(GPT2), GPT2, edit=edit)
+
+
+def test_which_layer_of_those_that_differ_is_edited_cannot_be_traced():
+    other = jax.eval_shape(lambda: walk(initialize(HYBRID, jax.random.key(0)), random_tokens(HYBRID), HYBRID))
+    with pytest.raises(ValueError, match=r"the layers of this model differ in 'layers.z': say which by a number"):
+        jax.eval_shape(lambda number: ablate(other, "layers.z", layer=number, head=0), 1)
+
+
+def test_a_number_is_no_key():
+    with pytest.raises(ValueError, match=r"^key is 3; it must be a random key, such as jax.random.key\(0\)$"):
+        untyped(initialize)(GPT2, 3)
 
 
 def test_an_edit_of_another_depth_is_refused():
