@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from minitf.analysis.given import check_targets
 from minitf.analysis.lens import output_vectors
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
@@ -168,9 +169,6 @@ def _check(walk: Walk, config: ModelConfig, target: Targets, against: Targets | 
     for name in ("start", "layers.attention_step"):
         if get(walk, name) is None:
             raise ValueError(f"direct logit attribution reads {name!r}, which this walk does not hold")
-    places = walk.start.shape[:2]
-    for name, tokens in (("target", target), ("against", against)):
-        if tokens is not None and tokens.shape != places:
-            raise ValueError(
-                f"{name} has shape {tokens.shape}; it needs one token for each of the {places} positions"
-            )
+    check_targets(target, walk.start, config)
+    if against is not None:
+        check_targets(against, walk.start, config, "against")

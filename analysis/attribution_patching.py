@@ -36,7 +36,8 @@ def attribution_patching(
         names: leaves that the clean walk holds, such as ``"layers.z"``.
 
     Raises:
-        ValueError: a leaf that does not exist, that the clean walk lacks or that has another shape there.
+        ValueError: a leaf that does not exist, that the clean walk lacks or that has another shape there; a
+            metric of several numbers.
     """
     # Backwards, what each layer leaves behind costs a scan more than it does single layers.
     parameters = split_layers(parameters, most=SHALLOW)
@@ -50,6 +51,11 @@ def attribution_patching(
         sizes, others = jax.tree.map(jnp.shape, value), jax.tree.map(jnp.shape, like)
         if sizes != others:
             raise ValueError(f"{name!r} has shape {sizes} in the clean walk and {others} in the corrupted")
+
+    if (measures := jax.eval_shape(metric, shapes.logits).shape) != ():
+        raise ValueError(
+            f"the metric is of shape {measures}, and a slope is that of one number: take a sum or a mean of it"
+        )
 
     def measured(added: dict[str, ByLayer]) -> tuple[Array, dict[str, ByLayer]]:
         edit: Edit = Edit()

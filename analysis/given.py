@@ -1,6 +1,12 @@
 """What a person gave, checked before anything runs on it."""
 
 from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from minitf.config import ModelConfig
 from minitf.parameters import AttentionParameters, Parameters
@@ -11,6 +17,21 @@ def check_tokens(tokens: Iterable[int], config: ModelConfig) -> None:
     for token in tokens:
         if not 0 <= token < config.vocabulary:
             raise ValueError(f"there is no token {token}; the model's are 0 to {config.vocabulary - 1}")
+
+
+def check_targets(targets: Any, like: Array, config: ModelConfig, name: str = "target") -> None:
+    """Raises ValueError where they are not one token for every position of a leaf ``[batch, position, ...]``.
+
+    Which tokens they are is seen where they can be looked at, and not while tracing.
+    """
+    places = like.shape[:2]
+    if jnp.shape(targets) != places or not jnp.issubdtype(jnp.result_type(targets), jnp.integer):
+        raise ValueError(
+            f"{name} of shape {jnp.shape(targets)} will not do: one token is needed for each of the {places} "
+            f"positions, such as jnp.full({places}, 3)"
+        )
+    if not isinstance(targets, jax.core.Tracer):
+        check_tokens(np.unique(np.asarray(targets)).tolist(), config)
 
 
 def stacked_attention(parameters: Parameters, what: str) -> AttentionParameters:

@@ -6,6 +6,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from minitf import filter
+from minitf.analysis.given import check_targets
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
 from minitf.model import unembed
@@ -88,11 +89,11 @@ def lens(
         targets: one token for every position, such as the true next one.
 
     Raises:
-        ValueError: targets of another shape than the walk's tokens, or a walk without stations or logits.
+        ValueError: targets of another shape than the walk's tokens, or that are no tokens of this model, or a walk
+            without stations or logits.
     """
     final = jax.nn.log_softmax(in_statistics_dtype(_kept(walk, "logits")))
-    if targets.shape != final.shape[:2]:
-        raise ValueError(f"the targets have shape {targets.shape}; the walk has {final.shape[:2]} positions")
+    check_targets(targets, final, config, "targets")
 
     def reading(stream: Float[Array, "batch position width"]) -> LensReading:
         says = jax.nn.log_softmax(in_statistics_dtype(read(parameters, stream, config)))

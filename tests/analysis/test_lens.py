@@ -120,5 +120,5 @@ def test_a_walk_without_stations_and_targets_of_another_shape_are_refused():
     parameters, tokens, walk = run(GPT2)
     with pytest.raises(ValueError, match="'layers.resid_pre', which this walk does not hold"):
         logit_lens(parameters, Walk(layers=LayerWalk()), GPT2)
-    with pytest.raises(ValueError, match=r"targets have shape \(2, 4\); the walk has \(2, 5\) positions"):
+    with pytest.raises(ValueError, match=r"targets of shape \(2, 4\) will not do: .* the \(2, 5\) positions"):
         lens(parameters, walk, tokens[:, 1:], GPT2)
