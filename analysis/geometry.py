@@ -17,7 +17,7 @@ from minitf.analysis.lens import lens, output_vectors
 from minitf.config import ModelConfig
 from minitf.edits import around_a_circle
 from minitf.filter import in_statistics_dtype
-from minitf.parameters import Parameters, split_layers
+from minitf.parameters import Parameters, split_layers, stack_layers
 from minitf.walk import Leaf, Walk, leaf, station_steps
 
 Tokens = Int[Array, "batch position"]
@@ -149,12 +149,10 @@ def shuffled_layers(parameters: Parameters, config: ModelConfig, key: Key[Array,
         raise ValueError("the layers of a model with one layer cannot be shuffled; take another control")
     if isinstance(config.mixer, tuple) and any(mixer != config.mixer[0] for mixer in config.mixer):
         raise ValueError("layers with different mixers cannot take each other's places; take another control")
-    order, layers = around_a_circle(key, config.layers), parameters.layers
-    single = isinstance(layers, tuple)
-    if single:
-        layers = jax.tree.map(lambda *of_each: jnp.stack(of_each), *layers)
-    shuffled = dataclasses.replace(parameters, layers=jax.tree.map(lambda x: x[order], layers))
-    return split_layers(shuffled) if single else shuffled
+    order = around_a_circle(key, config.layers)
+    layers = jax.tree.map(lambda x: x[order], stack_layers(parameters).layers)
+    shuffled = dataclasses.replace(parameters, layers=layers)
+    return split_layers(shuffled) if isinstance(parameters.layers, tuple) else shuffled
 
 
 def permuted_vocabulary(parameters: Parameters, config: ModelConfig, key: Key[Array, ""]) -> Parameters:

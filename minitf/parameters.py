@@ -371,6 +371,15 @@ def split_layers(parameters: Parameters, most: int | None = None) -> Parameters:
     return dataclasses.replace(parameters, layers=single)
 
 
+def stack_layers(parameters: Parameters) -> Parameters:
+    """The same weights with the layers on one leading axis, which must be alike: what ``split_layers`` undoes."""
+    if not isinstance(parameters.layers, tuple):
+        return parameters
+    return dataclasses.replace(
+        parameters, layers=jax.tree.map(lambda *of_each: jnp.stack(of_each), *parameters.layers)
+    )
+
+
 def of_layers(parameters: Parameters, pick: Callable[[Layer], Weight | None]) -> Weight | None:
     """One weight of every layer on a leading axis; zeros where a layer lacks it, None where all do.
 

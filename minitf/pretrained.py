@@ -16,15 +16,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from minitf import tokenizer as tokenizers
 from minitf.config import ModelConfig
 from minitf.families import bert, bloom, gpt2, gpt_neox, llama, llama2c, llama2c_tokenizer, native, tokenizer_json
-from minitf.families.mapping import Family, read, write
+from minitf.families.mapping import Family, check_finite, read, write
 from minitf.families.weights import INDEX, ONE, open_folder, read_json, shards
 from minitf.files import write_atomically
-from minitf.parameters import Parameters
+from minitf.parameters import Parameters, check_fit, named, stack_layers
 from minitf.vocabulary import FILE as VOCABULARY
 from minitf.vocabulary import Tokenizer, load_vocabulary
 
@@ -107,8 +108,8 @@ def load(
 def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     """Write config.json and model.safetensors, which ``transformers`` loads with the same logits.
 
-    The family "minitf" is our own: any configuration, for :func:`load` alone. Each tensor is written in the dtype
-    in which it is. Tokenizer and settings for generation are not written.
+    The family "minitf" is our own: any configuration, for :func:`load` alone, with its vocabulary. Each tensor is
+    written in the dtype in which it is. Other families' tokenizers and settings for generation are not written.
 
     Raises:
         ValueError: the folder holds a model already; the family has no such configuration; parameters that do not
@@ -126,8 +127,17 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     there = [path.name for name in ("config.json", INDEX, "*.safetensors", "*.bin") for path in folder.glob(name)]
     if there:
         raise ValueError(f"{folder} holds a model already ({there[0]}); choose another folder")
+    parameters = pretrained.parameters
+    if not isinstance(config.mixer, tuple):
+        parameters = stack_layers(parameters)
+    check_fit(parameters, config)
+    for weight, value in named(parameters).items():
+        check_finite(np.asarray(value), f"the weight {weight}")
     if family is None:
-        native.save(folder, config, pretrained.parameters)
+        if isinstance(pretrained.tokenizer, Tokenizer):
+            folder.mkdir(parents=True, exist_ok=True)
+            pretrained.tokenizer.vocabulary.save(folder)
+        native.save(folder, config, parameters)
         return
     settings = family.json(config)
     lost = _differences(config, family.config(settings))
@@ -136,7 +146,7 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
             f"the family {pretrained.family} cannot express this configuration: it has no way to say "
             f"{', '.join(lost)}"
         )
-    arrays = write(family, config, pretrained.parameters)
+    arrays = write(family, config, parameters)
     settings["dtype"] = arrays[family.tensors[0].theirs].dtype.name
     # The configuration last: a folder without one is not a model.
     write_atomically(folder / ONE, to_safetensors(arrays, {"format": "pt"}))

@@ -16,9 +16,10 @@ from properties.models import SCALINGS, bits, examples
 from safetensors.numpy import load_file, save_file
 
 from minitf import pretrained
-from minitf.parameters import count
+from minitf.parameters import count, split_layers
 from minitf.pretrained import FAMILIES, load, save
 from minitf.rotary import RotaryScaling
+from minitf.vocabulary import Characters, Tokenizer
 
 
 def test_every_family_has_a_model_in_these_tests():
@@ -123,9 +124,9 @@ def test_a_folder_with_other_files_may_be_saved_to_but_not_a_file(tmp_path):
 def test_parameters_that_are_not_the_models_are_not_saved(tmp_path):
     model = made("gpt2")
     other = made("gpt2", width=16)
-    with pytest.raises(ValueError, match=r"^the weight embedding has the shape \(11, 16\), but .* \(11, 8\)$"):
+    with pytest.raises(ValueError, match=r"not of this model: embedding has the shape \(11, 16\), .* \(11, 8\)$"):
         save(tmp_path, replace(model, parameters=other.parameters))
-    with pytest.raises(ValueError, match="do not belong to this configuration: they differ in unembedding$"):
+    with pytest.raises(ValueError, match="^the parameters are not of this model: they have unembedding$"):
         save(tmp_path, replace(model, parameters=made("gpt2", tied=False).parameters))
     spoilt = replace(model.parameters, embedding=model.parameters.embedding.at[0, 0].set(jnp.nan))
     with pytest.raises(
@@ -133,6 +134,25 @@ def test_parameters_that_are_not_the_models_are_not_saved(tmp_path):
     ):
         save(tmp_path, replace(model, parameters=spoilt))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "minitf"])
+def test_single_layers_are_saved_as_those_of_the_stack(family, tmp_path):
+    model = replace(made("gpt2"), family=family)
+    save(tmp_path, replace(model, parameters=split_layers(model.parameters)))
+    assert bits(load(tmp_path).parameters) == bits(model.parameters)
+
+
+def test_our_own_files_keep_the_vocabulary_and_are_as_strict(tmp_path):
+    model = replace(made("gpt2"), family="minitf", tokenizer=Tokenizer(Characters(" abcdefghij")))
+    save(tmp_path / "new" / "model", model)
+    again = load(tmp_path / "new" / "model")
+    assert again.tokenizer.encode("a cab") == model.tokenizer.encode("a cab") and again.config == model.config
+    spoilt = replace(model.parameters, embedding=model.parameters.embedding.at[0, 0].set(jnp.nan))
+    for wrong in (spoilt, made("gpt2", width=16).parameters):
+        with pytest.raises(ValueError, match="embedding h"):
+            save(tmp_path / "other", replace(model, parameters=wrong))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_family_that_is_not_there_is_not_saved(tmp_path):
