@@ -226,7 +226,7 @@ class Ablate:
     """Go on with the run in DIR where it was interrupted; all other options must be as they were."""
     ids: Annotated[bool, arg(help_behavior_hint="")] = False
     """FILE holds token ids: for models whose tokenizer minitf does not have."""
-    length: int = 64
+    length: Annotated[int, arg(help_behavior_hint="(default: 64, or all that the model reads)")] = 0
     """Tokens in a window."""
     windows: int = 16
     """Windows to measure on."""
@@ -310,7 +310,8 @@ class Mixers:
         with told_to_people():
             config = job.StudyConfig(**{k: v for k, v in vars(self).items() if k in names})
         claims = job.run(config, self.out, overwrite=self.overwrite, resume=self.resume, quiet=self.quiet)
-        print(f"{sum(c.holds for c in claims)} of {len(claims)} published claims hold here.")
+        holding = f"{sum(c.holds for c in claims)} of {len(claims)} published claims hold here."
+        print(holding if claims else "No published claim is of these mixers and tasks.")
         print(f"Report: {(self.out / 'report.html').resolve()}")
         return 0
 

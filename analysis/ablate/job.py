@@ -26,15 +26,18 @@ from minitf.pretrained import Pretrained, load
 RANDOM_ORDERS = 2
 
 
+LENGTH = 64  # of a window where nothing else is asked for
+
+
 @dataclasses.dataclass(frozen=True)
 class AblateConfig:
     """What to ablate, and on which text.
 
     Attributes:
-        model: as :func:`minitf.pretrained.load` takes it; its layers mix by softmax attention.
+        model: as :func:`minitf.pretrained.load` takes it; some of its layers have an association.
         text: a file of text to predict; of token ids, with ``ids``.
         ids: the file holds token ids, apart by spaces, commas or line ends.
-        length: tokens in a window.
+        length: tokens in a window; 0 for 64, or as many as the model reads.
         windows: windows on which the loss is measured.
         data: further windows, from which means are taken.
         seed: of the choice of windows, of random replacements and orders.
@@ -43,14 +46,14 @@ class AblateConfig:
     model: str
     text: Path
     ids: bool = False
-    length: int = 64
+    length: int = 0
     windows: int = 16
     data: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("length", 2), ("windows", 1), ("data", 1), ("seed", 0)):
-            if getattr(self, name) < least:
+            if getattr(self, name) < least and (name, getattr(self, name)) != ("length", 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
@@ -72,7 +75,9 @@ def run(
     with told_to_people():
         say("loading the model")
         model = load(config.model)
-        if config.length > model.config.length:
+        if not config.length:
+            config = dataclasses.replace(config, length=min(LENGTH, model.config.length))
+        elif config.length > model.config.length:
             raise Problem(f"length is {config.length}; this model reads at most {model.config.length} tokens")
         measured, data = windows(tokens_of(config, model), config)
         association.check(jax.eval_shape(lambda p: walk(p, measured, model.config), model.parameters))

@@ -115,6 +115,7 @@ def test_the_page_says_what_the_numbers_say(done):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"length": 0, "windows": 60}, "60 + 5 windows of 16 tokens need a text of"),
         ({"length": 17}, "length is 17; this model reads at most 16 tokens"),
         ({"windows": 60}, "60 + 5 windows of 8 tokens need a text of 520"),
         ({"ids": False}, "give a file of token ids, and --ids"),
