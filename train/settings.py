@@ -174,10 +174,13 @@ def _settings(group: str, fields: Mapping[str, Any], kind: type) -> Any:
 
 def meant(name: str, known: Iterable[str]) -> str:
     """What may be meant by a name that a group lacks: the same of another group, or the nearest of its own."""
-    groups = {**typing.get_type_hints(TrainConfig), "model": ModelConfig}
-    for group, kind in groups.items():
-        if dataclasses.is_dataclass(kind) and name in typing.get_type_hints(kind):
-            return f" (did you mean {group}.{name}?)"
+    kinds = {**typing.get_type_hints(TrainConfig), "model": ModelConfig}
+    fields = {
+        group: typing.get_type_hints(kind) for group, kind in kinds.items() if dataclasses.is_dataclass(kind)
+    }
+    elsewhere = [group for group, names in {**fields, "task": ("name",)}.items() if name in names]
+    if len(elsewhere) == 1:
+        return f" (did you mean {elsewhere[0]}.{name}?)"
     return _near(name, known)
 
 

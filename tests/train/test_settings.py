@@ -123,6 +123,7 @@ def test_a_sweep_is_even_in_the_logarithm():
         ({"optimizer": {"rat": 1.0}}, "did you mean rate"),
         ({"training": {"length": 64}}, "no training.length .did you mean model.length"),
         ({"optimizer": {"steps": 64}}, "did you mean training.steps"),
+        ({"objective": {"name": "masked_token"}}, "there is no objective.name; objective has kind"),
         ({"optimizer": {"name": "adamx"}}, "did you mean adam"),
         ({"optimizer": {"rate": "fast"}}, "optimizer.rate is 'fast'; it must be a number"),
         ({"optimizer": {"rate": -1.0}}, "optimizer.rate is -1.0; it must be at least 0"),
