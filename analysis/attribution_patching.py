@@ -52,9 +52,10 @@ def attribution_patching(
         if sizes != others:
             raise ValueError(f"{name!r} has shape {sizes} in the clean walk and {others} in the corrupted")
 
-    if (measures := jax.eval_shape(metric, shapes.logits).shape) != ():
+    measures = jax.eval_shape(metric, shapes.logits)
+    if getattr(measures, "shape", None) != ():
         raise ValueError(
-            f"the metric is of shape {measures}, and a slope is that of one number: take a sum or a mean of it"
+            f"the metric is {measures}, and a slope is that of one number: take a sum or a mean of it"
         )
 
     def measured(added: dict[str, ByLayer]) -> tuple[Array, dict[str, ByLayer]]:

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
+from minitf import model
 from minitf.config import ModelConfig
 from minitf.parameters import AttentionParameters, Parameters
 
@@ -20,18 +19,14 @@ def check_tokens(tokens: Iterable[int], config: ModelConfig) -> None:
 
 
 def check_targets(targets: Any, like: Array, config: ModelConfig, name: str = "target") -> None:
-    """Raises ValueError where they are not one token for every position of a leaf ``[batch, position, ...]``.
-
-    Which tokens they are is seen where they can be looked at, and not while tracing.
-    """
+    """Raises ValueError where they are not one token for every position of a leaf ``[batch, position, ...]``."""
     places = like.shape[:2]
-    if jnp.shape(targets) != places or not jnp.issubdtype(jnp.result_type(targets), jnp.integer):
+    if jnp.shape(targets) != places:
         raise ValueError(
             f"{name} of shape {jnp.shape(targets)} will not do: one token is needed for each of the {places} "
             f"positions, such as jnp.full({places}, 3)"
         )
-    if not isinstance(targets, jax.core.Tracer):
-        check_tokens(np.unique(np.asarray(targets)).tolist(), config)
+    model.check_tokens(targets, config, name)
 
 
 def stacked_attention(parameters: Parameters, what: str) -> AttentionParameters:

@@ -136,6 +136,7 @@ def dose_response(
         edit = steer(shapes, vector, layer=0, coefficient=coefficient, name=name, position=position)
         return metric(walk_from(parameters, stream, config, layer, edit=edit, valid=valid).logits)
 
+    # One vmap over all pairs, not one inside another: XLA's products on a CPU refuse arrays of many axes.
     pairs = len(vectors), len(coefficients)
     found = jax.vmap(steered)(jnp.repeat(vectors, pairs[1], axis=0), jnp.tile(coefficients, pairs[0]))
     return jax.tree.map(lambda values: values.reshape(*pairs, *values.shape[1:]), found)

@@ -347,7 +347,7 @@ def parsed(arguments: list[str]) -> AnyCommand:
     command: AnyCommand = tyro.cli(
         any_of_them,
         prog="minitf",
-        args=settings_first(_gathered(arguments)),
+        args=_gathered(settings_first(arguments)),
         description="Transformers to understand: train a toy model, watch it learn, take its attention apart. "
         "Begin with: minitf scan-snap --quick",
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -365,11 +365,18 @@ def _gathered(arguments: list[str]) -> list[str]:
     name, *words = arguments
     fields = dataclasses.fields(COMMANDS[name])
     several = {f"--{field.name}" for field in fields if isinstance(field.default, tuple)}
+    end = words.index("--") if "--" in words else len(words)
+    words, behind = words[:end], words[end:]
     parts: list[list[str]] = [[]]
     for word in words:
-        parts.append([word]) if word.startswith("--") else parts[-1].append(word)
+        if word.startswith("--"):
+            parts.append([word])
+        else:
+            parts[-1].append(word)
     options = [(part[0] if part else "").partition("=") for part in parts]
     given = collections.Counter(option for option, _, _ in options)
+    # A value that begins as an option does is one only where it is written as this one's.
+    several -= {option for option, _, value in options if value.startswith("-")}
     rest: list[str] = []
     values: dict[str, list[str]] = {}
     for part, (option, equals, value) in zip(parts, options, strict=True):
@@ -378,7 +385,7 @@ def _gathered(arguments: list[str]) -> list[str]:
             rest += part[1:] if equals else []
         else:
             rest += part
-    return [name, *rest, *(word for option, found in values.items() for word in (option, *found))]
+    return [name, *rest, *(word for option, found in values.items() for word in (option, *found)), *behind]
 
 
 def main(arguments: list[str] | None = None) -> None:

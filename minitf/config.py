@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from minitf.filter import ActivationKind, NormKind
 from minitf.rotary import RotaryScaling, frequencies
 
@@ -249,8 +251,9 @@ def _check_kinds(of: type, given: Mapping[str, Any], what: str = "") -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
+    truth = isinstance(value, bool | np.bool_)
+    if kind is bool or truth:
+        return kind is bool and truth
     return isinstance(value, int if kind is int else numbers.Real)
 
 
@@ -261,11 +264,12 @@ def _kinds(of: type) -> dict[str, Any]:
 
 def _made(of: type, given: Mapping[str, Any], what: str) -> Any:
     """A dataclass of settings that may be anything, as they come from a file."""
-    has = {field.name: field.default for field in dataclasses.fields(of)}
+    has = {field.name: field for field in dataclasses.fields(of) if field.init}
     for name in given:
         if name not in has:
             raise ValueError(f"{what} has no {name!r}; it has {', '.join(has) or 'no settings'}")
-    missing = [name for name, default in has.items() if default is dataclasses.MISSING and name not in given]
+    needed = (name for name, field in has.items() if field.default is field.default_factory is dataclasses.MISSING)
+    missing = [name for name in needed if name not in given]
     if missing:
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     _check_kinds(of, given, f"{what}: ")
@@ -307,7 +311,7 @@ def from_plain(fields: Mapping[str, Any], mixers: Mapping[str, Any] | None = Non
         if "kind" not in settings:
             raise ValueError(f"mixer is {settings}, without a kind, such as kind = 'Convolution'")
         kind = settings.pop("kind")
-        if kind not in classes:
+        if not isinstance(kind, str) or kind not in classes:
             names = ", ".join(sorted(classes))
             raise ValueError(f"mixer is {kind!r}; choose one of {names}, or give its class in mixers")
         return _made(classes[kind], settings, f"mixer {kind}")

@@ -14,7 +14,17 @@ from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
-from minitf.parameters import Declaration, Norm, Parameters, Transform, Weight, declare, named, path_name
+from minitf.parameters import (
+    Declaration,
+    Norm,
+    Parameters,
+    Transform,
+    Weight,
+    check_fit,
+    declare,
+    named,
+    path_name,
+)
 
 Model = tuple[Parameters, ModelConfig]
 
@@ -51,11 +61,9 @@ def fold(
         ValueError: nothing is asked for, the parameters are not the configuration's, or the model is one whose
             output would change; the message says why.
     """
-    odd = set(named(parameters)) ^ set(named(declare(config)))
-    if odd:
-        raise ValueError(
-            f"the parameters do not belong to this configuration: they differ in {', '.join(sorted(odd))}"
-        )
+    check_fit(parameters, config)
+    if isinstance(parameters.layers, tuple) and config.mixer is None:
+        raise ValueError("folding takes the layers stacked: minitf.parameters.stack_layers makes them so")
     if not (norms or value_biases or center_writers or center_unembedding):
         raise ValueError("nothing is asked for: set norms, value_biases, center_writers or center_unembedding")
     if config.mixer is not None:

@@ -55,12 +55,12 @@ def walk(
         ValueError: the sequence is longer than ``config.length``, an id is outside the vocabulary (where they can
             be looked at), or the parameters, an edit or ``valid`` do not fit the model or the tokens.
     """
-    _check_tokens(tokens, config)
+    check_tokens(tokens, config)
     length = tokens.shape[1]
     if length > config.length:
         raise ValueError(f"{length} tokens are more than the model's length of {config.length}")
-    if valid is not None and valid.shape != tokens.shape:
-        raise ValueError(f"valid has the shape {valid.shape}; the tokens it is of have {tokens.shape}")
+    if valid is not None and jnp.shape(valid) != tokens.shape:
+        raise ValueError(f"valid has the shape {jnp.shape(valid)}; the tokens it is of have {tokens.shape}")
     edit = fit_edit(edit or Edit(), config, association)
     places = places_from_start(length, config, valid, association)
     return _walk(
@@ -95,11 +95,11 @@ def walk_on(
         counts: False for tokens that only fill up shorter sequences, after their end; all count by default.
 
     Raises:
-        ValueError: the model is not causal, or an edit does not fit.
+        ValueError: the model is not causal, or tokens, parameters or an edit do not fit it.
     """
     if not config.causal:
         raise ValueError("a cache is for causal models: in this one earlier positions see later ones")
-    _check_tokens(tokens, config)
+    check_tokens(tokens, config)
     edit = fit_edit(edit or Edit(), config)
     places = places_after(cache, tokens.shape[1], config, counts=counts)
     walked, states = _walk(parameters, tokens, edit, places, cache.states, config=config, unroll=unroll)
@@ -132,14 +132,17 @@ def _walk(
     return walked, states
 
 
-def _check_tokens(tokens: Any, config: ModelConfig) -> None:
-    """Refuse what are no tokens; and, where they can be looked at (not while tracing), ids that there are not."""
+def check_tokens(tokens: Any, config: ModelConfig, name: str = "tokens") -> None:
+    """Refuse what are no tokens; and, where they can be looked at (not while tracing), ids that there are not.
+
+    Raises ValueError, with ``name`` for what was given.
+    """
     if not hasattr(tokens, "shape"):
-        raise ValueError(f"tokens are a {type(tokens).__name__}; make them an array: jnp.array(tokens)")
+        raise ValueError(f"{name}: a {type(tokens).__name__}; make it an array: jnp.array(...)")
     if len(tokens.shape) != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
-            f"tokens are {tokens.dtype} of the shape {tokens.shape}; they must be whole numbers, "
-            "[batch, position], at least one"
+            f"{name}: {tokens.dtype} of the shape {tokens.shape}; whole numbers are needed, [batch, position], at "
+            "least one"
         )
     if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
         return

@@ -333,7 +333,7 @@ def initialize(config: ModelConfig, key: Key[Array, ""], dtype: Any = jnp.float3
 
     Raises ValueError where the key is none.
     """
-    if not hasattr(key, "dtype"):
+    if jnp.ndim(key) == 0 and not jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
         raise ValueError(f"key is {key!r}; it must be a random key, such as jax.random.key(0)")
     return _initialize(key, config=config, dtype=dtype)
 

@@ -128,16 +128,14 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     if there:
         raise ValueError(f"{folder} holds a model already ({there[0]}); choose another folder")
     parameters = pretrained.parameters
+    check_fit(parameters, config)
     if not isinstance(config.mixer, tuple):
         parameters = stack_layers(parameters)
-    check_fit(parameters, config)
     for weight, value in named(parameters).items():
         check_finite(np.asarray(value), f"the weight {weight}")
     if family is None:
-        if isinstance(pretrained.tokenizer, Tokenizer):
-            folder.mkdir(parents=True, exist_ok=True)
-            pretrained.tokenizer.vocabulary.save(folder)
-        native.save(folder, config, parameters)
+        own = pretrained.tokenizer
+        native.save(folder, config, parameters, own.vocabulary if isinstance(own, Tokenizer) else None)
         return
     settings = family.json(config)
     lost = _differences(config, family.config(settings))

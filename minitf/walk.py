@@ -264,7 +264,7 @@ def _change_by_layer(
     """A change of a leaf whose layers differ: one change, or None, for each layer."""
     rest = {axis: chosen for axis, chosen in index.items() if axis != "layer"}
     chosen = index.get("layer", slice(None))
-    if isinstance(chosen, jax.core.Tracer):
+    if any(isinstance(one, jax.core.Tracer) for one in jax.tree.leaves(chosen)):
         raise ValueError(
             f"the layers of this model differ in {name!r}: say which by a number, and not by one that is traced "
             "(in a sweep over layers, edit them one after another)"

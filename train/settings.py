@@ -86,23 +86,23 @@ def from_words(words: Iterable[str]) -> dict[str, Any]:
         group, dot, key = name.partition(".")
         if not (equals and dot and key and group):
             raise ValueError(f"{word!r} is no setting; write group.field=value, such as optimizer.rate=3e-4")
-        tables.setdefault(group, {})[key] = _value(text)
+        tables.setdefault(group, {})[key] = _value(name, text)
     return tables
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         inside = text[1:-1]
-        if text[:1] + text[-1:] in ("{}", "[]") and "=" in inside:
+        if text[:1] + text[-1:] in ("{}", "[]") and "{" in text and "=" in inside:
             raise ValueError(
-                f'{text} is not TOML; a table and text in it are written {{kind = "Convolution", taps = 4}}, with '
-                "quotes for the shell around all of it"
+                f"{name} is {text}, which is not TOML; a table and text in it are written "
+                '{kind = "Convolution", taps = 4}, with quotes for the shell around all of it'
             ) from None
         if text[:1] != "[" or text[-1:] != "]" or "," not in inside or set("[]'\"") & set(inside):
             return text
-        return [_value(one.strip()) for one in inside.removesuffix(",").split(",")]
+        return [_value(name, one.strip()) for one in inside.removesuffix(",").split(",")]
 
 
 def sweep_from(words: Iterable[str]) -> dict[str, tuple[float, ...]]:

@@ -49,7 +49,7 @@ def _constant(one: Replaced, task: Task) -> list[Claim]:
                 "In a trained classifier, constant associations in place of all heads' (the mean over data) cost "
                 "little: published, 8 % of the score on average; here, at most twice that.",
                 PAPA,
-                (one.intact - every) / one.intact,
+                _share(one.intact - every, one.intact),
                 "relative drop of accuracy",
                 "<",
                 0.16,
@@ -59,7 +59,7 @@ def _constant(one: Replaced, task: Task) -> list[Claim]:
                 "With constant associations in the less important half of the heads, little or nothing is lost: "
                 "here, at most 2 % of the accuracy.",
                 PAPA,
-                (one.intact - half) / one.intact,
+                _share(one.intact - half, one.intact),
                 "relative drop of accuracy",
                 "<",
                 0.02,
@@ -254,7 +254,7 @@ def _chance(task: Task) -> float:
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """NaN where there is no whole (a model that has learned nothing), so that what is claimed does not hold."""
-    return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole != 0)
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole != 0)
 
 
 def _seeds(

@@ -1,6 +1,7 @@
 """Where in a walk an autoencoder stands: one leaf, whose vectors are rows to read and to replace."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from minitf.analysis.stream import checked_tokens
 from minitf.config import ModelConfig
 from minitf.edits import set_to
-from minitf.model import walk
+from minitf.model import check_tokens, walk
 from minitf.parameters import Parameters
 from minitf.resume import layer_walk, run_between
 from minitf.walk import Walk, get, leaf_axes
@@ -60,6 +61,12 @@ class Place:
         Raises:
             ValueError: this model's walk has no such leaf.
         """
+        check_tokens(tokens, self.config)
+        return self._rows(tokens)
+
+    # Called outside of any jit, it is compiled once; and what leads to other leaves than this one is left out.
+    @partial(jax.jit, inline=True)
+    def _rows(self, tokens: Int[Array, "batch position"]) -> Float[Array, "row width"]:
         if self.layer is None:
             value = get(walk(self.parameters, tokens, self.config), self.name)
         else:

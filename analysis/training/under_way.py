@@ -235,10 +235,7 @@ class Training:
             if (folder / "config.json").exists():
                 continue
             one = jax.tree.map(lambda x: x[number], weights) if self.batched else weights  # noqa: B023
-            if self.ready.vocabulary is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.ready.vocabulary.save(folder)
-            native.save(folder, self.ready.program.model, one)
+            native.save(folder, self.ready.program.model, one, self.ready.vocabulary)
 
 
 def model_folders(out: Path, models: trainer.Models) -> list[Path]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minitf.config import ModelConfig
-from minitf.parameters import Declaration, Parameters, declare, named, path_name
+from minitf.parameters import Declaration, Parameters, declare, declared, named, path_name
 
 Json = dict[str, Any]
 
@@ -67,26 +67,20 @@ class Place(NamedTuple):
         return tuple(axis for group in self.axes for axis in group)
 
 
-def declarations(config: ModelConfig) -> dict[str, Declaration]:
-    """The weights of a model by name: ``{"layers.attention.query": Declaration(...)}``."""
-    found = jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=lambda x: isinstance(x, Declaration))
-    return {path_name(path): declaration for path, declaration in found}
-
-
 def places(family: Family, config: ModelConfig) -> list[Place]:
     """Every tensor that a file of this model holds; what the model lacks (a bias, a tied map) is left out.
 
     Raises:
         ValueError: the family has no place for a weight of this model.
     """
-    declared = declarations(config)
-    present = [tensor for tensor in family.tensors if tensor.ours[0] in declared]
-    homeless = set(declared) - {ours for tensor in present for ours in tensor.ours}
+    declarations = declared(config)
+    present = [tensor for tensor in family.tensors if tensor.ours[0] in declarations]
+    homeless = set(declarations) - {ours for tensor in present for ours in tensor.ours}
     if homeless:
         raise ValueError(f"this family has no place for the weights {_listed(homeless)}")
     found = []
     for tensor in present:
-        sizes = dict(declared[tensor.ours[0]].axes) | {"part": len(tensor.ours)}
+        sizes = dict(declarations[tensor.ours[0]].axes) | {"part": len(tensor.ours)}
         axes = tuple(
             tuple((axis, sizes[axis]) for axis in group.strip("()").split())
             for group in re.findall(r"\([^)]*\)|\S+", tensor.axes)
@@ -105,7 +99,7 @@ def read(
         ValueError: an unknown, missing or misshapen tensor, a tied one that differs from what it is tied to, NaN
             or infinity, always with the tensor's name.
     """
-    declared = declarations(config)
+    declarations = declared(config)
     wanted = {place.name: place for place in places(family, config)}
     theirs = _matched(family, config, list(arrays), wanted, where)
     for name, place in wanted.items():
@@ -115,10 +109,10 @@ def read(
                 f"{where}: the tensor {theirs[name]} has the shape {shape}, but with this configuration it "
                 f"would be {place.shape}"
             )
-    weights = {name: np.empty(d.shape, dtype) for name, d in declared.items()}
+    weights = {name: np.empty(d.shape, dtype) for name, d in declarations.items()}
     for name, place in wanted.items():
         array = np.asarray(arrays[theirs[name]])
-        parts = _split(array, place, declared)
+        parts = _split(array, place, declarations)
         for ours, part in zip(place.ours, parts, strict=True):
             target = weights[ours] if place.layer is None else weights[ours][place.layer]
             target[...] = _cast(part, dtype, f"{where}: the tensor {theirs[name]}")
@@ -133,9 +127,9 @@ def read(
 
 def write(family: Family, config: ModelConfig, parameters: Parameters) -> dict[str, np.ndarray]:
     """Their arrays from our parameters, in the dtype in which they are: nothing but names and order changes."""
-    declared = declarations(config)
+    declarations = declared(config)
     values = {name: np.asarray(value) for name, value in named(parameters).items()}
-    return {place.name: _joined(place, values, declared) for place in places(family, config)}
+    return {place.name: _joined(place, values, declarations) for place in places(family, config)}
 
 
 def check_finite(array: np.ndarray, what: str) -> None:

@@ -13,12 +13,16 @@ from minitf.config import ModelConfig, from_plain, to_plain
 from minitf.families.weights import ONE, open_folder
 from minitf.files import write_atomically
 from minitf.parameters import Parameters, declare, declared, is_declaration, named, path_name
+from minitf.vocabulary import Vocabulary
 
 NAME = "minitf"
 
 
-def save(folder: Path, config: ModelConfig, parameters: Parameters) -> None:
-    """Write model.safetensors, then config.json: a folder without one is not a model."""
+def save(folder: Path, config: ModelConfig, parameters: Parameters, vocabulary: Vocabulary | None = None) -> None:
+    """Write the vocabulary, model.safetensors, then config.json: a folder without one is not a model."""
+    if vocabulary is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        vocabulary.save(folder)
     arrays = {name: np.asarray(weight) for name, weight in named(parameters).items()}
     write_atomically(folder / ONE, to_safetensors(arrays))
     settings = {"model_type": NAME, "model": to_plain(config)}

@@ -1,7 +1,6 @@
 """Linear attention and its kin: the association is a product of query and key, and decoding keeps one matrix."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -242,20 +241,20 @@ def inverse_of_unit_triangle(x: Float[Array, "*axes row column"]) -> Float[Array
     size = x.shape[-1]
     whole = 1 << max(size - 1, 0).bit_length()
     more = whole - size
-    many = math.prod(x.shape[:-2])
-    # Everything before rows and columns is one axis: XLA's products on a CPU refuse arrays of many axes, to which
-    # each vmap of a sweep adds one.
-    padded = jnp.pad(x.reshape(many, size, size), [(0, 0), (0, more), (0, more)])
+    *rest, last = x.shape[:-2] or (1,)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, more)])
     padded = padded + jnp.diag(jnp.pad(jnp.zeros(size, x.dtype), (0, more), constant_values=1))
-    inverse = jnp.ones((many * whole, 1, 1), x.dtype)
+    # The blocks of all heads are one axis: each vmap of a sweep adds another, and XLA's products on a CPU refuse
+    # arrays of many. (Heads alone, so that they stay divided among devices.)
+    inverse = jnp.ones((*rest, last * whole, 1, 1), x.dtype)
     half = 1
     while half < whole:
         count = whole // (2 * half)
-        blocks = padded.reshape(many, count, 2 * half, count, 2 * half)
-        below = jnp.moveaxis(jnp.diagonal(blocks, axis1=1, axis2=3), -1, 1)[..., half:, :half]
-        pairs = inverse.reshape(many * count, 2, half, half)
-        upper, lower = pairs[:, 0], pairs[:, 1]
-        corner = -lower @ below.reshape(many * count, half, half) @ upper
+        blocks = padded.reshape(*rest, last, count, 2 * half, count, 2 * half)
+        below = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)[..., half:, :half]
+        pairs = inverse.reshape(*rest, last * count, 2, half, half)
+        upper, lower = pairs[..., 0, :, :], pairs[..., 1, :, :]
+        corner = -lower @ below.reshape(*rest, last * count, half, half) @ upper
         inverse = jnp.concatenate(
             [
                 jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1),
@@ -264,7 +263,7 @@ def inverse_of_unit_triangle(x: Float[Array, "*axes row column"]) -> Float[Array
             axis=-2,
         )
         half *= 2
-    return inverse[:, :size, :size].reshape(x.shape)
+    return inverse[..., :size, :size].reshape(x.shape)
 
 
 def unit(x: Float[Array, "*axes head_width"]) -> Float[Array, "*axes head_width"]:

@@ -148,7 +148,7 @@ def test_targets_of_another_shape_and_missing_leaves_are_refused():
     parameters, passed, target, _ = run(GPT2)
     with pytest.raises(ValueError, match=r"target of shape \(2, 4\) will not do: one token is needed"):
         by_step(parameters, passed, GPT2, target[:, 1:])
-    with pytest.raises(ValueError, match="there is no token 20; the model's are 0 to 12"):
+    with pytest.raises(ValueError, match="there is no token 20; the vocabulary is 0 to 12"):
         by_step(parameters, passed, GPT2, target, target.at[1, 2].set(20))
     with pytest.raises(ValueError, match="'start', which this walk does not hold"):
         by_step(parameters, Walk(), GPT2, target)

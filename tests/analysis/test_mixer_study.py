@@ -184,10 +184,10 @@ def constant(task, intact, half, every):
     )
 
 
-def known(values=AS_PUBLISHED, half=0.89, every=0.85, recall=0.2, text=2.2):
+def known(values=AS_PUBLISHED, half=0.89, every=0.85, recall=0.2, text=2.2, intact=0.9):
     replaced = {
         "text": constant("text", 2.0, 2.05, text),
-        "classification": constant("classification", 0.9, half, every),
+        "classification": constant("classification", intact, half, every),
         "recall": constant("recall", 1.0, 0.9, recall),
     }
     every_task = {task.name: task for task in (FACTS, RECALL, tasks.addition())}
@@ -231,8 +231,9 @@ def test_each_claim_fails_where_its_numbers_do(name, change):
 @pytest.mark.filterwarnings("error")
 def test_models_that_have_learned_nothing_hold_no_claim_of_shares():
     (chance,) = (value for name, value in RECALL.references.items() if name.startswith("chance"))
-    found = known({**dict.fromkeys(job.TASKS, 0.0), "text": 3.0, "recall": chance})
-    shares = ("uniform_share", "fixed_pairs_recall", "fnet", "uniform_classification")
+    found = known({**dict.fromkeys(job.TASKS, 0.0), "text": 3.0, "recall": chance}, intact=0.0)
+    shares = ("constant_classification", "half_constant_classification")
+    shares += ("uniform_share", "fixed_pairs_recall", "fnet", "uniform_classification")
     assert not any(found[f"mixers.{name}"].holds for name in shares)
     assert "null" in as_json(found.values())
 

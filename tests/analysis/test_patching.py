@@ -204,8 +204,8 @@ def bad_calls():
         "have the same metric": lambda: patching.normalized(jnp.ones(2), jnp.ones(2), jnp.array([0.0, 1.0])),
         "clean walk holds no 'start'": lambda: attribute(Walk(), ["start"]),
         "this model has no 'layers.gated'": lambda: attribute(clean, ["layers.gated"]),
-        r"metric is of shape \(2,\), and a slope is that of one number": lambda: attribution_patching(
-            parameters, tokens, clean, lead, GPT2, ["layers.z"]
+        r"metric is ShapeDtypeStruct\(shape=\(2,\), .* and a slope is that of one number": lambda: (
+            attribution_patching(parameters, tokens, clean, lead, GPT2, ["layers.z"])
         ),
         r"shape \(2, 4, 12\) in the clean walk": lambda: attribute(short, ["start"]),
     }

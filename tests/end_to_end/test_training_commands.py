@@ -73,6 +73,11 @@ def test_what_is_given_again_takes_nothing_that_is_not_its_own():
     )
     assert (found.text, found.sweep) == (("a", "b"), ("lr=1,2", "z_loss=1,2"))
     assert found.settings == ("model.layers=3", "keep.last=2")
+    found = cli.parsed("train --sweep lr=1,2 --text a --sweep optimizer.weight_decay=0.1 --text b.c=d".split())
+    assert (found.sweep, found.text) == (("lr=1,2", "optimizer.weight_decay=0.1"), ("a", "b.c=d"))
+    found = cli.parsed(shlex.split("walk --ablate 0.1 --ablate 0.2 -- model 'a text'"))
+    assert (found.ablate, found.model) == (("0.1", "0.2"), "model")
+    assert cli.parsed(["train", "--text=-a", "--text=b"]).text == ("b",)
 
 
 def test_what_follows_an_option_is_its_value_though_it_looks_like_a_setting():

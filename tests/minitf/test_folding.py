@@ -263,7 +263,7 @@ def test_tables_have_no_maps_to_fold_into():
 
 
 def test_parameters_of_another_model_are_refused():
-    with pytest.raises(ValueError, match="do not belong to this configuration: they differ in unembedding$"):
+    with pytest.raises(ValueError, match="^the parameters are not of this model: they lack unembedding$"):
         fold(random_parameters(GPT2), replace(GPT2, tied=False), norms=True)
 
 

@@ -49,11 +49,11 @@ def untyped(function):
     [
         (
             np.zeros(8, np.int32),
-            r"tokens are int32 of the shape \(8,\); they must be whole numbers, \[batch, position\]",
+            r"^tokens: int32 of the shape \(8,\); whole numbers are needed, \[batch, position\]",
         ),
-        (np.zeros((2, 8), np.float32), r"tokens are float32 of the shape \(2, 8\)"),
+        (np.zeros((2, 8), np.float32), r"^tokens: float32 of the shape \(2, 8\)"),
         (np.zeros((0, 8), np.int32), r"\[batch, position\], at least one$"),
-        ([[1, 2]], r"tokens are a list; make them an array: jnp.array\(tokens\)"),
+        ([[1, 2]], r"^tokens: a list; make it an array: jnp.array"),
     ],
 )
 def test_what_are_no_tokens_is_told(tokens, told):

@@ -149,8 +149,13 @@ def test_our_own_files_keep_the_vocabulary_and_are_as_strict(tmp_path):
     again = load(tmp_path / "new" / "model")
     assert again.tokenizer.encode("a cab") == model.tokenizer.encode("a cab") and again.config == model.config
     spoilt = replace(model.parameters, embedding=model.parameters.embedding.at[0, 0].set(jnp.nan))
-    for wrong in (spoilt, made("gpt2", width=16).parameters):
-        with pytest.raises(ValueError, match="embedding h"):
+    single = split_layers(made("gpt2", hidden=24).parameters)
+    for wrong, told in (
+        (spoilt, "^the weight embedding holds 1 numbers that are NaN"),
+        (made("gpt2", width=16).parameters, r"embedding has the shape \(11, 16\)"),
+        (single, r"layers.0.feed_forward.into has the shape \(8, 24\)"),
+    ):
+        with pytest.raises(ValueError, match=told):
             save(tmp_path / "other", replace(model, parameters=wrong))
     assert not (tmp_path / "other").exists()
 

@@ -72,11 +72,20 @@ def test_words_say_what_a_file_says():
     }
 
 
+def test_what_is_between_brackets_with_equals_signs_may_be_text():
+    assert from_words(["data.paths=[lang=en/a.txt,lang=de/b.txt]"])["data"]["paths"] == [
+        "lang=en/a.txt",
+        "lang=de/b.txt",
+    ]
+
+
 def test_a_table_is_toml_or_told():
     mixer = [{"kind": "Convolution", "taps": 4}, "Softmax"]
     assert from_words(['model.mixer=[{kind="Convolution",taps=4},"Softmax"]']) == {"model": {"mixer": mixer}}
     for table in ('[{kind="Convolution",taps=4},Softmax]', "{kind=Softmax}"):
-        with pytest.raises(ValueError, match=r"is not TOML; a table .* \{kind = \"Convolution\", taps = 4\}"):
+        with pytest.raises(
+            ValueError, match=r"^model.mixer is .* is not TOML; a table .* \{kind = \"Convolution\", taps = 4\}"
+        ):
             from_words([f"model.mixer={table}"])
 
 

@@ -121,10 +121,10 @@ def test_the_inverse_of_a_unit_triangle_is_scipys(size):
     np.testing.assert_array_equal(jax.jit(inverse_of_unit_triangle)(alike), np.eye(size) - np.eye(size, k=-1))
 
 
-def test_the_inverse_of_a_unit_triangle_stands_in_three_sweeps():
+def test_the_inverse_of_a_unit_triangle_stands_in_a_sweep_of_sweeps():
     rng = np.random.default_rng(0)
-    triangle = jnp.asarray(np.tril(rng.uniform(-1, 1, (2, 2, 2, 2, 3, 64, 64)), -1) + np.eye(64), jnp.float32)
-    swept = jax.jit(jax.vmap(jax.vmap(jax.vmap(inverse_of_unit_triangle))))(triangle)
+    triangle = jnp.asarray(np.tril(rng.uniform(-1, 1, (2, 2, 2, 3, 64, 64)), -1) + np.eye(64), jnp.float32)
+    swept = jax.jit(jax.vmap(jax.vmap(inverse_of_unit_triangle)))(triangle)
     flat = jax.jit(inverse_of_unit_triangle)(triangle.reshape(-1, 64, 64))
     np.testing.assert_allclose(swept, flat.reshape(triangle.shape), rtol=1e-4)
 
