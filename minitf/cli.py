@@ -1,6 +1,5 @@
 """The command ``minitf``: a thin layer over functions that a notebook can call."""
 
-import collections
 import dataclasses
 import functools
 import logging
@@ -15,7 +14,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import arg
 
-from minitf.cli_training import FourBit, Plan, Train, settings_first
+from minitf.cli_training import FourBit, Plan, Train
+from minitf.cli_words import in_order
 
 INTERRUPTED = 130
 LESS_MEMORY = "Ask for fewer or shorter sequences, fewer seeds or a smaller model."
@@ -342,50 +342,20 @@ COMMANDS = {
 
 def parsed(arguments: list[str]) -> AnyCommand:
     """What the words of a command line ask for; exits with 2, and a reason, where they cannot be understood."""
-    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
+    name, *words = arguments or [""]
+    if name in COMMANDS:
+        arguments = [name, *in_order(words, COMMANDS[name])]
+    named = [Annotated[kind, tyro.conf.subcommand(called)] for called, kind in COMMANDS.items()]
     any_of_them: Any = functools.reduce(operator.or_, named)
     command: AnyCommand = tyro.cli(
         any_of_them,
         prog="minitf",
-        args=_gathered(settings_first(arguments)),
+        args=arguments,
         description="Transformers to understand: train a toy model, watch it learn, take its attention apart. "
         "Begin with: minitf scan-snap --quick",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     return command
-
-
-def _gathered(arguments: list[str]) -> list[str]:
-    """The same words, with those of an option that takes several and is given again in one place.
-
-    ``--ablate 0.1 --ablate 1.3`` leaves out both heads; the parser alone would forget the first, and say nothing.
-    """
-    if not arguments or arguments[0] not in COMMANDS:
-        return arguments
-    name, *words = arguments
-    fields = dataclasses.fields(COMMANDS[name])
-    several = {f"--{field.name}" for field in fields if isinstance(field.default, tuple)}
-    end = words.index("--") if "--" in words else len(words)
-    words, behind = words[:end], words[end:]
-    parts: list[list[str]] = [[]]
-    for word in words:
-        if word.startswith("--"):
-            parts.append([word])
-        else:
-            parts[-1].append(word)
-    options = [(part[0] if part else "").partition("=") for part in parts]
-    given = collections.Counter(option for option, _, _ in options)
-    # A value that begins as an option does is one only where it is written as this one's.
-    several -= {option for option, _, value in options if value.startswith("-")}
-    rest: list[str] = []
-    values: dict[str, list[str]] = {}
-    for part, (option, equals, value) in zip(parts, options, strict=True):
-        if option in several and given[option] > 1:
-            values.setdefault(option, []).extend([value] if equals else part[1:])
-            rest += part[1:] if equals else []
-        else:
-            rest += part
-    return [name, *rest, *(word for option, found in values.items() for word in (option, *found)), *behind]
 
 
 def main(arguments: list[str] | None = None) -> None:

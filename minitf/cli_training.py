@@ -1,15 +1,11 @@
 """The commands that train, what that would need (``plan``), and what a few bits keep of it (``fourbit``)."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import arg
-
-# GROUP.FIELD=VALUE
-SETTING = re.compile(r"[a-z_]+(\.[a-z0-9_]+)+=")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,27 +177,3 @@ def _tables_of(preset: str, config: Path | None, words: tuple[str, ...]) -> dict
     if config is not None:
         tables = settings.laid_over(tables, settings.read_toml(config))
     return settings.laid_over(tables, settings.from_words(words))
-
-
-def settings_first(arguments: list[str]) -> list[str]:
-    """The same words, with settings in front of all options.
-
-    Wherever people write ``model.layers=6``, also behind ``--text a.txt``, which takes any number of words, it is
-    meant as a setting. What follows an option directly is its value, and after ``--sweep`` several values are.
-    """
-    name, *words = arguments or [""]
-    command = {"train": Train, "plan": Plan}.get(name)
-    if command is None:
-        return arguments
-    flags = {f"--{field.name}" for field in dataclasses.fields(command) if isinstance(field.default, bool)}
-    found: list[str] = []
-    rest: list[str] = []
-    option = before = ""
-    for word in words:
-        if word.startswith("--"):
-            option = word
-        is_value = before.startswith("--") and before not in flags
-        is_swept = option == "--sweep" and any(sign in word for sign in ",:")
-        (found if SETTING.match(word) and not is_value and not is_swept else rest).append(word)
-        before = word
-    return [name, *found, *rest]
