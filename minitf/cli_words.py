@@ -21,16 +21,19 @@ def _settings_first(words: list[str], flags: set[str]) -> list[str]:
     """The same words, with settings in front of all options.
 
     Wherever people write ``model.layers=6``, also behind ``--text a.txt``, which takes any number of words, it is
-    meant as a setting. What follows an option directly is its value, and after ``--sweep`` several values are.
+    meant as a setting. What follows an option directly is its value, and so are, after ``--sweep``, several values
+    of what can be swept.
     """
+    from minitf.train.config import SWEPT
+
     found: list[str] = []
     rest: list[str] = []
     option = before = ""
     for word in words:
         if word.startswith("--"):
-            option = word
-        is_value = before.startswith("--") and before not in flags
-        is_swept = option == "--sweep" and any(sign in word for sign in ",:")
+            option = word.partition("=")[0]
+        is_value = before.startswith("--") and "=" not in before and before not in flags
+        is_swept = option == "--sweep" and word.partition("=")[0] in SWEPT and any(sign in word for sign in ",:")
         (found if SETTING.match(word) and not is_value and not is_swept else rest).append(word)
         before = word
     return [*found, *rest]

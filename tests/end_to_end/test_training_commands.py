@@ -87,6 +87,8 @@ def test_what_follows_an_option_is_its_value_though_it_looks_like_a_setting():
     swept = of("train --sweep lr=1e-3:1e-2:3 optimizer.weight_decay=0,0.1 model.layers=2")
     assert swept.sweep == ("lr=1e-3:1e-2:3", "optimizer.weight_decay=0,0.1")
     assert swept.settings == ("model.layers=2",)
+    columns = of("train --sweep lr=1e-3,1e-2 data.columns=x,y --out=here model.layers=2")
+    assert (columns.sweep, columns.settings) == (("lr=1e-3,1e-2",), ("data.columns=x,y", "model.layers=2"))
 
 
 def test_a_plan_is_printed_and_kept(capsys, tmp_path):
