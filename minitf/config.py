@@ -25,7 +25,7 @@ _LEAST = {
     "token_types": 0,
 }
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 PositionKind = Literal["none", "learned", "sinusoidal", "rotary", "alibi"]
 
@@ -91,7 +91,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not _fits(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         _check_kinds(type(self), vars(self))
         self._check_choices()
@@ -246,8 +246,8 @@ def _check_kinds(of: type, given: Mapping[str, Any], what: str = "") -> None:
     """Text is no number, and no truth value either: ``"no"`` would be a yes."""
     for name, value in given.items():
         kind = _kinds(of).get(name)
-        if kind in _KINDS and not _fits(value, kind):
-            raise ValueError(f"{what}{name} is {value!r}; it must be {_KINDS[kind]}")
+        if kind in KINDS and not _fits(value, kind):
+            raise ValueError(f"{what}{name} is {value!r}; it must be {KINDS[kind]}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

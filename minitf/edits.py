@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from minitf.walk import Edit, Walk, change, compose, get, leaf_axes, places_on, put
+from minitf.walk import Edit, Walk, change, compose, get, layers_on, leaf_axes, put
 
 
 def ablate(shapes: Walk, name: str, **index: Any) -> Edit:
@@ -131,7 +131,7 @@ def _by_layer(shapes: Walk, name: str, index: dict[str, Any], make: Callable[[di
         return make(index)
     numbers = [number for number, x in enumerate(like) if x is not None]
     if chosen is not None:
-        numbers = places_on(name, "layer", len(like), len(like), chosen).tolist()
+        numbers = layers_on(name, len(like), chosen).tolist()
     return functools.reduce(compose, [make({**index, "layer": number}) for number in numbers], Edit())
 
 
@@ -143,7 +143,7 @@ def _part(walk: Walk, name: str, index: dict[str, Any]) -> Array:
             raise ValueError(
                 f"the layers to read from differ in {name!r}, and those to be edited do not: choose one"
             )
-        leaf, axes = leaf[int(places_on(name, "layer", len(leaf), len(leaf), index["layer"]))], axes[1:]
+        leaf, axes = leaf[int(layers_on(name, len(leaf), index["layer"]))], axes[1:]
     if leaf is None:
         raise ValueError(f"the walk to read from has no {name!r}")
     # One axis after another, so that several lists choose every combination.

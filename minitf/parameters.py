@@ -416,9 +416,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def check_fit(parameters: Parameters, config: ModelConfig) -> None:
     """Raise ValueError where the parameters are not those of a model of this configuration, naming a weight."""
-    has, wanted = named(parameters), _shapes(config)
-    if isinstance(parameters.layers, tuple) and not isinstance(config.mixer, tuple):
-        wanted = {one: shape for name, whole in wanted.items() for one, shape in _split(name, whole).items()}
+    has, wanted = named(parameters), _shapes(config, isinstance(parameters.layers, tuple))
     for name in sorted(has.keys() | wanted.keys()):
         if name not in has or name not in wanted:
             lacks = "lack" if name not in has else "have"
@@ -431,18 +429,16 @@ def check_fit(parameters: Parameters, config: ModelConfig) -> None:
 
 
 @functools.cache
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name: declaration.shape for name, declaration in declared(config).items()}
-
-
-def _split(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a weight where layers are single."""
-    group, _, rest = name.partition(".")
-    return (
-        {f"{group}.{number}.{rest}": shape[1:] for number in range(shape[0])}
-        if group == "layers"
-        else {name: shape}
-    )
+def _shapes(config: ModelConfig, single: bool) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by its name, where layers are single as :func:`split_layers` makes them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, declaration in declared(config).items():
+        group, _, rest = name.partition(".")
+        if single and group == "layers" and not isinstance(config.mixer, tuple):
+            found |= {f"layers.{number}.{rest}": declaration.shape[1:] for number in range(config.layers)}
+        else:
+            found[name] = declaration.shape
+    return found
 
 
 def named(parameters: Parameters) -> dict[str, Weight]:

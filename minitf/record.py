@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minitf.walk import Walk, get, leaf_axes, leaves, places_on, put
+from minitf.walk import Walk, get, layers_on, leaf_axes, leaves, put
 
 
 def record(
@@ -62,7 +62,7 @@ def _chosen(value: jax.Array, name: str, axes: tuple[str, ...], places: dict[str
 
 def _of_differing_layers(values: tuple, name: str, axes: tuple[str, ...], layer: Any, position: Any) -> Any:
     """The chosen layers' own values; of a single layer, the value itself. Layers are known also under a trace."""
-    numbers = places_on(name, "layer", len(values), len(values), slice(None) if layer is None else layer)
+    numbers = layers_on(name, len(values), slice(None) if layer is None else layer)
     places = {"position": position, "query": position}
     found = [
         None if values[number] is None else _chosen(values[number], name, axes, places)

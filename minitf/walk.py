@@ -236,7 +236,7 @@ def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index
         for axis, size in zip(axes, like.shape, strict=True)
     )
     places = [
-        places_on(name, axis, full, size, index.get(axis, slice(None)))
+        _places(name, axis, full, size, index.get(axis, slice(None)))
         for axis, full, size in zip(axes, like.shape, shape, strict=True)
     ]
     return put_change(name, _placed(tuple(places), keep, put, shape, like.dtype))
@@ -263,15 +263,8 @@ def _change_by_layer(
 ) -> tuple[Change | None, ...]:
     """A change of a leaf whose layers differ: one change, or None, for each layer."""
     rest = {axis: chosen for axis, chosen in index.items() if axis != "layer"}
-    chosen = index.get("layer", slice(None))
-    if any(isinstance(one, jax.core.Tracer) for one in jax.tree.leaves(chosen)):
-        raise ValueError(
-            f"the layers of this model differ in {name!r}: say which by a number, and not by one that is traced "
-            "(in a sweep over layers, edit them one after another)"
-        )
-    numbers = places_on(name, "layer", len(like), len(like), chosen)
     found: list[Change | None] = [None] * len(like)
-    for number in np.atleast_1d(np.asarray(numbers)).tolist():
+    for number in np.atleast_1d(layers_on(name, len(like), index.get("layer", slice(None)))).tolist():
         if like[number] is None:
             raise ValueError(f"layer {number} of this model's walk has no {name!r}, so it cannot be edited")
         alone = jax.ShapeDtypeStruct((1, *like[number].shape), like[number].dtype)
@@ -280,7 +273,20 @@ def _change_by_layer(
     return tuple(found)
 
 
-def places_on(name: str, axis: str, full: int, size: int, chosen: Any) -> Array | np.ndarray:
+def layers_on(name: str, count: int, chosen: Any) -> np.ndarray:
+    """The numbers of the chosen layers of a leaf in which layers differ.
+
+    Raises ValueError for one that there is not, and for one that is traced: no array holds them all.
+    """
+    if any(isinstance(one, jax.core.Tracer) for one in jax.tree.leaves(chosen)):
+        raise ValueError(
+            f"the layers of this model differ in {name!r}: say which by a number, and not by one that is traced "
+            "(in a sweep over layers, take them one after another)"
+        )
+    return np.asarray(_places(name, "layer", count, count, chosen))
+
+
+def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array | np.ndarray:
     """The chosen places on one axis of ``full`` places, of which the edit holds ``size``.
 
     Raises ValueError for one that there is not, where it can be looked at.

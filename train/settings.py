@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from minitf.config import ModelConfig
+from minitf.config import KINDS, ModelConfig
 from minitf.train.config import SWEPT, TrainConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -204,7 +204,7 @@ def _fitted(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_TYPES = {**KINDS, str: "text"}
 
 
 def as_tables(config: TrainConfig) -> dict[str, Any]:

@@ -24,8 +24,6 @@ from minitf.model import walk
 from minitf.pretrained import Pretrained, load
 
 RANDOM_ORDERS = 2
-
-
 LENGTH = 64  # of a window where nothing else is asked for
 
 
@@ -52,8 +50,8 @@ class AblateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 2), ("windows", 1), ("data", 1), ("seed", 0)):
-            if getattr(self, name) < least and (name, getattr(self, name)) != ("length", 0):
+        for name, least in (("length", 2 if self.length else 0), ("windows", 1), ("data", 1), ("seed", 0)):
+            if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
