@@ -13,7 +13,7 @@ from minitf.files import write_atomically
 from minitf.memory import out_of_memory
 
 CONFIG = "config.json"
-FOLDERS = ("arrays", "figures", "checkpoints", "data", "model", "models", "tensorboard", "wandb")
+FOLDERS = ("arrays", "figures", "checkpoints", "data", "start", "model", "models", "tensorboard", "wandb")
 FILES = (
     *("report.html", "claims.json", "fig6.json", "ablate.json", "mixers.json", CONFIG),
     *("config.toml", "data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"),

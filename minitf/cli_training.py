@@ -26,6 +26,9 @@ class Train:
     """Where to start from; --show without a preset lists them."""
     config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A TOML file with settings, over those of the preset."""
+    start_from: Annotated[str, arg(metavar="MODEL", help_behavior_hint="")] = ""
+    """A trained model to go on from, as minitf walk takes it: a folder, a llama2.c .bin file, or hub:owner/name.
+    The text then has the model's own tokens."""
     text: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
     """Text to train on: files or folders. Without it, and without a task: the documentation inside Python."""
     steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
@@ -76,7 +79,7 @@ class Train:
         """All settings that were given, by group. Raises ValueError."""
         from minitf.train import settings
 
-        tables = _tables_of(self.preset, self.config, self.settings)
+        tables = _tables_of(self.preset, self.config, self.settings, self.start_from)
         named = {"steps": self.steps, "seed": self.seed, "seeds": self.seeds}
         training = {name: value for name, value in named.items() if value is not None}
         above: dict[str, Any] = {"training": training} if training else {}
@@ -169,11 +172,14 @@ class FourBit:
         return "Nothing was kept; run the command again."
 
 
-def _tables_of(preset: str, config: Path | None, words: tuple[str, ...]) -> dict[str, Any]:
+def _tables_of(preset: str, config: Path | None, words: tuple[str, ...], start_from: str = "") -> dict[str, Any]:
     """A preset's settings, over them those of a file, over both those of the command line. Raises ValueError."""
     from minitf.train import settings
 
     tables: dict[str, Any] = settings.read_preset(preset) if preset else {}
     if config is not None:
         tables = settings.laid_over(tables, settings.read_toml(config))
-    return settings.laid_over(tables, settings.from_words(words))
+    above = settings.from_words(words)
+    if start_from:
+        above["training"] = {**above.get("training", {}), "start_from": start_from}
+    return settings.laid_over(tables, above)

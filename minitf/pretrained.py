@@ -23,11 +23,13 @@ from minitf import tokenizer as tokenizers
 from minitf.config import ModelConfig
 from minitf.families import bert, bloom, gpt2, gpt_neox, llama, llama2c, llama2c_tokenizer, native, tokenizer_json
 from minitf.families.mapping import Family, check_finite, read, write
+from minitf.families.tokenizer_json import JsonTokenizer
 from minitf.families.weights import INDEX, ONE, open_folder, read_json, shards
 from minitf.files import write_atomically
 from minitf.parameters import Parameters, check_fit, named, stack_layers
+from minitf.tokenizer_file import TokenizerFile
 from minitf.vocabulary import FILE as VOCABULARY
-from minitf.vocabulary import Tokenizer, load_vocabulary
+from minitf.vocabulary import Tokenizer, load_vocabulary, vocabulary_of
 
 # By the "model_type" of a config.json.
 FAMILIES: dict[str, Family] = {
@@ -109,7 +111,8 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     """Write config.json and model.safetensors, which ``transformers`` loads with the same logits.
 
     The family "minitf" is our own: any configuration, for :func:`load` alone, with its vocabulary. Each tensor is
-    written in the dtype in which it is. Other families' tokenizers and settings for generation are not written.
+    written in the dtype in which it is. Of other families a tokenizer.json that the model came with is written
+    too, and settings for generation are not.
 
     Raises:
         ValueError: the folder holds a model already; the family has no such configuration; parameters that do not
@@ -133,9 +136,9 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
         parameters = stack_layers(parameters)
     for weight, value in named(parameters).items():
         check_finite(np.asarray(value), f"the weight {weight}")
+    vocabulary = vocabulary_of(pretrained.tokenizer)
     if family is None:
-        own = pretrained.tokenizer
-        native.save(folder, config, parameters, own.vocabulary if isinstance(own, Tokenizer) else None)
+        native.save(folder, config, parameters, vocabulary)
         return
     settings = family.json(config)
     lost = _differences(config, family.config(settings))
@@ -148,6 +151,8 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     settings["dtype"] = arrays[family.tensors[0].theirs].dtype.name
     # The configuration last: a folder without one is not a model.
     write_atomically(folder / ONE, to_safetensors(arrays, {"format": "pt"}))
+    if isinstance(vocabulary, TokenizerFile) and isinstance(vocabulary.tokenizer, JsonTokenizer):
+        write_atomically(folder / "tokenizer.json", vocabulary.tokenizer.file)
     write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
@@ -162,8 +167,7 @@ def _load_folder(folder: Path, dtype: Any) -> Pretrained:
             raise ValueError(f"{folder} is the folder of a run; its model is in {inner}")
     if name == native.NAME:
         config = native.config_of(settings)
-        tokenizer = Tokenizer(load_vocabulary(folder)) if (folder / VOCABULARY).is_file() else None
-        return Pretrained(native.NAME, config, native.read(config, folder, dtype), tokenizer)
+        return Pretrained(native.NAME, config, native.read(config, folder, dtype), _own_tokenizer(folder))
     try:
         family = _family(name, "model_type")
         if settings.get("quantization_config"):
@@ -183,6 +187,16 @@ def _load_llama2c(file: Path, dtype: Any, tokenizer: str | os.PathLike[str] | No
     path = Path(tokenizer) if tokenizer is not None else next((p for p in beside if p.is_file()), None)
     found = None if path is None else llama2c_tokenizer.load_tokenizer(path, config.vocabulary)
     return Pretrained("llama2c", config, parameters, found)
+
+
+def _own_tokenizer(folder: Path) -> Tokenizer | None:
+    """That of the vocabulary in a folder of ours, if any, and if what runs it is installed."""
+    if not (folder / VOCABULARY).is_file():
+        return None
+    try:
+        return Tokenizer(load_vocabulary(folder))
+    except tokenizer_json.NotInstalled:
+        return None
 
 
 def _tokenizer(folder: Path, family: str, config: ModelConfig) -> Any:

@@ -5,7 +5,7 @@ Each kind is a frozen dataclass with the methods of :class:`Vocabulary`; `load_v
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,16 @@ import numpy as np
 import tiktoken
 from jaxtyping import Int32, Integer
 
+from minitf.families.llama2c_tokenizer import Llama2cTokenizer
+from minitf.families.tokenizer_json import JsonTokenizer
 from minitf.files import write_atomically
 from minitf.tokenizer import GPT2_PATTERN, decode_bytes, encode, load_encoding, save_encoding
+from minitf.tokenizer_file import DESCRIPTION as FILE
+from minitf.tokenizer_file import NAMES, TokenizerFile, load_tokenizer_file
 
-FILE = "vocabulary.json"
 RANKS_FILE = "vocabulary.ranks"
+# All that a vocabulary may consist of, in its folder.
+FILES = (FILE, RANKS_FILE, *NAMES.values())
 
 
 @runtime_checkable
@@ -225,29 +230,43 @@ class Ids:
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary that was saved in a folder. Raises ValueError naming the file: missing or damaged."""
+    """The vocabulary that was saved in a folder.
+
+    Raises ValueError naming the file: missing, damaged, or run by a package that is not installed.
+    """
     file = folder / FILE
     try:
         told = json.loads(file.read_bytes())
         kind = told.pop("kind")
-        if kind == "pieces":
-            return Pieces(_with_special(load_encoding(folder / RANKS_FILE), told["name"], told["special"]))
-        if kind == "bytes":
-            return Bytes(**told)
-        if kind == "ids":
-            return Ids(told["size"])
-        if kind == "characters":
-            return Characters("".join(told["alphabet"]))
-        if kind == "names":
-            return Names(tuple(told["names"]))
-        if kind == "bins":
-            nested = (tuple(map(tuple, told[name])) for name in ("edges", "centers"))
-            return Bins(tuple(told["columns"]), *nested)
+        if kind in _READ:
+            return _READ[kind](told, folder)
     except OSError as error:
         raise ValueError(f"The vocabulary {file} cannot be read: {error.strerror or error}.") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The vocabulary {file} is damaged ({type(error).__name__}: {error}).") from error
     raise ValueError(f"The vocabulary {file} is of an unknown kind, {kind!r}.")
+
+
+def _read_pieces(told: dict[str, Any], folder: Path) -> Pieces:
+    return Pieces(_with_special(load_encoding(folder / RANKS_FILE), told["name"], told["special"]))
+
+
+def _read_bins(told: dict[str, Any], folder: Path) -> Bins:
+    nested = (tuple(map(tuple, told[name])) for name in ("edges", "centers"))
+    return Bins(tuple(told["columns"]), *nested)
+
+
+# What a description says, and its folder, as the vocabulary of its kind.
+_READ: dict[str, Callable[[dict[str, Any], Path], Vocabulary]] = {
+    "bytes": lambda told, folder: Bytes(**told),
+    "pieces": _read_pieces,
+    "characters": lambda told, folder: Characters("".join(told["alphabet"])),
+    "names": lambda told, folder: Names(tuple(told["names"])),
+    "bins": _read_bins,
+    "ids": lambda told, folder: Ids(told["size"]),
+    "tokenizer_json": lambda told, folder: load_tokenizer_file(folder / NAMES["tokenizer_json"], told["rows"]),
+    "llama2c": lambda told, folder: load_tokenizer_file(folder / NAMES["llama2c"], told["rows"]),
+}
 
 
 def bins_of(columns: tuple[str, ...], rows: np.ndarray, bins: int) -> Bins:
@@ -363,4 +382,15 @@ class Tokenizer:
             return bytes([token])
         if isinstance(self.vocabulary, Pieces):
             return self.vocabulary.encoding.decode_single_token_bytes(token)
+        if isinstance(self.vocabulary, TokenizerFile):
+            return self.vocabulary.tokenizer.decode_single_token_bytes(token)
         return self.vocabulary.decode([token]).encode()
+
+
+def vocabulary_of(tokenizer: Any) -> Vocabulary | None:
+    """The vocabulary of a model's tokenizer, which can be kept with another model; None where there is none."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.vocabulary
+    if isinstance(tokenizer, tiktoken.Encoding):
+        return Pieces(tokenizer)
+    return TokenizerFile(tokenizer) if isinstance(tokenizer, JsonTokenizer | Llama2cTokenizer) else None

@@ -34,6 +34,9 @@ def pytest_configure(config):
     for name, value in kept_in(config.cache.mkdir("programs")).items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)  # for commands in processes of their own
+    # On some processors XLA says of each program that it reads again that it was compiled for another one: what
+    # LLVM prefers there is not among what the processor can do.
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def pytest_collection_modifyitems(items):

@@ -47,6 +47,7 @@ class TrainingSettings:
     steps: int = 1000
     batch: int = 32  # sequences in a step
     accumulate: int = 1  # parts in which a step's batch is taken, one after another, to need less memory
+    start_from: str = ""  # a trained model, as minitf walk takes it; model's settings then follow from it
     seed: int = 0  # the first; everything random follows from it
     seeds: int = 1  # models that train together, each with its own seed
     at_once: int = 0  # of these, side by side in memory; 0: as many as are fast on this device and fit in it
@@ -170,7 +171,8 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        model: fields of :class:`minitf.ModelConfig`, plain; ``vocabulary`` follows from the data when left out.
+        model: fields of :class:`minitf.ModelConfig`, plain; ``vocabulary`` follows from the data when left out,
+            and all of them from a model that ``training.start_from`` names.
         task: ``name`` of a synthetic task (:mod:`minitf.train.tasks`) and its settings; empty to train on files.
         data: the files to train on, where there is no task.
         sweep: names of numbers, such as ``optimizer.rate``, and the values of each; every combination is trained.

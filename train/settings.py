@@ -59,9 +59,12 @@ def read_toml(file: Path) -> dict[str, Any]:
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The tables ``below``, with what ``above`` says in place of what they say.
 
-    Another task's settings, or another mixer's, are not mixed with those there were.
+    Another task's settings, or another mixer's, are not mixed with those there were; nor is the model that a
+    training starts from with another one.
     """
     joined = dict(below)
+    if _start_of(above) not in ("", _start_of(below)):
+        joined.pop("model", None)
     for group, fields in above.items():
         known = joined.get(group)
         if not isinstance(known, Mapping) or not isinstance(fields, Mapping):
@@ -71,6 +74,11 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
         else:
             joined[group] = {**known, **fields}
     return joined
+
+
+def _start_of(tables: Mapping[str, Any]) -> Any:
+    training = tables.get("training")
+    return training.get("start_from", "") if isinstance(training, Mapping) else ""
 
 
 def from_words(words: Iterable[str]) -> dict[str, Any]:

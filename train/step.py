@@ -81,9 +81,10 @@ class Program:
         c = with_numbers(self.config, hyper)
         return optimizers.from_settings(c.optimizer, self.model, c.training.steps, c.training.seed)
 
-    def start(self, key: Key[Array, ""], hyper: Mapping[str, Any]) -> State:
-        """A fresh model."""
-        parameters = initialize(self.model, jax.random.fold_in(key, INITIAL))
+    def start(self, key: Key[Array, ""], hyper: Mapping[str, Any], parameters: Tree = None) -> State:
+        """A model that took no step: fresh, or with the parameters given."""
+        if parameters is None:
+            parameters = initialize(self.model, jax.random.fold_in(key, INITIAL))
         return State(
             step=jnp.zeros((), jnp.int32),
             parameters=parameters,

@@ -14,6 +14,7 @@ from jaxtyping import Integer
 
 from minitf.files import write_atomically
 from minitf.tokenizer import gpt2_encoding, load_encoding, train_encoding
+from minitf.tokenizer_file import NAMES, load_tokenizer_file
 from minitf.train.corpus import identity, python_documentation
 from minitf.train.symbol_files import (
     fasta_documents,
@@ -29,7 +30,7 @@ from minitf.train.symbol_files import (
 from minitf.train.token_file import Tokens, open_tokens, sha256_of, token_writer
 from minitf.vocabulary import (
     FILE,
-    RANKS_FILE,
+    FILES,
     Bytes,
     Characters,
     Ids,
@@ -65,7 +66,7 @@ class DataSettings:
 
     format: Format = "text"  # of the files: fasta has DNA or proteins, csv tables, tokens are numbers already
     paths: tuple[str, ...] = ()  # files and folders; none: the documentation of this Python, as text
-    encoding: str = ""  # bytes, characters, bpe, gpt2, symbols (csv: a cell is a token), a rank file; "": as usual
+    encoding: str = ""  # bytes, characters, bpe, gpt2, symbols (csv: a cell is a token), a file; "": as usual
     vocabulary: int = 0  # bpe: pieces to train, 0 for 4096; tokens: how many there are, 0 for up to the largest
     columns: tuple[str, ...] = ()  # csv: which are read, by their header; none: the only one
     bins: int = 0  # csv: columns are numbers, cut in so many bins with as many rows in each; 0: they are text
@@ -125,7 +126,7 @@ class Data:
     identity: Mapping[str, Any]
 
 
-def prepare(settings: DataSettings, folder: Path, say: Say | None = None) -> Data:
+def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabulary: Path | None = None) -> Data:
     """The data of these settings, from ``folder`` when it is there already, else read, encoded and written there.
 
     The files are read once or twice, a document at a time. Each document is on the side that its SHA-256 says, so
@@ -140,20 +141,20 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None) -> Dat
     """
     say = say or (lambda sentence: None)
     files = source_files(settings.paths)
-    recipe = _recipe(settings, files)
+    recipe = _recipe(settings, files, vocabulary)
     kept = _kept(folder, recipe, say)
     if kept is not None:
         return kept
     read = lambda doing: _reported(_documents(settings, files), doing, say)
-    vocabulary = _learn(settings, files, read)
+    symbols = _learn(settings, files, read) if vocabulary is None else load_vocabulary(vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
     # What is half made, or half replaced, is no data: this file is written last.
-    (folder / "data.json").unlink(missing_ok=True)
-    (folder / RANKS_FILE).unlink(missing_ok=True)
-    vocabulary.save(folder)
-    source = _sentence(settings, files, vocabulary)
+    for name in ("data.json", *FILES):
+        (folder / name).unlink(missing_ok=True)
+    symbols.save(folder)
+    source = _sentence(settings, files, symbols)
     made_from = {"source": source, "settings": dataclasses.asdict(settings)}
-    _write(folder, vocabulary, read("Encoding"), settings.validation, made_from)
+    _write(folder, symbols, read("Encoding"), settings.validation, made_from)
     told = {"recipe": recipe, "source": source, "identity": _identity(folder)}
     write_atomically(folder / "data.json", (json.dumps(told, indent=2) + "\n").encode())
     made = _kept(folder, recipe, say)
@@ -206,9 +207,15 @@ def _given(encoding: str) -> Vocabulary:
     if not Path(encoding).exists():
         raise ValueError(
             f"encoding is {encoding!r}, which is neither bytes, characters, bpe, gpt2 or symbols, nor a file: a "
-            "rank file, or the folder of a vocabulary"
+            "rank file, a tokenizer.json, llama2.c's tokenizer.bin, or the folder of one"
         )
-    return load_vocabulary(Path(encoding)) if Path(encoding).is_dir() else Pieces(load_encoding(encoding))
+    path = Path(encoding)
+    if path.is_dir() and not (path / FILE).exists():
+        # The folder of a model that was made elsewhere.
+        path = next((path / name for name in NAMES.values() if (path / name).exists()), path)
+    if path.is_dir():
+        return load_vocabulary(path)
+    return load_tokenizer_file(path) if path.suffix in (".json", ".bin") else Pieces(load_encoding(path))
 
 
 def _listed(encoding: str, documents: Iterator[str]) -> Vocabulary:
@@ -289,13 +296,13 @@ def _reported(documents: Iterable[Document], doing: str, say: Say) -> Iterator[D
             told += CHARACTERS_BETWEEN_SENTENCES
 
 
-def _recipe(settings: DataSettings, files: list[Path]) -> dict[str, Any]:
+def _recipe(settings: DataSettings, files: list[Path], vocabulary: Path | None) -> dict[str, Any]:
     """Everything that the tokens depend on, as JSON gives it back."""
     found: list[Any] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     if not files:
         found = [identity(python_documentation())]
-    ranks = Path(settings.encoding) if settings.encoding else None
-    used = [ranks / FILE, ranks / RANKS_FILE] if ranks and ranks.is_dir() else [ranks] if ranks else []
+    ranks = vocabulary or (Path(settings.encoding) if settings.encoding else None)
+    used = [ranks / name for name in FILES] if ranks and ranks.is_dir() else [ranks] if ranks else []
     encoding = [sha256_of(file) for file in used if file.is_file()]
     recipe = {
         "format": PREPARED_FORMAT,
@@ -333,7 +340,7 @@ def _identity(folder: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name in ("train.tokens", "validation.tokens"):
         digest.update(open_tokens(folder / name, check=False).sha256.encode())
-    for name in (FILE, RANKS_FILE):
+    for name in FILES:
         if (folder / name).is_file():
             digest.update(sha256_of(folder / name).encode())
     return {"data_sha256": digest.hexdigest()[:16]}

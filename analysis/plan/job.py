@@ -26,6 +26,7 @@ from minitf.analysis.run_folder import ANEW, writing_results
 from minitf.analysis.training.prepared import model_of
 from minitf.files import write_atomically
 from minitf.parameters import count
+from minitf.pretrained import load
 from minitf.train import tasks, trainer
 from minitf.train.batch import masked, next_token
 from minitf.train.config import MeshSettings, TrainConfig
@@ -134,18 +135,21 @@ def run_of(config: TrainConfig) -> Run:
 
 def program_of(config: TrainConfig) -> Program:
     """What trains, with tokens of files in their place only."""
+    start = load(config.training.start_from).config if config.training.start_from else None
     if config.task:
         settings = dict(config.task)
         task = tasks.make(str(settings.pop("name", "")), settings)
-        model = model_of(config, task.vocabulary, task.length)
+        model = model_of(config, task.vocabulary, task.length, start=start)
         return Program(config, model, config.objective.kind or task.objective, draw=task.draw)
     kind = config.objective.kind or "next_token"
     is_masked, known = kind == "masked_token", vocabulary_of(config.data)
-    if known is None and "vocabulary" not in config.model:
+    if start is not None:
+        known = None  # the text has the tokens of that model
+    elif known is None and "vocabulary" not in config.model:
         raise ValueError(
             "how many different tokens the data has is not known before it is read; say model.vocabulary=N"
         )
-    model = model_of(config, 1 if known is None else known + is_masked, None, causal=not is_masked)
+    model = model_of(config, 1 if known is None else known + is_masked, None, causal=not is_masked, start=start)
 
     def as_batch(window: Any, key: Any) -> Any:
         if is_masked:

@@ -22,6 +22,7 @@ from minitf.analysis.run_folder import (
     told_to_people,
     writing_results,
 )
+from minitf.analysis.training import start
 from minitf.analysis.training.boards import Board, boards
 from minitf.analysis.training.distributed import first_alone, is_first
 from minitf.analysis.training.log import read
@@ -64,7 +65,7 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
                 changed = () if overwrite else _may_change(config, held, out)
                 open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed)
                 write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
-            ready = prepared(config, out / "data", progress.note)
+            ready = prepared(config, out, progress.note)
             _check_data(out, ready)
         if not _finished(config, out):
             _train(config, ready, mesh, out, progress, quiet)
@@ -84,6 +85,7 @@ def _may_change(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[s
     if _nothing_done(out):
         for name in ("data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"):
             (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / start.FOLDER, ignore_errors=True)
         return tuple(held)
     return _made_longer(config, held, out)
 
@@ -133,7 +135,9 @@ def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress
             work = flops(ready.program.gradient, state.parameters, batch, numbers, key)
             progress.note(_what(ready, models, work))
             with telling_of_memory(LESS_MEMORY):
-                programs = trainer.compiled(ready.program, mesh, work * len(models.seeds), ready.length)
+                programs = trainer.compiled(
+                    ready.program, mesh, work * len(models.seeds), ready.length, initial=ready.initial
+                )
                 _check_memory(programs, mesh)
                 Training(config, ready, programs, mesh, models, checkpoints, out, progress, work, shown).run()
 

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from minitf import ModelConfig
-from minitf.config import from_plain
+from minitf.analysis.training.start import Start, started_from
+from minitf.config import from_plain, to_plain
+from minitf.parameters import Parameters
 from minitf.train import tasks
 from minitf.train.batch import Batch, masked, next_token
 from minitf.train.config import TrainConfig
@@ -39,6 +41,7 @@ class Prepared:
         source: one sentence on the data.
         identity: what the data is.
         references: losses that need no model, by name.
+        initial: parameters that every model starts from; None where each has its own.
     """
 
     program: Program
@@ -50,26 +53,33 @@ class Prepared:
     source: str
     identity: dict[str, Any]
     references: dict[str, float]
+    initial: Parameters | None = None
 
 
-def prepared(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> Prepared:
-    """Make everything ready; data that is read from files is kept in ``folder``.
+def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prepared:
+    """Make everything ready; data that is read from files, and a model to start from, are kept in ``out``.
 
     Raises ValueError for a task, files or a model that cannot be, in a sentence for people.
     """
+    start = started_from(config, out, say)
     if config.task:
-        return _of_task(config)
-    data = prepare(config.data, folder, say)
-    return _of_data(config, data)
+        ready = _of_task(config, start)
+    else:
+        data = prepare(config.data, out / "data", say, vocabulary=None if start is None else start.vocabulary)
+        ready = _of_data(config, data, start)
+    if start is None:
+        return ready
+    source = f"{ready.source}, from the weights of {config.training.start_from}"
+    return dataclasses.replace(ready, source=source, initial=start.fitted(ready.program.model))
 
 
-def _of_task(config: TrainConfig) -> Prepared:
+def _of_task(config: TrainConfig, start: Start | None) -> Prepared:
     settings = dict(config.task)
     task = tasks.make(str(settings.pop("name", "")), settings)
     kind = config.objective.kind or task.objective
     if (kind == "regression") != (task.objective == "regression") or kind == "masked_token":
         raise ValueError(f"objective.kind is {kind!r}; the task {config.task['name']} is for {task.objective!r}")
-    model = model_of(config, task.vocabulary, task.length)
+    model = model_of(config, task.vocabulary, task.length, start=None if start is None else start.config)
     held_out = task.held_out()
     return Prepared(
         program=Program(config, model, kind, draw=task.draw),
@@ -84,12 +94,18 @@ def _of_task(config: TrainConfig) -> Prepared:
     )
 
 
-def _of_data(config: TrainConfig, data: Data) -> Prepared:
+def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
     kind = config.objective.kind or "next_token"
     if kind not in ("next_token", "masked_token"):
         raise ValueError(f"objective.kind is {kind!r}; files are for next_token or masked_token")
     is_masked = kind == "masked_token"
-    model = model_of(config, data.vocabulary.size + is_masked, None, causal=not is_masked)
+    begun = None if start is None else start.config
+    model = model_of(config, data.vocabulary.size + is_masked, None, causal=not is_masked, start=begun)
+    if not model.causal and not is_masked:
+        raise ValueError(
+            "the model is not causal: it sees the next token, which it is to learn (objective.kind is "
+            "'next_token'). Choose objective.kind=masked_token, or model.causal=true"
+        )
     length, size = model.length, config.training.batch
     mask_token = data.vocabulary.size
 
@@ -139,14 +155,20 @@ def _frequencies(data: Data) -> float:
     return float(-np.sum(asked * np.log(seen / seen.sum())) / asked.sum())
 
 
-def model_of(config: TrainConfig, vocabulary: int, length: int | None, causal: bool = True) -> ModelConfig:
-    """The model of a run, with what its data says where the configuration is silent.
+def model_of(
+    config: TrainConfig,
+    vocabulary: int,
+    length: int | None,
+    causal: bool = True,
+    start: ModelConfig | None = None,
+) -> ModelConfig:
+    """The model of a run, with what its data says, or a model to start from, where the configuration is silent.
 
     Raises ValueError where it cannot hold the data.
     """
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     fields = {"vocabulary": vocabulary, "causal": causal, **({} if length is None else {"length": length})}
-    fields |= config.model
+    fields |= ({} if start is None else to_plain(start)) | dict(config.model)
     unknown = [name for name in fields if name not in known]
     if unknown:
         raise ValueError(

@@ -5,7 +5,7 @@ and the piece. Token 0 stands for the unknown, 1 begins a text, 2 ends one, 3 to
 ``<0x0A>``.
 """
 
-import itertools
+import heapq
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,11 +16,14 @@ _FIRST_PIECE = FIRST_BYTE + 256
 
 
 class Llama2cTokenizer:
-    """Text to tokens and back. Its methods have the names of those of ``tiktoken.Encoding``."""
+    """Text to tokens and back. Its methods have the names of those of ``tiktoken.Encoding``.
 
-    def __init__(self, pieces: list[bytes], scores: list[float], name: str = "llama2c"):
-        self.name = name
-        self.n_vocab = len(pieces)
+    ``file`` is what it was read from; the model's embedding has as many ``rows`` as there are tokens.
+    """
+
+    def __init__(self, pieces: list[bytes], scores: list[float], name: str = "llama2c", file: bytes = b""):
+        self.name, self.file = name, file
+        self.n_vocab = self.rows = len(pieces)
         self._pieces = [*([b""] * FIRST_BYTE), *(bytes([value]) for value in range(256)), *pieces[_FIRST_PIECE:]]
         self._scores = scores
         # Only real pieces are looked up: the text "<0x0A>" is six characters. Of equal pieces the first counts.
@@ -37,14 +40,35 @@ class Llama2cTokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"the text holds a lone surrogate at position {error.start}") from None
         tokens = [token for character in (" " + text if text else "") for token in self._character(character)]
-        while mergers := [
-            (self._scores[piece], -place, piece)
-            for place, pair in enumerate(itertools.pairwise(tokens))
-            if (piece := self._ids.get(self._pieces[pair[0]] + self._pieces[pair[1]])) is not None
-        ]:
-            _, place, piece = max(mergers)
-            tokens[-place : 2 - place] = [piece]
-        return [BEGIN, *tokens]
+        return [BEGIN, *self._merged(tokens)]
+
+    def _merged(self, tokens: list[int]) -> list[int]:
+        """Tokens after all merges, of a long text too: what could be merged waits in the order of its merging."""
+        before, after = list(range(-1, len(tokens) - 1)), list(range(1, len(tokens) + 1))
+        waiting: list[tuple[float, int, int, int]] = []
+
+        def offer(left: int, right: int) -> None:
+            if left >= 0 and right < len(tokens):
+                piece = self._ids.get(self._pieces[tokens[left]] + self._pieces[tokens[right]])
+                if piece is not None:
+                    heapq.heappush(waiting, (-self._scores[piece], left, right, piece))
+
+        for left, right in enumerate(after):
+            offer(left, right)
+        there = [True] * len(tokens)
+        while waiting:
+            _, left, right, piece = heapq.heappop(waiting)
+            # What was offered before one of the two was merged with another is no longer there.
+            if not (there[left] and there[right] and after[left] == right):
+                continue
+            if self._pieces[tokens[left]] + self._pieces[tokens[right]] != self._pieces[piece]:
+                continue
+            tokens[left], there[right], after[left] = piece, False, after[right]
+            if after[right] < len(tokens):
+                before[after[right]] = left
+            offer(before[left], left)
+            offer(left, after[left])
+        return [token for token, one in zip(tokens, there, strict=True) if one]
 
     def decode(self, ids: Iterable[Any]) -> str:
         """The text of tokens; what is not valid UTF-8 becomes U+FFFD. Raises ValueError on an unknown id."""
@@ -73,8 +97,8 @@ class Llama2cTokenizer:
         return [self._ids[data]] if data in self._ids else [FIRST_BYTE + value for value in data]
 
 
-def load_tokenizer(path: Path, vocabulary: int) -> Llama2cTokenizer:
-    """The tokenizer of a file, which must have ``vocabulary`` tokens.
+def load_tokenizer(path: Path, rows: int | None = None) -> Llama2cTokenizer:
+    """The tokenizer of a file, for a model of ``rows`` tokens, of which it must have as many (None: of any size).
 
     Raises:
         ValueError: the file is missing, damaged, of another size, or lacks the single bytes.
@@ -95,8 +119,8 @@ def load_tokenizer(path: Path, vocabulary: int) -> Llama2cTokenizer:
         pieces.append(raw[place + 8 : place + 8 + length])
         scores.append(score)
         place += 8 + length
-    if len(pieces) != vocabulary:
-        raise ValueError(f"{path} has {len(pieces)} tokens, but the model has {vocabulary}")
+    if rows is not None and len(pieces) != rows:
+        raise ValueError(f"{path} has {len(pieces)} tokens, but the model has {rows}")
     if pieces[FIRST_BYTE:_FIRST_PIECE] != [b"<0x%02X>" % value for value in range(256)]:
         raise ValueError(f"{path} does not have the 256 single bytes as its tokens 3 to 258")
-    return Llama2cTokenizer(pieces, scores, path.stem)
+    return Llama2cTokenizer(pieces, scores, path.stem, raw)

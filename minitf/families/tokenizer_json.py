@@ -18,17 +18,28 @@ _CHARACTERS = {value: chr(value) for value in _SEEN} | {v: chr(0x100 + i) for i,
 _BYTES = {character: value for value, character in _CHARACTERS.items()}
 
 
+class NotInstalled(ValueError):
+    """The package that runs a tokenizer.json is not there."""
+
+    def __init__(self, file: Path):
+        super().__init__(f"{file} is run by the package tokenizers: pip install 'minitf[hub]'")
+
+
 class JsonTokenizer:
     """Text to tokens and back. Its methods have the names of those of ``tiktoken.Encoding``.
 
-    ``n_vocab`` is one more than the largest id. A model may have more rows in its embedding, to make their number
-    round: those are ids without a token, which decode to nothing.
+    ``n_vocab`` is one more than the largest id. A model may have more ``rows`` in its embedding, to make their
+    number round: those are ids without a token, which decode to nothing. ``file`` is what it was read from.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, name: str = "tokenizer.json"):
+    def __init__(
+        self, tokenizer: Any, rows: int | None = None, name: str = "tokenizer.json", file: bytes | None = None
+    ):
         self.name = name
-        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self.file = tokenizer.to_str().encode() if file is None else file
+        self._tokenizer = tokenizer
         self.n_vocab = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.rows = self.n_vocab if rows is None else rows
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._decoders = _flat(json.loads(tokenizer.to_str())["decoder"])
 
@@ -52,10 +63,10 @@ class JsonTokenizer:
         except BaseException as error:  # a panic of the package is no Exception
             raise ValueError(f"{self.name} cannot encode this text: {error}") from error
         for token in ids:
-            if token >= self._vocabulary:
+            if token >= self.rows:
                 raise ValueError(
                     f"the text has the token {self._tokenizer.id_to_token(token)!r}, number {token}, but the "
-                    f"model's embedding ends with {self._vocabulary - 1}"
+                    f"model's embedding ends with {self.rows - 1}"
                 )
         return ids
 
@@ -66,8 +77,8 @@ class JsonTokenizer:
         """
         tokens = [int(token) for token in ids]
         for token in tokens:
-            if not 0 <= token < self._vocabulary:
-                raise ValueError(f"there is no token {token}; the model's go from 0 to {self._vocabulary - 1}")
+            if not 0 <= token < self.rows:
+                raise ValueError(f"there is no token {token}; the model's go from 0 to {self.rows - 1}")
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def decode_single_token_bytes(self, token: Any) -> bytes:
@@ -86,8 +97,10 @@ def byte_level(token: bytes) -> str:
     return "".join(_CHARACTERS[value] for value in token)
 
 
-def load_tokenizer(path: Path, vocabulary: int) -> JsonTokenizer | None:
-    """The tokenizer of a file, for a model of ``vocabulary`` tokens; None where ``tokenizers`` is not installed.
+def load_tokenizer(path: Path, rows: int | None = None) -> JsonTokenizer | None:
+    """The tokenizer of a file, for a model of ``rows`` tokens (None: as many as it has itself).
+
+    None where ``tokenizers`` is not installed.
 
     Raises:
         ValueError: the file is missing or damaged, or has more tokens than the model, not counting those that
@@ -106,15 +119,15 @@ def load_tokenizer(path: Path, vocabulary: int) -> JsonTokenizer | None:
     except Exception as error:  # the package raises no narrower one
         raise ValueError(f"{path} is no tokenizer that the package tokenizers can read: {error}") from error
     most = max(found.get_vocab(with_added_tokens=False).values(), default=-1) + 1
-    if most > vocabulary:
+    if rows is not None and most > rows:
         raise ValueError(
-            f"{path} has {most} tokens, but the model's embedding has {vocabulary}: they do not belong together. "
+            f"{path} has {most} tokens, but the model's embedding has {rows}: they do not belong together. "
             "Take the file away to use the model by token ids"
         )
     # A file may say that texts are cut or filled up to some length: that is for batches, not for reading.
     found.no_truncation()
     found.no_padding()
-    return JsonTokenizer(found, vocabulary, str(path))
+    return JsonTokenizer(found, rows, str(path), raw)
 
 
 def _flat(decoder: Any) -> list[dict[str, Any]]:

@@ -179,7 +179,7 @@ def test_what_has_no_room_is_told_before_it_begins(tmp_path, monkeypatch):
         ):
             run(tmp_path / "run")
     with monkeypatch.context() as full:
-        full.setattr(job.trainer, "compiled", lambda *_: jnp.zeros(10**13))
+        full.setattr(job.trainer, "compiled", lambda *_, **options: jnp.zeros(10**13))
         with pytest.raises(
             Problem, match=r"not enough memory on the device: .*40000000000000 bytes. A smaller train"
         ):

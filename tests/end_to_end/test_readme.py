@@ -29,8 +29,10 @@ def test_the_commands_that_it_shows_can_be_understood():
         command = cli.parsed(shlex.split(line))
         if isinstance(command, Train):
             as_config(command.tables())
-    (on_text,) = [line for line in shown if "--text" in line]
-    assert cli.parsed(shlex.split(on_text)).text == ("shakespeare.txt",)
+    fresh, going_on = (cli.parsed(shlex.split(line)) for line in shown if "--text" in line)
+    assert fresh.text == going_on.text == ("shakespeare.txt",)
+    assert as_config(going_on.tables()).model == {"length": 256}
+    assert going_on.tables()["training"]["start_from"] == "hub:openai-community/gpt2"
 
 
 def test_the_package_layout_in_the_readme_is_the_tree():

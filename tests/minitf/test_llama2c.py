@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from properties.checkpoints import refused
+from properties.llama2c_files import tokenizer_bytes
 from properties.models import bits, compiled_logits, in_float64, random_parameters, random_tokens
 
 from minitf import ModelConfig
@@ -51,12 +52,6 @@ def llama2c_bytes(config, parameters):
         *([] if c.tied else [w["unembedding"].T]),
     ]
     return struct.pack("<7i", *numbers) + b"".join(np.asarray(part, "<f4").tobytes() for part in parts)
-
-
-def tokenizer_bytes(pieces):
-    whole = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % value for value in range(256)), *pieces]
-    scored = zip(range(len(whole)), whole, strict=True)
-    return struct.pack("<i", 9) + b"".join(struct.pack("<fi", -n, len(p)) + p for n, p in scored)
 
 
 @pytest.fixture

@@ -37,10 +37,10 @@ def program_of(mesh, **optimizer):
                         "optimizer": {"warm_up": 0, "rate": 0.01, "average": 0.9, **optimizer}, "mesh": mesh})
     return Program(config, MODEL, "next_token", as_batch=lambda window, key: next_token(window))
 
-def compiled(mesh, **optimizer):
+def compiled(mesh, initial=None, **optimizer):
     program = program_of(mesh, **optimizer)
     devices = sharding.mesh_of(program.config.mesh)
-    return trainer.compiled(program, devices, 1e9, 8), devices
+    return trainer.compiled(program, devices, 1e9, 8, initial=initial), devices
 
 def train(programs, devices, stops=(6,), kept=None, mine=windows):
     done, state = kept.restore(programs.state) if kept and kept.steps() else (0, programs.start())
@@ -74,6 +74,11 @@ for data, fsdp, tensor in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2)
         assert step == 6
         assert jax.tree.all(jax.tree.map(lambda x, like: x.sharding == like.sharding, read, programs.state))
         assert_alike(read)
+    if data == fsdp == tensor:  # what was trained on one device is where another training starts
+        given = jax.tree.map(np.asarray, whole.parameters)
+        begun = compiled({"data": data, "fsdp": fsdp, "tensor": tensor}, given)[0].start()
+        jax.tree.map(np.testing.assert_array_equal, begun.parameters, given)
+        assert begun.parameters.layers.feed_forward.into.sharding == weight.sharding
     last = None
     if (data, fsdp, tensor) in [(1, 8, 1), (1, 2, 4)]:  # each before a mesh of all other divisions
         last = Checkpoints(Path(sys.argv[1]) / f"{data}{fsdp}{tensor}", KeepSettings(), 6)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from properties.llama2c_files import tokenizer_bytes
 
 from minitf.train.symbol_files import text_documents, token_documents
 from minitf.train.symbols import DataSettings, on_validation_side, prepare
@@ -231,6 +232,30 @@ def test_a_rank_file_and_the_folder_of_a_vocabulary_are_encodings(text, tmp_path
     for encoding in (tmp_path / "data" / "vocabulary.ranks", tmp_path / "data"):
         again = prepare(DataSettings(paths=(str(text),), encoding=str(encoding)), tmp_path / "again")
         assert np.array_equal(again.train.ids, data.train.ids)
+
+
+def test_tokenizers_of_other_programs_are_encodings(text, tmp_path):
+    (tmp_path / "tok.bin").write_bytes(tokenizer_bytes([b" ", b"a", b"th", b"the", b" the"]))
+    data = prepare(DataSettings(paths=(str(text),), encoding=str(tmp_path / "tok.bin")), tmp_path / "data")
+    assert data.vocabulary.size == 264 and 261 < data.train.ids.max() <= 263
+    # A document begins with token 1, and its text as if after a space.
+    begins = np.flatnonzero(np.asarray(data.validation.ids) == 1)
+    documents = [data.vocabulary.decode(ids) for ids in np.split(data.validation.ids, begins[1:])]
+    assert "".join(documents) == both_sides(prepare(DataSettings(paths=(str(text),)), tmp_path / "bytes"))[1]
+    again = load_vocabulary(tmp_path / "data")
+    assert np.array_equal(again.encode("the cat"), data.vocabulary.encode("the cat"))
+
+
+def test_the_tokenizer_json_of_a_model_is_an_encoding(text, tmp_path):
+    pytest.importorskip("tokenizers", reason="not installed: pip install 'minitf[hub]'")
+    from properties.tokenizer_files import KINDS
+
+    KINDS["pythia"].save(str(tmp_path / "tokenizer.json"))
+    for encoding in (tmp_path, tmp_path / "tokenizer.json"):
+        data = prepare(DataSettings(paths=(str(text),), encoding=str(encoding)), tmp_path / "data")
+        whole = data.vocabulary.decode(data.train.ids)
+        assert KINDS["pythia"].encode(whole).ids[:100] == data.train.ids[:100].tolist()
+    assert data.vocabulary.size == KINDS["pythia"].get_vocab_size()
 
 
 def test_too_many_characters_and_unknown_encodings_are_refused(tmp_path):
