@@ -23,7 +23,7 @@ class Train:
     ] = ()
     """Any settings, over those of the preset: model.layers=4 optimizer.rate=3e-4. --show lists all."""
     preset: Annotated[str, arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Where to start from; --show without a preset lists them."""
+    """Settings to begin with; --show without a preset lists them."""
     config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A TOML file with settings, over those of the preset."""
     start_from: Annotated[str, arg(metavar="MODEL", help_behavior_hint="")] = ""
@@ -110,7 +110,7 @@ class Plan:
     ] = ()
     """Settings of the run, as those of minitf train: mesh.fsdp=8 training.accumulate=4."""
     preset: Annotated[str, arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Where to start from, as with minitf train."""
+    """Settings to begin with, as with minitf train."""
     config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A TOML file with settings, over those of the preset."""
     device: str = "H100"
