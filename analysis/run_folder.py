@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from minitf.files import write_atomically
@@ -80,17 +81,18 @@ def open_run_folder(
     overwrite: bool = False,
     resume: bool = False,
     changed: Collection[str] = (),
+    usual: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """A folder that can be written, with ``config.json`` in it, for one run.
 
     A folder that holds a run is refused, unless ``overwrite`` (what the run made is removed, other files stay) or
-    ``resume`` (it must be a run of the same configuration, but for what is ``changed``). A folder that holds
-    anything else is always refused.
+    ``resume`` (it must be a run of the same configuration, but for what is ``changed``; what an older run did not
+    record was as is ``usual``). A folder that holds anything else is always refused.
 
     Raises:
         Problem: the folder cannot be made, written or used.
     """
-    check_run_folder(out, config, overwrite=overwrite, resume=resume, changed=changed)
+    check_run_folder(out, config, overwrite=overwrite, resume=resume, changed=changed, usual=usual)
     try:
         if overwrite:
             _remove_run(out)
@@ -119,6 +121,7 @@ def check_run_folder(
     overwrite: bool = False,
     resume: bool = False,
     changed: Collection[str] = (),
+    usual: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Refuse what :func:`open_run_folder` would refuse, as far as that can be told without writing.
 
@@ -154,8 +157,9 @@ def check_run_folder(
             f"{out} already holds a run. Add --resume to go on with it, --overwrite to replace it, or choose "
             "another folder with --out."
         )
-    same = {name: value for name, value in json.loads(_as_json(config)).items() if name not in changed}
-    _check_same(before, same, out)
+    plain = lambda one: json.loads(_as_json(dict(one)))
+    held = lambda one: {name: value for name, value in one.items() if name not in changed}
+    _check_same(held({**plain(usual), **before}), held(plain(config)), out)
 
 
 def check_writable(out: Path) -> None:
@@ -191,12 +195,16 @@ def _unusable(out: Path, reason: object) -> Problem:
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    different = [key for key in now if before.get(key) != now[key]]
-    if different:
-        changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
+    told = lambda one, name: repr(one[name]) if name in one else "not given"
+    changes = [
+        f"{name} was {told(before, name)} and is {told(now, name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
         raise Problem(
-            f"{out} holds a run with other settings ({changes}). Use the same settings, or --overwrite to replace "
-            "it."
+            f"{out} holds a run with other settings ({', '.join(changes)}). Use the same settings, or --overwrite "
+            "to replace it."
         )
 
 

@@ -28,7 +28,7 @@ class Train:
     """A TOML file with settings, over those of the preset."""
     start_from: Annotated[str, arg(metavar="MODEL", help_behavior_hint="")] = ""
     """A trained model to go on from, as minitf walk takes it: a folder, a llama2.c .bin file, or hub:owner/name.
-    The text then has the model's own tokens."""
+    The text then has the model's own tokens, and settings of model those that it has itself."""
     text: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
     """Text to train on: files or folders. Without it, and without a task: the documentation inside Python."""
     steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
@@ -57,7 +57,7 @@ class Train:
         from minitf.analysis.run_folder import told_to_people
         from minitf.train import settings
 
-        if self.show and not (self.preset or self.config or self.settings):
+        if self.show and not (self.preset or self.config or self.settings or self.start_from):
             print("\n".join(f"{name:20} {settings.about_preset(name)}" for name in settings.preset_names()))
             return 0
         with told_to_people():
@@ -79,15 +79,20 @@ class Train:
         """All settings that were given, by group. Raises ValueError."""
         from minitf.train import settings
 
-        tables = _tables_of(self.preset, self.config, self.settings, self.start_from)
-        named = {"steps": self.steps, "seed": self.seed, "seeds": self.seeds}
+        named = {
+            "steps": self.steps,
+            "seed": self.seed,
+            "seeds": self.seeds,
+            "start_from": self.start_from or None,
+        }
         training = {name: value for name, value in named.items() if value is not None}
         above: dict[str, Any] = {"training": training} if training else {}
         if self.text:
             above["data"] = {"paths": list(self.text)}
         if self.sweep:
             above["sweep"] = settings.sweep_from(self.sweep)
-        return settings.laid_over(tables, above)
+        words = settings.from_words(self.settings)
+        return settings.tables_of(self.preset, self.config, settings.laid_over(words, above))
 
     def after_interrupt(self) -> str:
         """What to do after Ctrl-C, for people."""
@@ -129,7 +134,8 @@ class Plan:
         from minitf.train import settings
 
         with told_to_people():
-            config = settings.as_config(_tables_of(self.preset, self.config, self.settings))
+            words = settings.from_words(self.settings)
+            config = settings.as_config(settings.tables_of(self.preset, self.config, words))
             check_writable(self.out)
             job.run(config, self.out, self.device, self.devices, self.utilization)
         return 0
@@ -170,16 +176,3 @@ class FourBit:
     def after_interrupt(self) -> str:
         """What to do after Ctrl-C, for people."""
         return "Nothing was kept; run the command again."
-
-
-def _tables_of(preset: str, config: Path | None, words: tuple[str, ...], start_from: str = "") -> dict[str, Any]:
-    """A preset's settings, over them those of a file, over both those of the command line. Raises ValueError."""
-    from minitf.train import settings
-
-    tables: dict[str, Any] = settings.read_preset(preset) if preset else {}
-    if config is not None:
-        tables = settings.laid_over(tables, settings.read_toml(config))
-    above = settings.from_words(words)
-    if start_from:
-        above["training"] = {**above.get("training", {}), "start_from": start_from}
-    return settings.laid_over(tables, above)

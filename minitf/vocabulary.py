@@ -117,10 +117,7 @@ class Characters:
             unknown = np.unique(codes[tokens < 0])
             named = ", ".join(repr(chr(code)) for code in unknown[:10].tolist())
             more = f" and {unknown.size - 10} more" if unknown.size > 10 else ""
-            raise ValueError(
-                f"the characters {named}{more} are not in the alphabet of {self.size} characters that was found "
-                "in the data"
-            )
+            raise ValueError(f"the characters {named}{more} are not in the alphabet of {self.size} characters")
         return tokens
 
     def decode(self, ids: Iterable[Any]) -> str:
@@ -153,7 +150,7 @@ class Names:
         try:
             return np.array([self._numbers[line] for line in lines], np.int32)
         except KeyError as error:
-            known = f"{self.size} symbols found in the data ({', '.join(map(repr, self.names[:3]))}, ...)"
+            known = f"{self.size} symbols of this vocabulary ({', '.join(map(repr, self.names[:3]))}, ...)"
             raise ValueError(f"{error.args[0]!r} is none of the {known}; each is a line") from None
 
     def decode(self, ids: Iterable[Any]) -> str:
@@ -392,5 +389,11 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary | None:
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.vocabulary
     if isinstance(tokenizer, tiktoken.Encoding):
-        return Pieces(tokenizer)
+        # A rank file holds no pattern, and with another one the same ranks are another encoding.
+        return Pieces(tokenizer) if tokenizer._pat_str == GPT2_PATTERN else None
     return TokenizerFile(tokenizer) if isinstance(tokenizer, JsonTokenizer | Llama2cTokenizer) else None
+
+
+def mask_token_of(vocabulary: Vocabulary) -> int | None:
+    """The token that stands for what is to be guessed, where a vocabulary has one."""
+    return vocabulary.tokenizer.mask_token if isinstance(vocabulary, TokenizerFile) else None

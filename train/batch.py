@@ -40,11 +40,13 @@ def masked(
     key: Key[Array, ""],
     share: float | Float[Array, ""],
     mask_token: int,
+    size: int | None = None,
 ) -> Batch:
     """Each position is chosen with probability ``share``; the targets are the true tokens of the chosen ones.
 
-    Of the chosen positions 80 % show ``mask_token``, 10 % a uniformly random token below it, and 10 % what they
-    held (Devlin et al. 2019, BERT). ``mask_token`` is the first id after those of the data.
+    Of the chosen positions 80 % show ``mask_token``, 10 % a uniformly random token below ``size``, and 10 % what
+    they held (Devlin et al. 2019, BERT). ``mask_token`` is the first id after those of the data, unless they have
+    one of their own, and then ``size`` says how many they are.
 
     Raises ValueError, when traced, for a share outside (0, 1], and for a ``mask_token`` below 1.
     """
@@ -55,7 +57,7 @@ def masked(
     of_choice, of_fate, of_token = jax.random.split(key, 3)
     chosen = jax.random.bernoulli(of_choice, share, tokens.shape)
     fate = jax.random.uniform(of_fate, tokens.shape)
-    random = jax.random.randint(of_token, tokens.shape, 0, mask_token)
+    random = jax.random.randint(of_token, tokens.shape, 0, mask_token if size is None else size)
     instead = jnp.where(fate < SHOWN_MASKED + SHOWN_RANDOM, random, tokens)
     instead = jnp.where(fate < SHOWN_MASKED, mask_token, instead)
     return Batch(

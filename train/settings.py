@@ -38,7 +38,7 @@ def read_preset(name: str) -> dict[str, Any]:
         raise ValueError(
             f"there is no preset {name!r}{_near(name, preset_names())}; there are {', '.join(preset_names())}"
         )
-    return read_toml(PRESETS / f"{name}.toml")
+    return _tables_in(PRESETS / f"{name}.toml")
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -46,25 +46,43 @@ def read_toml(file: Path) -> dict[str, Any]:
 
     Raises ValueError naming the file: missing, unreadable, not TOML.
     """
+    return tables_of("", file, {})
+
+
+def tables_of(preset: str, file: Path | None, above: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a preset, over them those of a file (and of the preset that it names), over all those above.
+
+    Raises ValueError: no such preset, a file that is missing, unreadable or not TOML, by name.
+    """
+    said = {} if file is None else _tables_in(file)
+    own = str(said.pop("preset", ""))
+    said = laid_over(said, above)
+    tables: dict[str, Any] = {}
+    for name in filter(None, (preset, own)):
+        tables = laid_over(tables, read_preset(name))
+    training = said.get("training")
+    if isinstance(training, Mapping) and training.get("start_from"):
+        # What is trained and how its text is encoded is then that model's, and not the preset's.
+        tables.pop("model", None)
+        tables["data"] = {k: v for k, v in tables.get("data", {}).items() if k not in ("encoding", "vocabulary")}
+    return laid_over(tables, said)
+
+
+def _tables_in(file: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(file.read_text("utf-8"))
+        return tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not TOML: {error}") from error
-    base = tables.pop("preset", None)
-    return tables if base is None else laid_over(read_preset(str(base)), tables)
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The tables ``below``, with what ``above`` says in place of what they say.
 
-    Another task's settings, or another mixer's, are not mixed with those there were; nor is the model that a
-    training starts from with another one.
+    Another task's settings, or another mixer's, are not mixed with those there were.
     """
     joined = dict(below)
-    if _start_of(above) not in ("", _start_of(below)):
-        joined.pop("model", None)
     for group, fields in above.items():
         known = joined.get(group)
         if not isinstance(known, Mapping) or not isinstance(fields, Mapping):
@@ -74,11 +92,6 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
         else:
             joined[group] = {**known, **fields}
     return joined
-
-
-def _start_of(tables: Mapping[str, Any]) -> Any:
-    training = tables.get("training")
-    return training.get("start_from", "") if isinstance(training, Mapping) else ""
 
 
 def from_words(words: Iterable[str]) -> dict[str, Any]:

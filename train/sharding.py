@@ -106,3 +106,8 @@ def _like(shape: tuple[int, ...], declaration: Declaration, mesh: Mesh) -> P:
 def placed(array: np.ndarray, where: NamedSharding) -> jax.Array:
     """An array of this process's part of the batch, as one of all processes."""
     return jax.make_array_from_process_local_data(where, array)
+
+
+def placed_whole(tree: Tree, where: Tree) -> Tree:
+    """Arrays that every process has whole, each device's part where it belongs."""
+    return jax.tree.map(lambda x, at: jax.make_array_from_callback(x.shape, at, lambda part: x[part]), tree, where)

@@ -31,6 +31,7 @@ from minitf.train.token_file import Tokens, open_tokens, sha256_of, token_writer
 from minitf.vocabulary import (
     FILE,
     FILES,
+    Bins,
     Bytes,
     Characters,
     Ids,
@@ -43,7 +44,9 @@ from minitf.vocabulary import (
 )
 
 # To be raised when the same files and settings would give other tokens than before.
-PREPARED_FORMAT = "minitf data 1"
+PREPARED_FORMAT = "minitf data 2"
+# Encodings that follow from the data, or need nothing; "": one of them.
+LEARNED = ("", "bytes", "characters", "bpe", "symbols")
 MOST_CHARACTERS = 4096
 MOST_NAMES = 65_536
 BPE_PIECES = 4096
@@ -145,8 +148,12 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
     kept = _kept(folder, recipe, say)
     if kept is not None:
         return kept
-    read = lambda doing: _reported(_documents(settings, files), doing, say)
-    symbols = _learn(settings, files, read) if vocabulary is None else load_vocabulary(vocabulary)
+    known = _known(settings, vocabulary)
+    if isinstance(known, Bins):
+        settings = dataclasses.replace(settings, columns=settings.columns or known.columns)
+        _check_columns(settings, known)
+    read = lambda doing: _reported(_documents(settings, files, known), doing, say)
+    symbols = known or _learn(settings, files, read)
     folder.mkdir(parents=True, exist_ok=True)
     # What is half made, or half replaced, is no data: this file is written last.
     for name in ("data.json", *FILES):
@@ -169,17 +176,38 @@ def on_validation_side(document: Document, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < share * 2**64
 
 
-def _documents(settings: DataSettings, files: list[Path]) -> Iterator[Document]:
+def _known(settings: DataSettings, vocabulary: Path | None) -> Vocabulary | None:
+    """The vocabulary, where it does not follow from the data."""
+    if vocabulary is None:
+        return None if settings.bins or settings.encoding in LEARNED else _given(settings.encoding)
+    for name in ("encoding", "vocabulary", "bins"):
+        if getattr(settings, name):
+            raise ValueError(
+                f"data.{name} is {getattr(settings, name)!r}; with a model to start from, data has the tokens of "
+                "that model: leave it out"
+            )
+    return load_vocabulary(vocabulary)
+
+
+def _check_columns(settings: DataSettings, known: Bins) -> None:
+    if settings.columns != known.columns:
+        raise ValueError(
+            f"data.columns are {', '.join(settings.columns)}; the bins of this vocabulary are those of "
+            f"{', '.join(known.columns)}, in this order"
+        )
+
+
+def _documents(settings: DataSettings, files: list[Path], known: Vocabulary | None) -> Iterator[Document]:
     if not files:
         texts = python_documentation()
         return (f"{document.rstrip()}\n\n" for document in texts.train + texts.validation)
     if settings.format == "fasta":
         return fasta_documents(files)
     if settings.format == "csv":
-        names = settings.encoding == "symbols"
-        check = not_a_number if settings.bins else not_a_name if names else None
-        series = bool(settings.bins) or names
-        return table_documents(files, settings.columns, settings.delimiter, check, series=series)
+        names = settings.encoding == "symbols" or isinstance(known, Names)
+        numbered = bool(settings.bins) or isinstance(known, Bins)
+        check = not_a_number if numbered else not_a_name if names else None
+        return table_documents(files, settings.columns, settings.delimiter, check, series=numbered or names)
     return token_documents(files, settings.raw) if settings.format == "tokens" else text_documents(files)
 
 
@@ -196,12 +224,10 @@ def _learn(settings: DataSettings, files: list[Path], read: Callable[[str], Iter
         return Pieces(train_encoding(_beginning(training()), settings.vocabulary or BPE_PIECES))
     if encoding in ("characters", "symbols"):
         return _listed(encoding, read(f"Finding the {encoding}"))
-    return _given(encoding)
+    return Bytes()
 
 
 def _given(encoding: str) -> Vocabulary:
-    if encoding == "bytes":
-        return Bytes()
     if encoding == "gpt2":
         return Pieces(gpt2_encoding())
     if not Path(encoding).exists():

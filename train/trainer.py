@@ -122,7 +122,12 @@ def memory_of(mesh: Mesh) -> int | None:
 
 
 def compiled(
-    program: Program, mesh: Mesh, flops: float, length: int, memory: int | None = None, initial: Tree = None
+    program: Program,
+    mesh: Mesh,
+    flops: float,
+    length: int,
+    memory: int | None = None,
+    initial: Callable[[], Tree] | None = None,
 ) -> Compiled:
     """Compile a run's programs. Of many models fewer run side by side, half of them each time, until what the
     compiler says that a call needs is there.
@@ -133,7 +138,7 @@ def compiled(
         flops: operations of one step of all models, about, which decides how many steps a call takes.
         length: of the windows.
         memory: bytes that each device has for them; else what :func:`memory_of` says, if it says anything.
-        initial: parameters on the host that every model starts from; else each has its own, made with its key.
+        initial: () -> parameters on the host, that every model starts from; else each has its own, from its key.
     """
     config, models = program.config, models_of(program.config)
     if not models.batched:
@@ -145,7 +150,7 @@ def compiled(
     seed_of = jnp.asarray([models.different_seeds.index(seed) for seed in models.seeds])
     if models.batched:
         begin = lambda given: jax.vmap(program.start, in_axes=(0, 0, None))(keys, hyper, given)
-        shapes = jax.eval_shape(begin, initial)
+        shapes = jax.eval_shape(begin, None)
         at_once = models_at_once(config, models, shapes)
         go_on = lambda at_once, state, windows, done, to: side_by_side(program, most, at_once)(
             state, keys, hyper, windows, seed_of, done, to
@@ -154,7 +159,7 @@ def compiled(
         at_once = 1
         key, numbers = keys[0], {name: values[0] for name, values in hyper.items()}
         begin = lambda given: program.start(key, numbers, given)
-        shapes = jax.eval_shape(begin, initial)
+        shapes = jax.eval_shape(begin, None)
         go_on = lambda at_once, state, windows, done, to: program.advance(
             state, key, numbers, None if windows is None else windows[0], done, to, most
         )
@@ -175,7 +180,9 @@ def compiled(
             break
         at_once = -(-at_once // 2)
     return Compiled(
-        start=lambda: jax.jit(begin, out_shardings=placed)(_given(initial, placed.parameters)),
+        start=lambda: jax.jit(begin, out_shardings=placed)(
+            None if initial is None else sharding.placed_whole(initial(), placed.parameters)
+        ),
         advance=lambda state, windows, done, to: ready(state, windows, np.int32(done), np.int32(to)),
         state=state,
         most=most,
@@ -183,11 +190,6 @@ def compiled(
         argument_bytes=arguments,
         at_once=at_once,
     )
-
-
-def _given(initial: Tree, placed: Tree) -> Tree:
-    """Parameters from the host, each device's part where it belongs; the same in all processes."""
-    return None if initial is None else jax.tree.map(jax.device_put, initial, placed)
 
 
 def _needs(ready: Any) -> tuple[int, int]:

@@ -40,6 +40,8 @@ from minitf.train.settings import as_tables, as_toml, by_name
 
 # What may change when a run goes on: where it runs and what it keeps, not what it computes.
 FREE = ("mesh", "keep")
+# What a run that was begun before there was a setting did not record.
+USUAL = {name: value for name, value in by_name(TrainConfig()).items() if name.partition(".")[0] not in FREE}
 LESS_MEMORY = (
     "A smaller training.batch needs less, or training.accumulate=4, training.rematerialize=true, or "
     "training.at_once=1 where many models train; minitf plan says how much."
@@ -62,8 +64,9 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
     with Progress(silent, remaining=True) as progress, told_to_people(), writing_results(out, GOES_ON):
         with first_alone("data"):
             if is_first():
+                start.check_elsewhere(config, out)
                 changed = () if overwrite else _may_change(config, held, out)
-                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed)
+                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed, usual=USUAL)
                 write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
             ready = prepared(config, out, progress.note)
             _check_data(out, ready)
@@ -85,8 +88,10 @@ def _may_change(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[s
     if _nothing_done(out):
         for name in ("data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"):
             (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / start.FOLDER, ignore_errors=True)
-        return tuple(held)
+        if recorded(out).get(start.SETTING) != held[start.SETTING]:
+            shutil.rmtree(out / start.FOLDER, ignore_errors=True)
+        # All that either of them says.
+        return (*held, *recorded(out))
     return _made_longer(config, held, out)
 
 
@@ -112,7 +117,7 @@ def _made_longer(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[
     constant = config.optimizer.schedule == "constant"
     if not constant or not isinstance(before, int) or before >= config.training.steps:
         return ()
-    check_run_folder(out, held, resume=True, changed=(steps,))
+    check_run_folder(out, held, resume=True, changed=(steps,), usual=USUAL)
     for folder in model_folders(out, trainer.models_of(config)):
         shutil.rmtree(folder, ignore_errors=True)
     return (steps,)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from minitf.config import from_plain, to_plain
 from minitf.parameters import Parameters
 from minitf.train import tasks
 from minitf.train.batch import Batch, masked, next_token
-from minitf.train.config import TrainConfig
+from minitf.train.config import Objective, TrainConfig
 from minitf.train.loader import Loader, chunk, spread_windows
 from minitf.train.settings import meant
 from minitf.train.step import Program
 from minitf.train.symbols import Data, prepare
 from minitf.train.trainer import Windows, in_parts, models_of
-from minitf.vocabulary import Vocabulary
+from minitf.vocabulary import Vocabulary, mask_token_of
 
 # Sequences of held-out data that are looked at for statistics.
 LOOKED_AT = 16
@@ -41,7 +42,7 @@ class Prepared:
         source: one sentence on the data.
         identity: what the data is.
         references: losses that need no model, by name.
-        initial: parameters that every model starts from; None where each has its own.
+        initial: () -> parameters that every model starts from; None where each has its own.
     """
 
     program: Program
@@ -53,7 +54,7 @@ class Prepared:
     source: str
     identity: dict[str, Any]
     references: dict[str, float]
-    initial: Parameters | None = None
+    initial: Callable[[], Parameters] | None = None
 
 
 def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prepared:
@@ -67,10 +68,21 @@ def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prep
     else:
         data = prepare(config.data, out / "data", say, vocabulary=None if start is None else start.vocabulary)
         ready = _of_data(config, data, start)
+    check_sight(ready.program.objective, ready.program.model)
     if start is None:
         return ready
+    start.check(ready.program.model)
     source = f"{ready.source}, from the weights of {config.training.start_from}"
-    return dataclasses.replace(ready, source=source, initial=start.fitted(ready.program.model))
+    return dataclasses.replace(ready, source=source, initial=partial(start.parameters, ready.program.model))
+
+
+def check_sight(kind: Objective, model: ModelConfig) -> None:
+    """Raises ValueError where a model sees what it is to learn to tell."""
+    if kind in ("next_token", "regression") and not model.causal:
+        raise ValueError(
+            f"the model is not causal: it sees the next token, which it is to tell (objective.kind is {kind!r}). "
+            "Choose model.causal=true, or of files objective.kind=masked_token"
+        )
 
 
 def _of_task(config: TrainConfig, start: Start | None) -> Prepared:
@@ -99,19 +111,16 @@ def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
     if kind not in ("next_token", "masked_token"):
         raise ValueError(f"objective.kind is {kind!r}; files are for next_token or masked_token")
     is_masked = kind == "masked_token"
-    begun = None if start is None else start.config
-    model = model_of(config, data.vocabulary.size + is_masked, None, causal=not is_masked, start=begun)
-    if not model.causal and not is_masked:
-        raise ValueError(
-            "the model is not causal: it sees the next token, which it is to learn (objective.kind is "
-            "'next_token'). Choose objective.kind=masked_token, or model.causal=true"
-        )
+    begun, known = None if start is None else start.config, data.vocabulary.size
+    own_mask = mask_token_of(data.vocabulary)
+    rows = known + (is_masked and own_mask is None)
+    model = model_of(config, rows, None, causal=not is_masked, start=begun)
     length, size = model.length, config.training.batch
-    mask_token = data.vocabulary.size
+    mask_token = known if own_mask is None else own_mask
 
     def as_batch(window: Any, key: Any) -> Batch:
         if is_masked:
-            return masked(window[:, :-1], key, config.objective.mask_share, mask_token)
+            return masked(window[:, :-1], key, config.objective.mask_share, mask_token, known)
         return next_token(window)
 
     for side, tokens in (("training", data.train), ("validation", data.validation)):

@@ -1,14 +1,16 @@
 """The trained model that a run starts from, kept in the run's folder: to go on needs nothing from elsewhere."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from minitf import ModelConfig
+from minitf import ModelConfig, initialize
+from minitf.analysis.run_folder import Problem
 from minitf.families import native
 from minitf.parameters import Parameters, check_fit
 from minitf.pretrained import load
@@ -16,38 +18,38 @@ from minitf.train.config import TrainConfig
 from minitf.vocabulary import FILE, vocabulary_of
 
 FOLDER = "start"
+SETTING = "training.start_from"
 
 
 @dataclass(frozen=True)
 class Start:
-    """A model to go on from.
+    """A model to go on from, in a folder.
 
     Attributes:
+        folder: where its copy is.
         config: what it is.
-        parameters: its weights, on the host.
         vocabulary: the folder of its vocabulary; None where it has none that could be read.
     """
 
+    folder: Path
     config: ModelConfig
-    parameters: Parameters
     vocabulary: Path | None
 
-    def fitted(self, model: ModelConfig) -> Parameters:
-        """Its weights for a model that may be shorter, and then has the first of its learned positions.
-
-        Raises ValueError where they are not those of such a model.
-        """
-        parameters: Any = self.parameters
-        if model.length < self.config.length and parameters.position is not None:
-            parameters = parameters.replace(position=parameters.position[: model.length])
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError where the weights are not those of such a model, but for its length."""
+        shapes = jax.eval_shape(lambda key: _cut(initialize(self.config, key), model), jax.random.key(0))
         try:
-            check_fit(parameters, model)
+            check_fit(shapes, model)
         except ValueError as error:
             raise ValueError(
-                f"training.start_from and settings of model do not go together: {error}. Leave those out that the "
-                "model to start from decides"
+                f"{SETTING} and settings of model do not go together: {error}. Leave those out that the model to "
+                "start from decides"
             ) from error
-        return parameters
+
+    def parameters(self, model: ModelConfig) -> Parameters:
+        """The weights, on the host; of learned positions as many as the model has."""
+        with _on_the_host():
+            return jax.tree.map(np.asarray, _cut(load(self.folder).parameters, model))
 
 
 def started_from(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Start | None:
@@ -59,16 +61,44 @@ def started_from(config: TrainConfig, out: Path, say: Callable[[str], None]) -> 
     if not source:
         return None
     folder = out / FOLDER
-    if not (folder / "config.json").exists():
+    reads = not config.task and config.data.format != "tokens" and not config.data.encoding
+    if not (folder / "config.json").exists() or (reads and not (folder / FILE).exists()):
         say(f"Copying the model to start from, {source}")
-        model = load(source)
-        native.save(folder, model.config, model.parameters, vocabulary_of(model.tokenizer))
-    model = load(folder)
-    knows = (folder / FILE).exists()
-    if not knows and not config.task and config.data.format != "tokens" and not config.data.encoding:
-        raise ValueError(
-            f"minitf has no tokenizer for {source}: say data.encoding, or train on tokens (data.format=tokens). "
-            "A tokenizer.json beside the model is read where the package tokenizers is installed"
-        )
-    weights = jax.tree.map(np.asarray, model.parameters)
-    return Start(model.config, weights, folder if knows else None)
+        with _on_the_host():
+            model = load(source)
+        vocabulary = vocabulary_of(model.tokenizer)
+        if reads and vocabulary is None:
+            raise ValueError(
+                f"minitf has no tokenizer for {source}: say data.encoding, or train on tokens "
+                "(data.format=tokens). It reads a tokenizer.json beside the model where the package tokenizers is "
+                "installed, for GPT-2 what tiktoken has, and llama2.c's tokenizer.bin"
+            )
+        native.save(folder, model.config, model.parameters, vocabulary)
+    return Start(folder, native.load_config(folder), folder if (folder / FILE).exists() else None)
+
+
+def config_of(source: str) -> ModelConfig:
+    """What a model to start from is. Raises ValueError for what cannot be loaded."""
+    with _on_the_host():
+        return load(source).config
+
+
+def check_elsewhere(config: TrainConfig, out: Path) -> None:
+    """Raises Problem for a model inside the folder of the run, which may be replaced before it is read."""
+    source = config.training.start_from
+    if source and not source.startswith("hub:") and Path(source).resolve().is_relative_to(out.resolve()):
+        raise Problem(f"the model to start from, {source}, lies in the folder of this run: choose another --out")
+
+
+def _cut(parameters: Parameters, model: ModelConfig) -> Any:
+    """With the first of its learned positions, where the model has fewer."""
+    known: Any = parameters.position
+    return parameters if known is None else replace(parameters, position=known[: model.length])
+
+
+def _on_the_host() -> AbstractContextManager[Any]:
+    """Arrays are made in the machine's memory, where JAX has its CPU beside other devices."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return nullcontext()

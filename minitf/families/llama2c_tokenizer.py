@@ -24,6 +24,7 @@ class Llama2cTokenizer:
     def __init__(self, pieces: list[bytes], scores: list[float], name: str = "llama2c", file: bytes = b""):
         self.name, self.file = name, file
         self.n_vocab = self.rows = len(pieces)
+        self.mask_token: int | None = None
         self._pieces = [*([b""] * FIRST_BYTE), *(bytes([value]) for value in range(256)), *pieces[_FIRST_PIECE:]]
         self._scores = scores
         # Only real pieces are looked up: the text "<0x0A>" is six characters. Of equal pieces the first counts.

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from minitf.config import ModelConfig, from_plain, to_plain
-from minitf.families.weights import ONE, open_folder
+from minitf.families.weights import ONE, open_folder, read_json
 from minitf.files import write_atomically
 from minitf.parameters import Parameters, declare, declared, is_declaration, named, path_name
 from minitf.vocabulary import Vocabulary
@@ -27,6 +27,11 @@ def save(folder: Path, config: ModelConfig, parameters: Parameters, vocabulary: 
     write_atomically(folder / ONE, to_safetensors(arrays))
     settings = {"model_type": NAME, "model": to_plain(config)}
     write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The configuration of a folder of ours. Raises ValueError where it holds none."""
+    return config_of(read_json(folder / "config.json"))
 
 
 def config_of(settings: dict[str, Any]) -> ModelConfig:

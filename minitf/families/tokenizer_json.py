@@ -29,7 +29,8 @@ class JsonTokenizer:
     """Text to tokens and back. Its methods have the names of those of ``tiktoken.Encoding``.
 
     ``n_vocab`` is one more than the largest id. A model may have more ``rows`` in its embedding, to make their
-    number round: those are ids without a token, which decode to nothing. ``file`` is what it was read from.
+    number round: those are ids without a token, which decode to nothing. ``file`` is what it was read from,
+    ``mask_token`` stands for what is to be guessed, if any does.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class JsonTokenizer:
         self._tokenizer = tokenizer
         self.n_vocab = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.rows = self.n_vocab if rows is None else rows
+        masks = [tokenizer.token_to_id(name) for name in ("[MASK]", "<mask>")]
+        self.mask_token: int | None = next((token for token in masks if token is not None), None)
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._decoders = _flat(json.loads(tokenizer.to_str())["decoder"])
 

@@ -1,5 +1,6 @@
 """A run that goes on from a trained model."""
 
+import json
 import shutil
 
 import jax
@@ -12,16 +13,19 @@ from minitf import ModelConfig, initialize
 from minitf.analysis.plan import job as plan_job
 from minitf.analysis.run_folder import Problem
 from minitf.analysis.training import job
+from minitf.analysis.training.prepared import prepared
 from minitf.families import native
 from minitf.parameters import named
 from minitf.pretrained import load
-from minitf.train.settings import as_config, laid_over
+from minitf.train.settings import as_config, laid_over, read_preset, tables_of
+from minitf.train.token_file import open_tokens
 from minitf.vocabulary import Characters
 
 WORDS = np.array("the scan is slow and then attention snaps to what is distinct".split())
 TEXT = "".join(" ".join(words) + "\n\n" for words in np.random.default_rng(0).choice(WORDS, (300, 8)).tolist())
 ALPHABET = Characters("".join(sorted({*TEXT, "!", "?"})))
-CONFIG = ModelConfig(vocabulary=ALPHABET.size, layers=2, width=8, heads=2, length=10, biases=True, tied=True)
+CONFIG = ModelConfig(vocabulary=ALPHABET.size, layers=1, width=8, heads=2, length=10, biases=True, tied=True)
+SMALL = {"layers": 1, "width": 8, "heads": 2, "length": 10}
 # A rate of zero: what a model ends with is what it started from.
 STILL = {
     "training": {"steps": 2, "batch": 4, "steps_per_call": 2},
@@ -30,11 +34,23 @@ STILL = {
 }
 
 
-def run(out, start, *groups):
+def config_of(start, *groups):
     tables = laid_over(STILL, {"training": {"start_from": str(start)}})
     for more in groups:
         tables = laid_over(tables, more)
-    return job.run(as_config(tables), out, quiet=True)
+    return as_config(tables)
+
+
+def run(out, start, *groups, **options):
+    return job.run(config_of(start, *groups), out, quiet=True, **options)
+
+
+def ready_for(out, start, *groups):
+    return prepared(config_of(start, *groups), out, print)
+
+
+def raises(error):
+    raise error
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +97,9 @@ def test_every_model_starts_from_it(begun, tmp_path):
 
 def test_a_shorter_model_has_the_first_positions(begun, tmp_path):
     model, text = begun
-    run(tmp_path / "run", model, text, {"model": {"length": 6}})
-    found, whole = (named(load(folder).parameters) for folder in (tmp_path / "run" / "model", model))
-    assert load(tmp_path / "run" / "model").config.length == 6
+    ready = ready_for(tmp_path / "run", model, text, {"model": {"length": 6}})
+    found, whole = named(ready.initial()), named(load(model).parameters)
+    assert ready.program.model.length == 6
     assert {name for name in found if found[name].shape != whole[name].shape} == {"position"}
     np.testing.assert_array_equal(found["position"], whole["position"][:6])
 
@@ -116,8 +132,26 @@ def test_a_model_of_text_needs_a_tokenizer_or_tokens(begun, tmp_path):
         run(tmp_path / "run", folder, begun[1])
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 11, 200_000).astype(np.uint16))
     tokens = {"data": {"format": "tokens", "paths": [str(tmp_path / "ids.npy")]}}
-    run(tmp_path / "run", folder, tokens)
-    assert bits(load(tmp_path / "run" / "model").parameters) == bits(load(folder).parameters)
+    ready = ready_for(tmp_path / "run", folder, tokens)
+    assert bits(ready.initial()) == bits(load(folder).parameters)
+
+
+def test_settings_that_were_left_out_are_not_those_that_it_began_with(begun, tmp_path):
+    model, text = begun
+    run(tmp_path / "run", model, text, {"model": {"length": 6}})
+    with pytest.raises(Problem, match="model.length was 6 and is not given"):
+        run(tmp_path / "run", model, text)
+
+
+def test_a_run_that_was_begun_before_there_was_such_a_setting_goes_on(begun, tmp_path):
+    text = {**begun[1], "model": SMALL}
+    job.run(as_config(laid_over(STILL, text)), tmp_path / "run", quiet=True)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config.pop("training.start_from") == ""
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    job.run(as_config(laid_over(STILL, text)), tmp_path / "run", quiet=True)
+    with pytest.raises(Problem, match=r"training.start_from was '' and is '/"):
+        run(tmp_path / "run", begun[0], text)
 
 
 def test_a_model_that_sees_what_comes_has_no_next_token_to_learn(begun, tmp_path):
@@ -126,8 +160,10 @@ def test_a_model_that_sees_what_comes_has_no_next_token_to_learn(begun, tmp_path
     tokens = {"data": {"format": "tokens", "paths": [str(tmp_path / "ids.npy")]}}
     with pytest.raises(Problem, match="the model is not causal: it sees the next token"):
         run(tmp_path / "run", folder, tokens)
-    run(tmp_path / "run", folder, tokens, {"objective": {"kind": "masked_token"}})
-    assert bits(load(tmp_path / "run" / "model").parameters) == bits(load(folder).parameters)
+    copy = laid_over(STILL, {"task": {"name": "copy"}, "model": {**SMALL, "length": 32, "causal": False}})
+    with pytest.raises(Problem, match="the model is not causal"):
+        job.run(as_config(copy), tmp_path / "copy", quiet=True)
+    ready_for(tmp_path / "run", folder, tokens, {"objective": {"kind": "masked_token"}})
 
 
 def test_a_plan_is_that_of_the_model(begun, tmp_path):
@@ -135,12 +171,71 @@ def test_a_plan_is_that_of_the_model(begun, tmp_path):
     assert plan_job.program_of(config).model == ModelConfig(**{**vars(CONFIG), "length": 6})
 
 
-def test_a_presets_model_is_not_mixed_with_the_one_to_start_from():
-    preset = {"model": {"layers": 9}, "training": {"steps": 5}}
-    start = {"training": {"start_from": "x"}}
-    assert laid_over(preset, start) == {"training": {"steps": 5, "start_from": "x"}}
-    assert laid_over(preset, {**start, "model": {"length": 4}})["model"] == {"length": 4}
-    # The file of such a run says what was changed of the model; that stays.
-    whole = {**start, "model": {"length": 4}}
-    for more in (start, {"training": {"steps": 3}}):
-        assert laid_over(whole, more)["model"] == {"length": 4}
+def test_of_a_presets_settings_those_of_its_model_are_not_mixed_with_it(tmp_path):
+    preset = read_preset("characters")
+    found = tables_of("characters", None, {"training": {"start_from": "x"}})
+    assert "model" not in found and "encoding" not in found["data"]
+    assert found["optimizer"] == preset["optimizer"]
+    # What a file or the command line says of the model is meant for it.
+    (tmp_path / "x.toml").write_text('preset = "characters"\n[model]\nlength = 7\n[data]\npaths = ["y"]\n')
+    found = tables_of("", tmp_path / "x.toml", {"training": {"start_from": "x"}, "model": {"layers": 2}})
+    assert found["model"] == {"length": 7, "layers": 2}
+    assert found["data"] == {"paths": ["y"]}
+    assert tables_of("", tmp_path / "x.toml", {})["model"] == {**preset["model"], "length": 7}
+
+
+def test_a_model_in_the_folder_of_the_run_is_refused_before_anything_is_removed(begun, tmp_path):
+    model, text = begun
+    run(tmp_path / "run", model, text)
+    for inside in ("model", "start"):
+        with pytest.raises(Problem, match=r"lies in the folder of this run: choose another --out"):
+            run(tmp_path / "run", tmp_path / "run" / inside, text, overwrite=True)
+        assert (tmp_path / "run" / inside / "model.safetensors").exists()
+
+
+def test_killed_before_its_first_step_it_needs_the_model_no_more(begun, tmp_path, monkeypatch):
+    model, text = begun
+    shutil.copytree(model, tmp_path / "model")
+    with monkeypatch.context() as killed:
+        killed.setattr(job, "_train", lambda *_: raises(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", tmp_path / "model", text)
+    shutil.rmtree(tmp_path / "model")
+    run(tmp_path / "run", tmp_path / "model", text)
+    assert bits(load(tmp_path / "run" / "model").parameters) == bits(load(model).parameters)
+
+
+def test_a_model_that_was_masked_goes_on_with_its_own_mask(tmp_path):
+    pytest.importorskip("tokenizers", reason="not installed: pip install 'minitf[hub]'")
+    from properties.tokenizer_files import KINDS
+
+    rows = KINDS["bert"].get_vocab_size()
+    folder = saved(tmp_path / "bert", "bert", vocabulary=rows)
+    KINDS["bert"].save(str(folder / "tokenizer.json"))
+    (tmp_path / "x.txt").write_text(TEXT)
+    config = {
+        "data": {"paths": [str(tmp_path / "x.txt")]},
+        "objective": {"kind": "masked_token", "mask_share": 0.9},
+    }
+    tables = laid_over(laid_over(STILL, {"training": {"start_from": str(folder)}}), config)
+    ready = prepared(as_config(tables), tmp_path / "run", print)
+    assert ready.program.model.vocabulary == rows
+    tokens = np.asarray(ready.held_out.tokens)
+    mask, changed = KINDS["bert"].token_to_id("[MASK]"), np.asarray(ready.held_out.targets) >= 0
+    assert 0.65 < np.mean(tokens[changed] == mask) < 0.95
+    # Of the others some are any tokens, not those below the mask alone.
+    assert tokens.max() > mask
+
+
+def test_a_series_is_read_as_the_model_reads_it(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{i % 7},{i % 3}\n" for i in range(40_000)))
+    table = {"format": "csv", "paths": [str(tmp_path / "x.csv")]}
+    fresh = laid_over(STILL, {"data": {**table, "columns": ["b", "a"], "bins": 3}, "model": SMALL})
+    job.run(as_config(fresh), tmp_path / "one", quiet=True)
+    run(tmp_path / "two", tmp_path / "one" / "model", {"data": table})
+    ids = [open_tokens(tmp_path / name / "data" / "train.tokens").ids for name in ("one", "two")]
+    np.testing.assert_array_equal(*ids)
+    with pytest.raises(Problem, match="data.columns are a, b; the bins of this vocabulary are those of b, a"):
+        run(tmp_path / "three", tmp_path / "one" / "model", {"data": {**table, "columns": ["a", "b"]}})
+    with pytest.raises(Problem, match="data.bins is 4; with a model to start from"):
+        run(tmp_path / "three", tmp_path / "one" / "model", {"data": {**table, "bins": 4}})

@@ -13,7 +13,7 @@ from minitf import ModelConfig, initialize
 from minitf.families import native
 from minitf.families.llama2c_tokenizer import BEGIN, load_tokenizer
 from minitf.pretrained import Pretrained, load, save
-from minitf.tokenizer import byte_encoding
+from minitf.tokenizer import byte_encoding, train_encoding
 from minitf.tokenizer_file import TokenizerFile, load_tokenizer_file
 from minitf.vocabulary import Bytes, Pieces, Tokenizer, load_vocabulary, vocabulary_of
 
@@ -38,11 +38,11 @@ def json_file(tmp_path_factory):
     return file
 
 
-def merged_one_by_one(tokenizer, text):
+def merged_one_by_one(tokenizer, text, score_of):
     """The definition: the best of all pairs, the leftmost of equals, again and again."""
     pieces = [tokenizer.decode_single_token_bytes(token) for token in range(tokenizer.n_vocab)]
     known = {piece: token for token, piece in reversed(list(enumerate(pieces))) if token >= 259}
-    score = lambda piece: -known[piece]  # as the file has them
+    score = lambda piece: score_of(known[piece])
     found = []
     for character in " " + text if text else "":
         data = character.encode()
@@ -57,10 +57,15 @@ def merged_one_by_one(tokenizer, text):
     return [BEGIN, *(known[piece] if piece in known else 3 + piece[0] for piece in found)]
 
 
+@pytest.mark.parametrize(
+    "score", [lambda n: -n, lambda n: 0, lambda n: n % 3], ids=["all differ", "equal", "some"]
+)
 @given(text=TEXTS)
-def test_llama2c_merges_the_best_pair_first_and_of_equals_the_leftmost(llama2c_file, text):
-    tokenizer = load_tokenizer(llama2c_file)
-    assert tokenizer.encode(text) == merged_one_by_one(tokenizer, text)
+def test_llama2c_merges_the_best_pair_first_and_of_equals_the_leftmost(tmp_path_factory, score, text):
+    file = tmp_path_factory.mktemp("scored") / "tokenizer.bin"
+    file.write_bytes(tokenizer_bytes(PIECES, score))
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.encode(text) == merged_one_by_one(tokenizer, text, score)
 
 
 def test_a_long_text_takes_no_longer_for_each_letter(llama2c_file):
@@ -88,7 +93,9 @@ def test_it_comes_back_from_its_folder_and_is_a_models_tokenizer(kind, tmp_path,
 def test_what_a_model_reads_with_is_a_vocabulary(llama2c_file, tmp_path):
     assert vocabulary_of(None) is None
     assert vocabulary_of(Tokenizer(Bytes())) == Bytes()
-    assert isinstance(vocabulary_of(byte_encoding()), Pieces)
+    assert isinstance(vocabulary_of(train_encoding("the cat the cat", 260)), Pieces)
+    # A rank file could not say how it cuts a text.
+    assert vocabulary_of(byte_encoding()) is None
     file = vocabulary_of(load_tokenizer(llama2c_file))
     assert isinstance(file, TokenizerFile)
     file.save(tmp_path)

@@ -76,7 +76,7 @@ for data, fsdp, tensor in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2)
         assert_alike(read)
     if data == fsdp == tensor:  # what was trained on one device is where another training starts
         given = jax.tree.map(np.asarray, whole.parameters)
-        begun = compiled({"data": data, "fsdp": fsdp, "tensor": tensor}, given)[0].start()
+        begun = compiled({"data": data, "fsdp": fsdp, "tensor": tensor}, lambda: given)[0].start()
         jax.tree.map(np.testing.assert_array_equal, begun.parameters, given)
         assert begun.parameters.layers.feed_forward.into.sharding == weight.sharding
     last = None
