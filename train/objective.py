@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from minitf import ModelConfig, Parameters, walk
+from minitf.layer import mixer_of
 from minitf.train.batch import Batch
 from minitf.train.config import Objective, ObjectiveSettings
 from minitf.train.cross_entropy import Sums, cross_entropy, in_chunks
@@ -93,8 +94,8 @@ def dropout(
         return None
     keys = iter(jax.random.split(key, 4))
 
-    def mask(share: float, *shape: int) -> Change:
-        kept = jax.random.bernoulli(next(keys), 1 - share, shape)
+    def mask(share: float, *shape: int, key: Key[Array, ""] | None = None) -> Change:
+        kept = jax.random.bernoulli(next(keys) if key is None else key, 1 - share, shape)
         return Change(keep=(kept / (1 - share)).astype(dtype), put=-0.0)
 
     edit, stream = Edit(), (batch, length, config.width)
@@ -104,6 +105,20 @@ def dropout(
             steps["feed_forward_step"] = mask(settings.dropout, config.layers, *stream)
         edit = Edit(start=mask(settings.dropout, *stream), layers=LayerWalk(**steps))
     if settings.attention_dropout:
-        pattern = mask(settings.attention_dropout, config.layers, batch, config.heads, length, length)
+        share = settings.attention_dropout
+        heads = [_associations(config.layer(number)) for number in range(config.layers)]
+        if not any(heads):
+            raise ValueError(f"attention_dropout is {share}; no layer of this model has an association")
+        if len(set(heads)) == 1:
+            pattern: Any = mask(share, config.layers, batch, heads[0], length, length)
+        else:
+            each = zip(heads, jax.random.split(next(keys), config.layers), strict=True)
+            pattern = tuple(mask(share, batch, many, length, length, key=k) if many else None for many, k in each)
         edit = edit.replace(layers=edit.layers.replace(pattern=pattern))  # type: ignore[attr-defined]
     return edit
+
+
+def _associations(layer: ModelConfig) -> int:
+    """How many associations a layer has: one for each head or channel."""
+    mixer = mixer_of(layer)
+    return mixer.about(layer).heads if "pattern" in mixer.leaves else 0

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 from jax.test_util import check_grads
+from minitf_mixers import ASSOCIATED, model
 
-from minitf import ModelConfig, initialize, walk
+from minitf import ModelConfig, initialize, mixers, walk
 from minitf.analysis.flops import flops
 from minitf.train.batch import Batch, next_token
 from minitf.train.config import ObjectiveSettings
@@ -162,6 +163,33 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean():
         # Four deviations of a share of n.
         assert abs(counts[0] / counts.sum() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / counts.sum())
     assert edit.layers.pattern is None
+
+
+@pytest.mark.parametrize("name", ASSOCIATED)
+def test_every_mixer_has_associations_to_drop(name):
+    config = model(name, length=6)
+    edit = dropout(jax.random.key(3), config, 3, 6, ObjectiveSettings(attention_dropout=0.5), jnp.float32)
+    pattern = lambda p, e: walk(p, jnp.zeros((3, 6), jnp.int32), config, edit=e).layers.pattern
+    parameters = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
+    assert jax.eval_shape(pattern, parameters, edit).shape == edit.layers.pattern.keep.shape
+    if name == "mamba":
+        parameters = initialize(config, jax.random.key(0))
+        # The layer after the first has other vectors to mix.
+        found, whole = pattern(parameters, edit)[0], pattern(parameters, None)[0]
+        np.testing.assert_allclose(found, edit.layers.pattern.keep[0] * whole, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_differ_drop_each_their_own():
+    hybrid = replace(CONFIG, mixer=(mixers.Mamba(), mixers.TokenNetwork()), causal=False, layers=2)
+    settings = ObjectiveSettings(attention_dropout=0.5)
+    found = dropout(jax.random.key(3), hybrid, 3, 6, settings, jnp.float32).layers.pattern
+    channels = mixers.Mamba().about(hybrid).heads
+    assert found[0].keep.shape == (3, channels, 6, 6) and found[1] is None
+    edit = dropout(jax.random.key(3), hybrid, 3, 6, settings, jnp.float32)
+    walk(initialize(hybrid, jax.random.key(0)), jnp.zeros((3, 6), jnp.int32), hybrid, edit=edit)
+    nothing = replace(hybrid, mixer=mixers.TokenNetwork())
+    with pytest.raises(ValueError, match="attention_dropout is 0.5; no layer of this model has an association"):
+        dropout(jax.random.key(3), nothing, 3, 6, settings, jnp.float32)
 
 
 def test_dropout_of_associations_is_one_too_and_none_is_none():
