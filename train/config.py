@@ -176,6 +176,9 @@ class TrainConfig:
         task: ``name`` of a synthetic task (:mod:`minitf.train.tasks`) and its settings; empty to train on files.
         data: the files to train on, where there is no task.
         sweep: names of numbers, such as ``optimizer.rate``, and the values of each; every combination is trained.
+
+    Raises:
+        ValueError: a swept number that no run can have, by name, or none at all.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -187,6 +190,17 @@ class TrainConfig:
     keep: KeepSettings = KeepSettings()
     mesh: MeshSettings = MeshSettings()
     sweep: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in self.sweep.items():
+            group, _, number = name.partition(".")
+            if not values:
+                raise ValueError(f"sweep.{name} has no values")
+            for value in values:
+                try:
+                    dataclasses.replace(getattr(self, group), **{number: value})
+                except ValueError as error:
+                    raise ValueError(f"sweep.{group}.{error}") from error
 
 
 # What may differ between models that train in one program: numbers that the program only multiplies by.

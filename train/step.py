@@ -95,7 +95,7 @@ class Program:
 
     def shapes(self) -> tuple[State, Batch, dict[str, float], Key[Array, ""]]:
         """Of one model: its state and a batch, as shapes, and with them swept numbers and a key to trace with."""
-        key, numbers = jax.random.key(0), dict.fromkeys(self.config.sweep, 1.0)
+        key, numbers = jax.random.key(0), {name: values[0] for name, values in self.config.sweep.items()}
         window = jax.ShapeDtypeStruct((self.config.training.batch, self.model.length + 1), jnp.int32)
         state = jax.eval_shape(lambda: self.start(key, numbers))
         return state, jax.eval_shape(lambda w: self.batch(key, 0, w), window), numbers, key

@@ -146,6 +146,8 @@ def test_a_sweep_is_even_in_the_logarithm():
         ({"mesh": {"data": 0}}, "mesh.data is 0; it must be at least 1"),
         ({"keep": {"last": 0}}, "keep.last is 0"),
         ({"sweep": {"model.width": [1.0]}}, "'model.width' cannot be swept"),
+        ({"sweep": {"optimizer.momentum": [0.5, 1.5]}}, "sweep.optimizer.momentum is 1.5; it must be at least 0"),
+        ({"sweep": {"optimizer.rate": []}}, "sweep.optimizer.rate has no values"),
     ],
 )
 def test_what_cannot_be_is_told_by_name(tables, told):

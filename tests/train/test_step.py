@@ -12,7 +12,7 @@ import pytest
 from minitf import ModelConfig, initialize
 from minitf.train import sharding, trainer
 from minitf.train.batch import Batch, next_token
-from minitf.train.config import MeshSettings, TrainConfig
+from minitf.train.config import SWEPT, MeshSettings, TrainConfig
 from minitf.train.settings import as_config
 from minitf.train.step import Program
 
@@ -95,6 +95,14 @@ def test_the_steps_are_those_of_a_plain_loop_with_optax():
         np.testing.assert_allclose(losses[n], loss, rtol=1e-4)
     assert_alike(state.parameters, parameters, rtol=1e-3, atol=1e-5)
     assert state.step == 12
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_every_number_that_may_be_swept_can_be(name):
+    program = program_of(sweep={name: [0.5, 0.25]})
+    state, _, numbers, key = program.shapes()
+    after, _ = jax.eval_shape(lambda state: program.take(state, key, numbers, jnp.int32(0), None), state)
+    assert after.step.shape == ()
 
 
 def test_models_that_train_together_are_those_that_train_alone():
