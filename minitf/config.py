@@ -284,10 +284,18 @@ def _position_with(position: PositionKind, mixer: Any) -> PositionKind:
 
 
 def to_plain(config: ModelConfig) -> dict[str, Any]:
-    """The configuration as JSON can hold it; :func:`from_plain` reads it."""
+    """The configuration as JSON can hold it; :func:`from_plain` reads it.
+
+    Raises ValueError for a mixer with a setting named "kind", which is what its class is called there.
+    """
 
     def named(mixer: Any) -> dict[str, Any]:
-        return {"kind": type(mixer).__name__, **dataclasses.asdict(mixer)}
+        settings = dataclasses.asdict(mixer)
+        if "kind" in settings:
+            raise ValueError(
+                f"{type(mixer).__name__} has a setting named 'kind', which names the mixer: rename it"
+            )
+        return {"kind": type(mixer).__name__, **settings}
 
     fields = dataclasses.asdict(dataclasses.replace(config, mixer=None))
     if isinstance(config.mixer, tuple):

@@ -34,28 +34,28 @@ class AttentionFree(Mixer):
     """``A[t, s] = sigmoid(q_t) softmax over s of (k_s + w[t, s])``, channel by channel.
 
     Attributes:
-        kind: ``full``: w is a table of places; ``simple``: zero; ``local``: a table, zero from ``window`` places
-            on; ``conv``: a function of t - s below ``window`` for each head's channels, zero beyond.
+        variant: ``full``: w is a table of places; ``simple``: zero; ``local``: a table, zero from ``window``
+            places on; ``conv``: a function of t - s below ``window`` for each head's channels, zero beyond.
         window: of ``local`` and ``conv``.
     """
 
-    kind: str = "full"
+    variant: str = "full"
     window: int = 32
 
     leaves = frozenset({"pattern", "q", "k"})
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError for an unknown kind, and for channels that heads do not divide."""
-        if self.kind not in ("full", "simple", "local", "conv"):
-            raise ValueError(f"kind is {self.kind!r}; choose full, simple, local or conv")
+        """Raise ValueError for an unknown variant, and for channels that heads do not divide."""
+        if self.variant not in ("full", "simple", "local", "conv"):
+            raise ValueError(f"variant is {self.variant!r}; choose full, simple, local or conv")
         if self.window < 1:
             raise ValueError(f"window is {self.window}; it must be at least 1")
-        if self.kind == "conv" and config.width % config.heads:
+        if self.variant == "conv" and config.width % config.heads:
             raise ValueError(f"{config.heads} heads do not divide {config.width} channels")
 
     def about(self, config: ModelConfig) -> About:
         """Keys and places, under the query's gate."""
-        simple = self.kind == "simple"
+        simple = self.variant == "simple"
         return About(
             causal=True,
             heads=config.width,
@@ -63,16 +63,16 @@ class AttentionFree(Mixer):
             provenance=frozenset({"query", "key"}),
             normalized="at most",
             state=3 * config.width if simple else 2 * config.length * config.width,
-            exponent=2.0 if self.kind == "full" else 1.0,
+            exponent=2.0 if self.variant == "full" else 1.0,
         )
 
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
         """Queries, keys, values, the map back, the table."""
         sizes = {"channel": config.width, "one": 1, "query": config.length, "key": config.length}
         own = {}
-        if self.kind in ("full", "local"):
+        if self.variant in ("full", "local"):
             own = {"places": make.weight("query key", "normal", 0.02, **sizes)}
-        if self.kind == "conv":
+        if self.variant == "conv":
             own = {"places": make.weight("head lag", "normal", 0.02, lag=self.window)}
         return {
             **channel_filters(make, config, "query", "key", "value"),
@@ -97,10 +97,10 @@ class AttentionFree(Mixer):
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A ratio of two products; simple, of two running sums; where w ends early, of both."""
         k, v, length = f.k[..., 0], f.v[..., 0], f.v.shape[1]
-        if self.kind == "simple":
+        if self.variant == "simple":
             top, bottom, _ = weighted_sums(k, v, jnp.zeros((config.width,), k.dtype))
             return f.q * (top / bottom)[..., None]
-        if self.kind == "full":
+        if self.variant == "full":
             return f.q * _ratio(k, v, weights["places"])[..., None]
         return f.q * _near_and_far(k, v, self._near(weights, length))[..., None]
 
@@ -113,7 +113,7 @@ class AttentionFree(Mixer):
         lag = size + np.arange(size)[:, None] - np.arange(2 * size)
         reached = (lag >= 0) & (lag < self.window)
         near = np.where(reached, lag, 0)
-        if self.kind == "conv":
+        if self.variant == "conv":
             found = weights["places"][None, :, near]
         else:
             at = np.arange(-(-length // size))[:, None, None] * size + np.arange(size)[:, None]
@@ -124,14 +124,14 @@ class AttentionFree(Mixer):
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for keys and values; simple, the running sums and the peak."""
-        if self.kind == "simple":
+        if self.variant == "simple":
             return nothing(jnp.zeros((batch, config.width), dtype))
         room = jnp.zeros((batch, slots, config.width), dtype)
         return room, room
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """One row over the keys so far; simple, one more term of the sums."""
-        if self.kind == "simple":
+        if self.variant == "simple":
             sums = with_term(state, f.k[:, 0, :, 0], f.v[:, 0, :, 0])
             return f.q * (sums[0] / sums[1])[:, None, :, None], sums
         k, v = (remember(kept, new[..., 0], position) for kept, new in zip(state, (f.k, f.v), strict=True))
@@ -147,14 +147,14 @@ class AttentionFree(Mixer):
     ) -> Float[Array, "channels query key"]:
         """w, one for all channels or for each."""
         lag = at[:, None] - jnp.arange(keys)
-        if self.kind == "simple":
+        if self.variant == "simple":
             return jnp.zeros((1, at.shape[0], keys), jnp.float32)
         near = (lag >= 0) & (lag < self.window)
-        if self.kind == "conv":
+        if self.variant == "conv":
             by_head = weights["places"][:, jnp.clip(lag, 0, self.window - 1)]
             return jnp.repeat(jnp.where(near, by_head, 0.0), config.width // config.heads, axis=0)
         table = weights["places"][at, :keys]
-        return (jnp.where(near, table, 0.0) if self.kind == "local" else table)[None]
+        return (jnp.where(near, table, 0.0) if self.variant == "local" else table)[None]
 
 
 def channel_filters(make: Any, config: ModelConfig, *names: str) -> dict[str, Any]:

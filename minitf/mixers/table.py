@@ -89,18 +89,18 @@ class Synthesizer(_Rows):
     """Scores that no key has a part in (Tay et al. 2021, Synthesizer); softmax over those in sight.
 
     Attributes:
-        kind: ``trained`` or ``fixed`` random scores for every pair of places; ``factored`` into two tables of
+        variant: ``trained`` or ``fixed`` random scores for every pair of places; ``factored`` into two tables of
             ``rank``; ``dense``, made from the query by a small network.
         rank: of the factored tables.
     """
 
-    kind: str = "trained"
+    variant: str = "trained"
     rank: int = 8
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError for an unknown kind."""
-        if self.kind not in ("trained", "fixed", "factored", "dense"):
-            raise ValueError(f"kind is {self.kind!r}; choose trained, fixed, factored or dense")
+        """Raise ValueError for an unknown variant."""
+        if self.variant not in ("trained", "fixed", "factored", "dense"):
+            raise ValueError(f"variant is {self.variant!r}; choose trained, fixed, factored or dense")
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; it must be at least 1")
 
@@ -110,7 +110,7 @@ class Synthesizer(_Rows):
             causal=config.causal,
             heads=config.heads,
             granularity="head",
-            provenance=frozenset({"query"}) if self.kind == "dense" else frozenset(),
+            provenance=frozenset({"query"}) if self.variant == "dense" else frozenset(),
             normalized="exactly",
             state=config.length * config.heads * config.head_size,
             exponent=2.0,
@@ -119,12 +119,12 @@ class Synthesizer(_Rows):
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
         """Values, the map back, and the scores or what makes them."""
         places = {"query": config.length, "key": config.length, "rank": self.rank}
-        if self.kind == "dense":
+        if self.variant == "dense":
             own = {
                 "query": make.matrix("width head head_width", "width"),
                 "places": make.weight("head head_width key", "normal", config.head_size**-0.5, **places),
             }
-        elif self.kind == "factored":
+        elif self.variant == "factored":
             scale = self.rank**-0.25
             own = {
                 "query": make.weight("head query rank", "normal", scale, **places),
@@ -138,23 +138,23 @@ class Synthesizer(_Rows):
         self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values; and, dense, the hidden layer of the scores."""
-        q = jax.nn.relu(project(x, weights["query"])) if self.kind == "dense" else None
+        q = jax.nn.relu(project(x, weights["query"])) if self.variant == "dense" else None
         return Filtered(v=project(x, weights["value"]), q=q)
 
     @property
     def leaves(self) -> frozenset[str]:  # type: ignore[override]
         """With a query where there is one."""
-        return frozenset({"pattern", "q"}) if self.kind == "dense" else frozenset({"pattern"})
+        return frozenset({"pattern", "q"}) if self.variant == "dense" else frozenset({"pattern"})
 
     def rows(self, weights: Weights, f: Filtered, config: ModelConfig, positions: Array, keys: int) -> Array:
         """Softmax of the scores."""
-        if self.kind == "dense":
+        if self.variant == "dense":
             scores = jnp.einsum("bqhc,hck->bhqk", f.q, weights["places"][..., :keys])
-        elif self.kind == "factored":
+        elif self.variant == "factored":
             scores = jnp.einsum("hbqr,hkr->bhqk", weights["query"][:, positions], weights["key"][:, :keys])
         else:
             table = weights["scores"]
-            table = jax.lax.stop_gradient(table) if self.kind == "fixed" else table
+            table = jax.lax.stop_gradient(table) if self.variant == "fixed" else table
             scores = jnp.moveaxis(table[:, positions, :keys], 0, 1)
         return aggregate.associate(jnp.where(_seen(positions, keys, config), scores, -jnp.inf))
 

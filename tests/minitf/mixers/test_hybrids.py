@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from minitf_mixers import EVERY
+from minitf_mixers import EVERY, model
 from properties.models import compiled, random_parameters, random_tokens, relative_error, shapes
 
 from minitf import Edit, ModelConfig, change, compose, describe, identity_edit, initialize, mixers, walk
@@ -19,7 +19,9 @@ from minitf.analysis.patching import patch
 from minitf.config import from_plain, to_plain
 from minitf.decode import empty_cache, generate
 from minitf.edits import ablate, freeze_association, mean_ablate, resample, set_to, steer
+from minitf.families import native
 from minitf.model import walk_on
+from minitf.pretrained import load
 from minitf.record import record
 from minitf.resume import end_from, layer_walk, walk_from
 from minitf.walk import Change, get, leaves, put
@@ -242,9 +244,28 @@ def test_it_learns():
     np.testing.assert_allclose(before - after, 0.01 * size, rtol=0.2)
 
 
-@pytest.mark.parametrize("config", [HYBRID, dataclasses.replace(HYBRID, mixer=mixers.Softmax(window=2))])
-def test_a_configuration_comes_back_from_json(config):
-    assert from_plain(json.loads(json.dumps(to_plain(config)))) == config
+def test_a_hybrid_comes_back_from_json():
+    assert from_plain(json.loads(json.dumps(to_plain(HYBRID)))) == HYBRID
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_of_every_mixer_comes_back_from_its_folder(name, tmp_path):
+    config = model(name, length=6)
+    parameters = random_parameters(config)
+    native.save(tmp_path, config, parameters)
+    found = load(tmp_path)
+    assert found.config == config
+    jax.tree.map(np.testing.assert_array_equal, found.parameters, parameters)
+
+
+def test_a_mixer_whose_setting_would_hide_its_name_is_not_written():
+    @dataclasses.dataclass(frozen=True)
+    class Kinds(mixers.Gru):
+        kind: str = "x"
+
+    config = dataclasses.replace(HYBRID, position="learned", mixer=Kinds())
+    with pytest.raises(ValueError, match="Kinds has a setting named 'kind', which names the mixer: rename it"):
+        to_plain(config)
 
 
 def test_an_unknown_mixer_in_a_file_is_named():
@@ -289,7 +310,7 @@ def test_a_mixer_may_be_given_by_its_name_alone():
         ({"mixer": mixers.Gru(), "position": "rotary"}, "position is 'rotary', which is a part of softmax"),
         ({"mixer": mixers.Gru(), "attend_self": False}, "leave mixer out"),
         ({"mixer": mixers.Softmax(window=-1)}, "window is -1; it must be at least 1, or 0 to see everything"),
-        ({"mixer": mixers.Synthesizer("sparse")}, "kind is 'sparse'; choose trained, fixed, factored or dense"),
+        ({"mixer": mixers.Synthesizer("sparse")}, "variant is 'sparse'; choose trained, fixed, factored or dense"),
         ({"mixer": mixers.Mamba2(expand=1), "heads": 8, "width": 12, "head_width": 2}, "8 heads do not divide"),
     ],
 )
