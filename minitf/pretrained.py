@@ -111,8 +111,8 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     """Write config.json and model.safetensors, which ``transformers`` loads with the same logits.
 
     The family "minitf" is our own: any configuration, for :func:`load` alone, with its vocabulary. Each tensor is
-    written in the dtype in which it is. Of other families a tokenizer.json is written too
-    where the model was read with it (GPT-2's is not, where tiktoken has it), and settings for generation are not.
+    written in the dtype in which it is. Of other families a tokenizer.json is written too where the model was
+    read with it (GPT-2's is not, where tiktoken has it), and settings for generation are not.
 
     Raises:
         ValueError: the folder holds a model already; the family has no such configuration; parameters that do not

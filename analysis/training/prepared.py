@@ -80,7 +80,7 @@ def check_sight(kind: Objective, model: ModelConfig) -> None:
     """Raises ValueError where a model sees what it is to learn to tell."""
     if kind in ("next_token", "regression") and not model.causal:
         raise ValueError(
-            f"the model is not causal: it sees the next token, which it is to tell (objective.kind is {kind!r}). "
+            f"the model is not causal: it sees what comes next, which it is to tell (objective.kind is {kind!r}). "
             "Choose model.causal=true, or of files objective.kind=masked_token"
         )
 

@@ -158,7 +158,7 @@ def test_a_model_that_sees_what_comes_has_no_next_token_to_learn(begun, tmp_path
     folder = saved(tmp_path / "bert", "bert")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 10, 200_000).astype(np.uint16))
     tokens = {"data": {"format": "tokens", "paths": [str(tmp_path / "ids.npy")]}}
-    with pytest.raises(Problem, match="the model is not causal: it sees the next token"):
+    with pytest.raises(Problem, match="the model is not causal: it sees what comes next"):
         run(tmp_path / "run", folder, tokens)
     copy = laid_over(STILL, {"task": {"name": "copy"}, "model": {**SMALL, "length": 32, "causal": False}})
     with pytest.raises(Problem, match="the model is not causal"):
