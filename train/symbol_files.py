@@ -26,6 +26,9 @@ TEXT_CHARACTERS = 2000
 # Where order goes on from document to document (sequences, series), they are longer, to be interrupted rarely.
 SERIES_CHARACTERS = 1 << 16
 LEAST_RECORD = 1024
+# Of tokens in a file without a header: how many are looked at, and what none of them can be.
+BEGINNING = 4096
+LARGEST_TOKEN = 2**24
 
 Check = Callable[[str], str]
 
@@ -223,7 +226,17 @@ def _raw(file: Path, dtype: np.dtype) -> np.ndarray:
     size = file.stat().st_size
     if not size or size % dtype.itemsize:
         raise ValueError(f"it has {size} bytes, which are not whole numbers of {dtype.itemsize} bytes")
-    return np.memmap(file, dtype.newbyteorder("<"), "r")
+    found = np.memmap(file, dtype.newbyteorder("<"), "r")
+    # Numbers of another size would be a vocabulary of millions, or a zero between all tokens, and train.
+    first = np.asarray(found[:BEGINNING])
+    if dtype.itemsize == 2 and len(first) >= 64 and first[::2].any() and not first[1::2].any():
+        raise ValueError(
+            "every second number is 0, as in a file of uint32: choose data.raw=uint32 (if these are tokens, make "
+            "it a .npy file, which says itself what it holds)"
+        )
+    if dtype.itemsize == 4 and first.max() >= LARGEST_TOKEN:
+        raise ValueError(f"it has a token {first.max()}, as a file of uint16 would: choose data.raw=uint16")
+    return found
 
 
 def _document_size(files: Sequence[Path], least: int, most: int) -> int:

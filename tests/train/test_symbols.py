@@ -101,6 +101,16 @@ def test_a_column_of_symbols_is_one_token_a_cell(tmp_path):
     assert sorted(train + validation) == sorted(cells) and len(data.train) == len(train)
 
 
+@pytest.mark.parametrize(("written_as", "read_as"), [("uint16", "uint32"), ("uint32", "uint16")])
+def test_tokens_of_another_size_are_told(tmp_path, written_as, read_as):
+    ids = np.random.default_rng(0).integers(0, 5000, 20_000).astype(written_as)
+    (tmp_path / "x.bin").write_bytes(ids.tobytes())
+    files = {"format": "tokens", "paths": (str(tmp_path / "x.bin"),)}
+    with pytest.raises(ValueError, match=f"x.bin cannot be read: .*choose data.raw={written_as}"):
+        prepare(DataSettings(**files, raw=read_as), tmp_path / "data")
+    assert prepare(DataSettings(**files, raw=written_as), tmp_path / "data").vocabulary.size == ids.max() + 1
+
+
 @pytest.mark.parametrize("kind", ["npy", "bin", "own"])
 def test_token_files_of_every_kind_are_read(tmp_path, kind):
     ids = np.random.default_rng(3).integers(0, 500, 9000)
