@@ -41,14 +41,6 @@ def read_preset(name: str) -> dict[str, Any]:
     return _tables_in(PRESETS / f"{name}.toml")
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """The tables of a file; with ``preset = "name"`` in it, laid over that preset's.
-
-    Raises ValueError naming the file: missing, unreadable, not TOML.
-    """
-    return tables_of("", file, {})
-
-
 def tables_of(preset: str, file: Path | None, above: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a preset, over them those of a file (and of the preset that it names), over all those above.
 

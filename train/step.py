@@ -62,6 +62,9 @@ class Program:
         draw: (key, how many) -> batch, where data is made on the device; else batches come from outside.
         as_batch: (window of tokens ``[batch, length + 1]``, key) -> batch, of those that come from outside.
         stream: the sharding of the residual stream, on several devices.
+
+    Raises:
+        ValueError: the model sees what it is to learn to tell.
     """
 
     config: TrainConfig
@@ -70,6 +73,13 @@ class Program:
     draw: Callable[[Key[Array, ""], int], Batch] | None = None
     as_batch: Callable[[Array, Key[Array, ""]], Batch] | None = None
     stream: Any = None
+
+    def __post_init__(self) -> None:
+        if self.objective in ("next_token", "regression") and not self.model.causal:
+            raise ValueError(
+                "the model is not causal: it sees what comes next, which it is to tell (objective.kind is "
+                f"{self.objective!r}). Choose model.causal=true, or of files objective.kind=masked_token"
+            )
 
     @property
     def unroll(self) -> int | bool:

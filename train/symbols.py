@@ -135,6 +135,7 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
     The files are read once or twice, a document at a time. Each document is on the side that its SHA-256 says, so
     equal ones are on the same. A folder that was made of the same files (by name, size and time of change) with
     the same settings is used again when its tokens are as they were written. ``say`` is told what takes its time.
+    Where the folder of a ``vocabulary`` is given, that of a model to start from, its tokens are those of the data.
 
     The usual encoding: of text bytes; of FASTA and cells of tables characters; of tokens what they are. Alphabets
     and symbols are found in all of the data; a BPE and bins are made from the training documents, of which the

@@ -23,7 +23,7 @@ from minitf.analysis.plan import model as paper
 from minitf.analysis.plan.devices import Collective, Device, Time, named
 from minitf.analysis.plan.model import Memory, Run
 from minitf.analysis.run_folder import ANEW, writing_results
-from minitf.analysis.training.prepared import check_sight, model_of
+from minitf.analysis.training.prepared import model_of
 from minitf.analysis.training.start import config_of
 from minitf.files import write_atomically
 from minitf.parameters import count
@@ -140,9 +140,7 @@ def program_of(config: TrainConfig) -> Program:
         settings = dict(config.task)
         task = tasks.make(str(settings.pop("name", "")), settings)
         model = model_of(config, task.vocabulary, task.length, start=start)
-        kind = config.objective.kind or task.objective
-        check_sight(kind, model)
-        return Program(config, model, kind, draw=task.draw)
+        return Program(config, model, config.objective.kind or task.objective, draw=task.draw)
     kind = config.objective.kind or "next_token"
     is_masked, known = kind == "masked_token", vocabulary_of(config.data)
     if start is not None:
@@ -152,7 +150,6 @@ def program_of(config: TrainConfig) -> Program:
             "how many different tokens the data has is not known before it is read; say model.vocabulary=N"
         )
     model = model_of(config, 1 if known is None else known + is_masked, None, causal=not is_masked, start=start)
-    check_sight(kind, model)
 
     def as_batch(window: Any, key: Any) -> Any:
         if is_masked:

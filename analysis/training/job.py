@@ -40,8 +40,6 @@ from minitf.train.settings import as_tables, as_toml, by_name
 
 # What may change when a run goes on: where it runs and what it keeps, not what it computes.
 FREE = ("mesh", "keep")
-# What a run that was begun before there was a setting did not record.
-USUAL = {name: value for name, value in by_name(TrainConfig()).items() if name.partition(".")[0] not in FREE}
 LESS_MEMORY = (
     "A smaller training.batch needs less, or training.accumulate=4, training.rematerialize=true, or "
     "training.at_once=1 where many models train; minitf plan says how much."
@@ -59,14 +57,16 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
     """
     with told_to_people():
         mesh = sharding.mesh_of(config.mesh)
-    held = {name: value for name, value in by_name(config).items() if name.partition(".")[0] not in FREE}
+    held = _held(config)
     silent = quiet or not is_first()
     with Progress(silent, remaining=True) as progress, told_to_people(), writing_results(out, GOES_ON):
         with first_alone("data"):
             if is_first():
                 start.check_elsewhere(config, out)
                 changed = () if overwrite else _may_change(config, held, out)
-                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed, usual=USUAL)
+                # A run that was begun before there was a setting had what is usual, and did not record it.
+                usual = _held(TrainConfig())
+                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed, usual=usual)
                 write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
             ready = prepared(config, out, progress.note)
             _check_data(out, ready)
@@ -76,6 +76,11 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
         if is_first():
             write_atomically(report, page(out, config, ready).encode())
     return report
+
+
+def _held(config: TrainConfig) -> dict[str, Any]:
+    """The settings with which a run goes on, and with no others."""
+    return {name: value for name, value in by_name(config).items() if name.partition(".")[0] not in FREE}
 
 
 def _may_change(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[str, ...]:
@@ -88,10 +93,11 @@ def _may_change(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[s
     if _nothing_done(out):
         for name in ("data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"):
             (out / name).unlink(missing_ok=True)
-        if recorded(out).get(start.SETTING) != held[start.SETTING]:
+        before = recorded(out)
+        if before.get(start.SETTING) != held[start.SETTING]:
             shutil.rmtree(out / start.FOLDER, ignore_errors=True)
         # All that either of them says.
-        return (*held, *recorded(out))
+        return (*held, *before)
     return _made_longer(config, held, out)
 
 
@@ -117,7 +123,7 @@ def _made_longer(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[
     constant = config.optimizer.schedule == "constant"
     if not constant or not isinstance(before, int) or before >= config.training.steps:
         return ()
-    check_run_folder(out, held, resume=True, changed=(steps,), usual=USUAL)
+    check_run_folder(out, held, resume=True, changed=(steps,), usual=_held(TrainConfig()))
     for folder in model_folders(out, trainer.models_of(config)):
         shutil.rmtree(folder, ignore_errors=True)
     return (steps,)

@@ -16,7 +16,7 @@ from minitf.config import from_plain, to_plain
 from minitf.parameters import Parameters
 from minitf.train import tasks
 from minitf.train.batch import Batch, masked, next_token
-from minitf.train.config import Objective, TrainConfig
+from minitf.train.config import TrainConfig
 from minitf.train.loader import Loader, chunk, spread_windows
 from minitf.train.settings import meant
 from minitf.train.step import Program
@@ -68,21 +68,11 @@ def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prep
     else:
         data = prepare(config.data, out / "data", say, vocabulary=None if start is None else start.vocabulary)
         ready = _of_data(config, data, start)
-    check_sight(ready.program.objective, ready.program.model)
     if start is None:
         return ready
     start.check(ready.program.model)
     source = f"{ready.source}, from the weights of {config.training.start_from}"
     return dataclasses.replace(ready, source=source, initial=partial(start.parameters, ready.program.model))
-
-
-def check_sight(kind: Objective, model: ModelConfig) -> None:
-    """Raises ValueError where a model sees what it is to learn to tell."""
-    if kind in ("next_token", "regression") and not model.causal:
-        raise ValueError(
-            f"the model is not causal: it sees what comes next, which it is to tell (objective.kind is {kind!r}). "
-            "Choose model.causal=true, or of files objective.kind=masked_token"
-        )
 
 
 def _of_task(config: TrainConfig, start: Start | None) -> Prepared:

@@ -24,8 +24,8 @@ from minitf.train.settings import (
     laid_over,
     preset_names,
     read_preset,
-    read_toml,
     sweep_from,
+    tables_of,
 )
 
 
@@ -41,7 +41,7 @@ def test_a_configuration_written_as_toml_is_read_back_as_it_was(name, tmp_path):
     config = as_config(read_preset(name))
     file = tmp_path / "config.toml"
     file.write_text(as_toml(as_tables(config)), "utf-8")
-    assert as_config(read_toml(file)) == config
+    assert as_config(tables_of("", file, {})) == config
 
 
 plain = st.recursive(
@@ -113,7 +113,7 @@ def test_what_is_laid_over_replaces_field_by_field_and_a_task_with_its_settings(
 def test_a_file_may_start_from_a_preset(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('preset = "copy"\n[training]\nsteps = 7\n')
-    tables = read_toml(file)
+    tables = tables_of("", file, {})
     assert tables["training"] == {**read_preset("copy")["training"], "steps": 7}
     assert tables["task"] == read_preset("copy")["task"]
 
@@ -169,11 +169,11 @@ def test_a_sweep_of_another_form_is_refused(word):
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.toml cannot be read: No such file"):
-        read_toml(tmp_path / "nowhere.toml")
+        tables_of("", tmp_path / "nowhere.toml", {})
     broken = tmp_path / "broken.toml"
     broken.write_text("steps = = 3")
     with pytest.raises(ValueError, match=r"broken.toml is not TOML"):
-        read_toml(broken)
+        tables_of("", broken, {})
     with pytest.raises(ValueError, match=r"no preset 'copi' \(did you mean copy\?\)"):
         read_preset("copi")
 
