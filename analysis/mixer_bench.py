@@ -14,9 +14,9 @@ from minitf.analysis import bench
 from minitf.analysis.bench import Row, Say
 from minitf.analysis.every_mixer import BOTH_WAYS, EVERY
 from minitf.config import ModelConfig
+from minitf.declaration import initialize
 from minitf.mixers import Mixer
 from minitf.model import walk
-from minitf.parameters import initialize
 
 WIDTH, HEADS, VOCABULARY = 64, 4, 256
 TRAINED = (512, 4096)

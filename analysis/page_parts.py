@@ -18,7 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from minitf import __version__
-from minitf.parameters import count
+from minitf.declaration import count
 from minitf.pretrained import Pretrained
 
 HERE = Path(__file__).parent

@@ -1,8 +1,9 @@
 """minitf: transformers as filters and aggregates, whose forward pass returns the walk."""
 
 from minitf.config import ModelConfig, token_tables
+from minitf.declaration import count, initialize
 from minitf.model import walk
-from minitf.parameters import Parameters, count, initialize
+from minitf.parameters import Parameters
 from minitf.walk import Change, Edit, LayerWalk, Walk, change, compose, describe, identity_edit
 
 __version__ = "0.1.0"

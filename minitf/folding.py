@@ -13,18 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
+from minitf.declaration import Declaration, check_fit, declare
 from minitf.filter import in_statistics_dtype
-from minitf.parameters import (
-    Declaration,
-    Norm,
-    Parameters,
-    Transform,
-    Weight,
-    check_fit,
-    declare,
-    named,
-    path_name,
-)
+from minitf.parameters import Norm, Parameters, Transform, Weight, named, path_name
 
 Model = tuple[Parameters, ModelConfig]
 

@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minitf import aggregate, filter
 from minitf.config import ModelConfig
+from minitf.declaration import check_fit
 from minitf.layer import Stream, apply_norm, as_rows, mixer_of, one_layer
-from minitf.parameters import Layer, Parameters, check_fit
+from minitf.parameters import Layer, Parameters
 from minitf.places import Cache, Places, places_after, places_from_start, together
 from minitf.walk import Edit, LayerWalk, Walk, apply, at_layer, by_layer, leaves, put
 

@@ -21,12 +21,13 @@ from safetensors.numpy import save as to_safetensors
 
 from minitf import tokenizer as tokenizers
 from minitf.config import ModelConfig
+from minitf.declaration import check_fit
 from minitf.families import bert, bloom, gpt2, gpt_neox, llama, llama2c, llama2c_tokenizer, native, tokenizer_json
 from minitf.families.mapping import Family, check_finite, read, write
 from minitf.families.tokenizer_json import JsonTokenizer
 from minitf.families.weights import INDEX, ONE, open_folder, read_json, shards
 from minitf.files import write_atomically
-from minitf.parameters import Parameters, check_fit, named, stack_layers
+from minitf.parameters import Parameters, named, stack_layers
 from minitf.tokenizer_file import TokenizerFile
 from minitf.vocabulary import FILE as VOCABULARY
 from minitf.vocabulary import Tokenizer, load_vocabulary, vocabulary_of

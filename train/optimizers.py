@@ -11,7 +11,8 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from minitf import ModelConfig
-from minitf.parameters import Declaration, declare, is_declaration, path_name
+from minitf.declaration import Declaration, declare, is_declaration
+from minitf.parameters import path_name
 from minitf.train.config import OptimizerSettings
 from minitf.train.fourbit import adamw_4bit
 

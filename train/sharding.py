@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minitf import ModelConfig
-from minitf.parameters import Declaration, declared, path_name
+from minitf.declaration import Declaration, declared
+from minitf.parameters import path_name
 from minitf.train.config import MeshSettings
 
 Tree = Any

@@ -16,8 +16,8 @@ from minitf.analysis.geometry import encoding_geometry
 from minitf.analysis.mixer_study.rows import model_for
 from minitf.analysis.mixer_study.tasks import Batch, Task
 from minitf.config import ModelConfig
+from minitf.declaration import count, initialize
 from minitf.model import walk
-from minitf.parameters import count, initialize
 from minitf.record import record
 from minitf.train import loop
 from minitf.train.loop import Report

@@ -6,8 +6,8 @@ from minitf import mixers
 from minitf.analysis.every_mixer import BOTH_WAYS, EVERY
 from minitf.analysis.mixer_study.tasks import Task
 from minitf.config import ModelConfig
+from minitf.declaration import count
 from minitf.mixers import Mixer
-from minitf.parameters import count
 
 LAYERS, WIDTH, HEADS = 2, 64, 4
 WINDOW = 8

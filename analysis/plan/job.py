@@ -20,13 +20,14 @@ from rich.table import Table
 
 from minitf.analysis.flops import flops
 from minitf.analysis.plan import model as paper
+from minitf.analysis.plan import work
 from minitf.analysis.plan.devices import Collective, Device, Time, named
 from minitf.analysis.plan.model import Memory, Run
 from minitf.analysis.run_folder import ANEW, writing_results
 from minitf.analysis.training.prepared import model_of
 from minitf.analysis.training.start import config_of
+from minitf.declaration import count
 from minitf.files import write_atomically
-from minitf.parameters import count
 from minitf.train import tasks, trainer
 from minitf.train.batch import masked, next_token
 from minitf.train.config import MeshSettings, TrainConfig
@@ -124,13 +125,13 @@ def run_of(config: TrainConfig) -> Run:
     many = len(models.seeds)
     state, batch, numbers, key = program.shapes()
     try:
-        work = flops(program.gradient, state.parameters, batch, numbers, key)
+        operations = flops(program.gradient, state.parameters, batch, numbers, key)
     except ValueError:  # a mixer with a loop whose length only data knows
-        work = paper.usual_operations(program.model, config.training.batch * program.model.length)
+        operations = work.usual_operations(program.model, config.training.batch * program.model.length)
     if many > 1:
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((many, *x.shape), x.dtype), state)
     different = len(models.different_seeds)
-    return Run(config, program.model, program.objective, state, many, different, program.draw is None, work)
+    return Run(config, program.model, program.objective, state, many, different, program.draw is None, operations)
 
 
 def program_of(config: TrainConfig) -> Program:
@@ -182,7 +183,7 @@ def check_divides(run: Run, mesh: MeshSettings) -> None:
 def option(run: Run, device: Device, mesh: MeshSettings, parts: int, steps: int, utilization: float) -> Option:
     """One mesh, its batch taken in so many parts."""
     held = paper.memory(run, mesh, parts, steps, device)
-    told = paper.communication(run, mesh, parts)
+    told = work.communication(run, mesh, parts)
     fits = held.total <= device.memory * device.usable
     return Option(mesh, parts, held, time(run, mesh, told, device, utilization), tuple(told), fits)
 
@@ -351,7 +352,7 @@ def as_json(found: Plan) -> dict[str, Any]:
         "parameters": count(run.model),
         "operations": run.operations * run.models,
         "usual_operations": run.models
-        * paper.usual_operations(run.model, run.config.training.batch * run.model.length),
+        * work.usual_operations(run.model, run.config.training.batch * run.model.length),
         "device": dataclasses.asdict(found.device) | {"operations": found.device.operations},
         "utilization": found.utilization,
         "steps_per_call": found.steps,

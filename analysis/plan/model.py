@@ -1,4 +1,4 @@
-"""What a training step needs on one device of a mesh, on paper: bytes, operations, communication.
+"""What a training step needs of memory on one device of a mesh, on paper.
 
 Formulas of a configuration and the sizes of a mesh; nothing is compiled. In them c are the bytes of a number in
 the computation (4, or 2 in bfloat16; on a CPU always 4, since XLA computes in float32 there); D, H, G, h, F, T are
@@ -6,9 +6,7 @@ the width, heads, groups of keys, width of a head, hidden neurons and length; an
 divides: F' = F / tensor.
 
 The state is counted leaf by leaf as :mod:`minitf.train.sharding` divides it, and what layers keep for the way back
-array by array, as Korthikanti et al. (2022, section 4) do for another model. Communication is that of Megatron-LM
-over ``tensor`` (Shoeybi et al. 2019, section 3; Narayanan et al. 2021, section 3), of ZeRO's third stage over
-``fsdp`` (Rajbhandari et al. 2020, section 7), and an all-reduce of gradients over ``data``.
+array by array, as Korthikanti et al. (2022, section 4) do for another model.
 """
 
 import dataclasses
@@ -23,11 +21,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from minitf import ModelConfig, initialize
-from minitf.analysis.plan.devices import Collective, Device
+from minitf.analysis.plan.devices import Device
 from minitf.attend_in_cache import block_of, blocks
+from minitf.declaration import Declaration, declare, is_declaration
 from minitf.mixers import Softmax
 from minitf.mixers.softmax import fits_card, is_usual
-from minitf.parameters import Declaration, declare, is_declaration
 from minitf.train import sharding
 from minitf.train.batch import Batch
 from minitf.train.config import MeshSettings, Objective, TrainConfig
@@ -320,7 +318,8 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     back = max(kept, gradients) if run.unrolled else kept + gradients
     update = gradients * (3 if run.config.optimizer.average else 2)
     if run.config.training.when_not_finite != "skip":
-        of_one = max(_divided(d, mesh.fsdp, t) if run.models == 1 else math.prod(d.shape) for d in _declared(m))
+        fsdp, tensor = (mesh.fsdp, t) if run.models == 1 else (1, 1)
+        of_one = max(numbers_on_device(one, fsdp, tensor) for one in weights_of(m))
         update = gradients * (run.config.optimizer.clip > 0) + many * of_one * FLOAT32
     temporary = max(
         copies + gathered + summed + kept + loss,
@@ -352,15 +351,16 @@ def dropout_bytes(run: Run, sequences: int, number: int) -> int:
     return on_stream + (m.layers * sequences * m.heads * m.length**2 * number if o.attention_dropout else 0)
 
 
-def _declared(model: ModelConfig) -> list[Declaration]:
+def weights_of(model: ModelConfig) -> list[Declaration]:
+    """The declaration of every weight, or stack of weights."""
     return jax.tree.leaves(declare(model), is_leaf=is_declaration)
 
 
 def largest_gathered(model: ModelConfig, tensor: int) -> int:
     """Numbers of what is gathered at a time: a layer's weights, or the embedding, divided by ``tensor`` alone."""
     inside = outside = 0
-    for declaration in _declared(model):
-        size = _divided(declaration, 1, tensor)
+    for declaration in weights_of(model):
+        size = numbers_on_device(declaration, 1, tensor)
         if declaration.axes[0][0] == "layer":
             inside += size // model.layers
         else:
@@ -368,58 +368,8 @@ def largest_gathered(model: ModelConfig, tensor: int) -> int:
     return max(inside, outside)
 
 
-def _divided(declaration: Declaration, fsdp: int, tensor: int) -> int:
+def numbers_on_device(declaration: Declaration, fsdp: int, tensor: int) -> int:
     """Numbers of a weight on each device."""
     sizes = {"data": 1, "fsdp": fsdp, "tensor": tensor}
     names = [name for name in sharding.of_weight(declaration, sizes) if name is not None]
     return math.prod(declaration.shape) // math.prod(sizes[str(name)] for name in names)
-
-
-def communication(run: Run, mesh: MeshSettings, parts: int) -> list[Collective]:
-    """Of one step. Each part of the batch gathers weights and reduces gradients anew.
-
-    Over ``data`` and ``tensor`` nothing is told of models side by side but their gradients.
-    """
-    m, c = run.model, run.number
-    divided = gathered = undivided = 0
-    fsdp, tensor = (mesh.fsdp, mesh.tensor) if run.models == 1 else (1, 1)
-    for declaration in _declared(m):
-        whole, shard = _divided(declaration, 1, tensor), _divided(declaration, fsdp, tensor)
-        divided += shard
-        gathered += whole if whole != shard else 0
-        undivided += whole if whole == shard else 0
-    found, times = [], parts * run.models * c
-    if mesh.data > 1:
-        found.append(Collective("data", "all-reduce", "gradients", times * divided, parts))
-    if mesh.fsdp > 1:
-        layers = parts * (m.layers + 1)
-        found += [
-            Collective("fsdp", "all-gather", "weights, there and back", 2 * times * gathered, 2 * layers),
-            Collective("fsdp", "reduce-scatter", "gradients", times * gathered, layers),
-            Collective("fsdp", "all-reduce", "gradients of undivided weights", times * undivided, parts),
-        ]
-    if tensor > 1:
-        stream = max(run.config.training.batch // parts // (mesh.data * mesh.fsdp), 1) * m.length * m.width * c
-        sublayers = 1 if m.feed_forward == "none" else 2
-        # Each sub-layer's step on the way there, and the gradient of what it read on the way back; the step of the
-        # first once more where the layer is made again.
-        steps = parts * m.layers * (2 * sublayers + run.config.training.rematerialize)
-        ends = parts * (2 if m.vocabulary % tensor == 0 else 0)
-        found += [
-            Collective("tensor", "all-reduce", "steps and their gradients", steps * stream, steps),
-            Collective("tensor", "all-reduce", "of a divided vocabulary", ends * stream, ends),
-        ]
-    return [one for one in found if one.bytes]
-
-
-def usual_operations(model: ModelConfig, tokens: int) -> float:
-    """Of a step without counting: 6 for each weight but those that are looked up, and 12 L T H h for each token.
-
-    Six operations a weight: two on the way there, four back (Kaplan et al. 2020); attention has as many for each
-    of its two products over T keys (half of them where it is causal and computed as such; here all).
-    """
-    looked_up = model.vocabulary * model.width if model.embedding == "learned" and not model.tied else 0
-    looked_up += model.length * model.width if model.position == "learned" else 0
-    numbers = sum(math.prod(d.shape) for d in _declared(model)) - looked_up
-    attention = 12 * model.layers * model.length * model.heads * model.head_size
-    return float(tokens * (6 * numbers + attention))

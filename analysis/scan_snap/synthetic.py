@@ -15,7 +15,8 @@ from minitf.analysis.scan_snap import measures
 from minitf.analysis.scan_snap.grouped import grouped
 from minitf.analysis.scan_snap.results import MediumPanel, SmallRun
 from minitf.config import token_tables
-from minitf.parameters import Parameters, initialize
+from minitf.declaration import initialize
+from minitf.parameters import Parameters
 from minitf.tables import count_walk
 from minitf.train import optimizers
 from minitf.train.loop import History, Programs, Report, Task, compile_programs, every, train

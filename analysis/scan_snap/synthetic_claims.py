@@ -20,7 +20,7 @@ from minitf.analysis.scan_snap.synthetic import (
     seed_keys,
 )
 from minitf.config import token_tables
-from minitf.parameters import initialize
+from minitf.declaration import initialize
 from minitf.train import optimizers
 from minitf.train.loop import Task, train
 from minitf.train.optimizers import Rates

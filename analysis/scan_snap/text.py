@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 from minitf.analysis.scan_snap.results import TextRun
 from minitf.analysis.scan_snap.synthetic import seed_keys
 from minitf.config import ModelConfig
+from minitf.declaration import initialize
 from minitf.model import walk
-from minitf.parameters import Parameters, initialize
+from minitf.parameters import Parameters
 from minitf.tokenizer import token_labels, train_encoding
 from minitf.train import optimizers
 from minitf.train.corpus import Corpus

@@ -29,9 +29,9 @@ from minitf.analysis.training.log import read
 from minitf.analysis.training.page import page
 from minitf.analysis.training.prepared import Prepared, prepared
 from minitf.analysis.training.under_way import Training, model_folders
+from minitf.declaration import count
 from minitf.files import write_atomically
 from minitf.memory import machine_bytes
-from minitf.parameters import count
 from minitf.train import sharding, trainer
 from minitf.train.checkpoints import Checkpoints
 from minitf.train.config import TrainConfig

@@ -12,7 +12,7 @@ from minitf.analysis import page_parts
 from minitf.analysis.training.log import read
 from minitf.analysis.training.prepared import Prepared
 from minitf.analysis.training.statistics import LABELS
-from minitf.parameters import count
+from minitf.declaration import count
 from minitf.train import trainer
 from minitf.train.config import TrainConfig
 from minitf.train.settings import by_name

@@ -11,8 +11,9 @@ import numpy as np
 
 from minitf import ModelConfig, initialize
 from minitf.analysis.run_folder import Problem
+from minitf.declaration import check_fit
 from minitf.families import native
-from minitf.parameters import Parameters, check_fit
+from minitf.parameters import Parameters
 from minitf.pretrained import load
 from minitf.train.config import TrainConfig
 from minitf.vocabulary import FILE, vocabulary_of

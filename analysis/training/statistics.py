@@ -12,9 +12,10 @@ from minitf import ModelConfig, Parameters, walk
 from minitf.analysis import patterns
 from minitf.analysis.geometry import encoding_geometry
 from minitf.analysis.patching import ByLayer
+from minitf.declaration import declared
 from minitf.filter import in_statistics_dtype
 from minitf.layer import mixer_of
-from minitf.parameters import declared, named
+from minitf.parameters import named
 from minitf.train.batch import Batch
 from minitf.train.objective import with_inputs
 from minitf.walk import Edit, stacked

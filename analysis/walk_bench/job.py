@@ -15,7 +15,7 @@ import numpy as np
 from minitf.analysis import bench
 from minitf.analysis.bench import Row, Say, Worker
 from minitf.analysis.walk_bench.sizes import NEW_TOKENS, READ, WRITE, Size
-from minitf.parameters import initialize
+from minitf.declaration import initialize
 from minitf.pretrained import Pretrained, save
 
 HERE = Path(__file__).parent

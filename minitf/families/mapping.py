@@ -2,7 +2,7 @@
 
 A layout is written as the axes of their array, those that they merge in parentheses:
 ``"width (part head head_width)"`` is GPT-2's ``c_attn.weight``, three of our weights side by side. The names of
-the axes are those of :func:`minitf.parameters.declare`, which also knows the sizes; so the shape that a file must
+the axes are those of :func:`minitf.declaration.declare`, which also knows the sizes; so the shape that a file must
 have, the way in and the way out all follow from that one line.
 """
 
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from minitf.config import ModelConfig
-from minitf.parameters import Declaration, Parameters, declare, declared, named, path_name
+from minitf.declaration import Declaration, declare, declared
+from minitf.parameters import Parameters, named, path_name
 
 Json = dict[str, Any]
 

@@ -10,9 +10,10 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from minitf.config import ModelConfig, from_plain, to_plain
+from minitf.declaration import declare, declared, is_declaration
 from minitf.families.weights import ONE, open_folder, read_json
 from minitf.files import write_atomically
-from minitf.parameters import Parameters, declare, declared, is_declaration, named, path_name
+from minitf.parameters import Parameters, named, path_name
 from minitf.vocabulary import Vocabulary
 
 NAME = "minitf"

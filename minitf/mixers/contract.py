@@ -114,7 +114,7 @@ class Mixer:
         raise NotImplementedError
 
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
-        """Its weights by name, as :class:`minitf.parameters.Make` declares them."""
+        """Its weights by name, as :class:`minitf.declaration.Make` declares them."""
         raise NotImplementedError
 
     def filter(

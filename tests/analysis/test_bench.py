@@ -13,7 +13,7 @@ from minitf.analysis.scan_snap import bench as scan_snap_bench
 from minitf.analysis.scan_snap import synthetic, torch_peer
 from minitf.analysis.scan_snap.bench import bench_scan_snap
 from minitf.config import token_tables
-from minitf.parameters import initialize
+from minitf.declaration import initialize
 from minitf.train.optimizers import Rates
 from minitf.train.sequence_classes import SequenceClasses, sample_counts, sample_tokens
 

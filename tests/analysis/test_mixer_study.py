@@ -15,8 +15,8 @@ from minitf.analysis.mixer_study.cell import Cell, train_cell
 from minitf.analysis.mixer_study.replaced import Replaced, replace_all
 from minitf.analysis.mixer_study.rows import BLIND, LAYERS, QUICK, ROWS, WIDTH, model_for, possible
 from minitf.analysis.run_folder import Problem
+from minitf.declaration import count, initialize
 from minitf.edits import set_to
-from minitf.parameters import count, initialize
 from minitf.train.corpus import Corpus
 
 FACTS = tasks.memorisation(facts=16, symbols=8, length=4)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from minitf import ModelConfig, initialize
-from minitf.analysis.plan import devices, job
+from minitf.analysis.plan import devices, job, work
 from minitf.analysis.plan import model as paper
 from minitf.analysis.training.devices import peak
-from minitf.parameters import count
+from minitf.declaration import count
 from minitf.train import sharding, trainer
 from minitf.train.batch import Batch
 from minitf.train.config import MeshSettings, ObjectiveSettings
@@ -49,7 +49,7 @@ def seven(**training):
 SHARDED = """
 import json, math
 import jax
-from minitf.analysis.plan import devices, job, model as paper
+from minitf.analysis.plan import devices, job, model as paper, work
 from minitf.train import sharding, trainer
 from minitf.train.settings import as_config
 
@@ -82,7 +82,7 @@ for mesh, tables in json.loads(CASES):
         "arguments": made.argument_bytes,
         "planned_arguments": paper.memory(run, config.mesh, parts, made.most, None).arguments,
         "told": [vars(one) for one in devices.told_by(texts[-1], dict(on.shape))],
-        "planned_to_tell": [vars(one) for one in paper.communication(run, config.mesh, parts)],
+        "planned_to_tell": [vars(one) for one in work.communication(run, config.mesh, parts)],
     }
 print(json.dumps(out))
 """
@@ -335,7 +335,7 @@ def test_six_operations_a_weight_are_about_what_is_counted():
     attention = 12 * m.layers * m.width * m.length * tokens
     # Counted are norms, softmax and the like too, and of causal attention little more than half: of its six
     # products, and of a seventh, for the scores are made again.
-    expected = paper.usual_operations(m, tokens) - attention + attention * 7 / 12
+    expected = work.usual_operations(m, tokens) - attention + attention * 7 / 12
     assert run.operations == pytest.approx(expected, rel=0.02)
 
 

@@ -8,7 +8,7 @@ from minitf.analysis import bench
 from minitf.analysis.train_bench.job import bench_train
 from minitf.analysis.train_bench.program import model_of
 from minitf.analysis.train_bench.sizes import GPU_SIZES, Size
-from minitf.parameters import count
+from minitf.declaration import count
 
 SMALL = Size("small", 1, 8, 2, 16, 4, 2, 3, seeds=2)
 PUBLISHED = Size("published", 1, 8, 2, 16, 4, 2, 3, precision="bfloat16", published=True, products=16)

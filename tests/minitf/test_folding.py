@@ -22,8 +22,9 @@ from properties.models import (
 )
 
 from minitf import ModelConfig, mixers, walk
+from minitf.declaration import declare
 from minitf.folding import fold
-from minitf.parameters import declare, named
+from minitf.parameters import named
 
 # Sizes of one kind only: what differs are the parts, and few shapes are compiled.
 SIZES = {"width": 8, "layers": 2, "length": 8, "embedding": "learned", "attention": "query_key", "head_width": 4}

@@ -19,9 +19,10 @@ from properties.models import (
 )
 
 from minitf import Change, Edit, ModelConfig, identity_edit, initialize, mixers, token_tables, walk
+from minitf.declaration import check_fit
 from minitf.edits import ablate
 from minitf.model import unembed
-from minitf.parameters import check_fit, split_layers
+from minitf.parameters import split_layers
 from minitf.walk import get, leaf_axes, put
 
 

@@ -16,7 +16,8 @@ from properties.models import SCALINGS, bits, examples
 from safetensors.numpy import load_file, save_file
 
 from minitf import pretrained
-from minitf.parameters import count, split_layers
+from minitf.declaration import count
+from minitf.parameters import split_layers
 from minitf.pretrained import FAMILIES, load, save
 from minitf.rotary import RotaryScaling
 from minitf.vocabulary import Characters, Tokenizer

@@ -10,7 +10,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from minitf import ModelConfig, initialize, walk
 from minitf.edits import ablate, patch, steer
-from minitf.parameters import declare
+from minitf.declaration import declare
 from minitf.record import record
 
 config = ModelConfig(vocabulary=32, layers=2, width=16, heads=4, length=8, biases=True)

@@ -9,7 +9,8 @@ import pytest
 from safetensors import safe_open
 
 from minitf import ModelConfig, walk
-from minitf.parameters import declare, named, path_name
+from minitf.declaration import declare
+from minitf.parameters import named, path_name
 from minitf.walk import get
 
 FOLDER = Path(__file__).parent / "references"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitf import ModelConfig
-from minitf.parameters import initialize
+from minitf.declaration import initialize
 from minitf.train import fourbit
 from minitf.train.fourbit import layout, quantized
 from minitf.train.fourbit.adam import adamw_4bit, scale_by_adam_4bit, state_bytes

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitf.config import token_tables
-from minitf.parameters import initialize
+from minitf.declaration import initialize
 from minitf.tables import count_walk
 from minitf.train.loop import Task, every, first_non_finite, log_spaced, train
 from minitf.train.optimizers import Rates, by_part, sgd

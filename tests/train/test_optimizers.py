@@ -5,7 +5,8 @@ import optax
 import pytest
 
 from minitf.config import ModelConfig, token_tables
-from minitf.parameters import declare, named
+from minitf.declaration import declare
+from minitf.parameters import named
 from minitf.train.optimizers import Rates, adam, adamw, by_part, check_rates, clipped, sgd
 
 STEPS = 12

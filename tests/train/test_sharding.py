@@ -10,7 +10,7 @@ import pytest
 from compiled_once import lightly
 
 from minitf import ModelConfig
-from minitf.parameters import declare
+from minitf.declaration import declare
 from minitf.train import sharding
 from minitf.train.checkpoints import Checkpoints
 from minitf.train.config import KeepSettings, MeshSettings

@@ -9,7 +9,8 @@ from hypothesis import given
 from properties.models import configs, examples, quick_jit
 
 from minitf import ModelConfig, count, initialize, mixers
-from minitf.parameters import declare, named, path_name
+from minitf.declaration import declare
+from minitf.parameters import named, path_name
 
 WIDE = ModelConfig(vocabulary=300, layers=2, width=64, heads=4, length=100, biases=True, feed_forward="swiglu")
 
