@@ -127,14 +127,15 @@ class Mamba(_Convolved):
         """A sum over the states, one at a time."""
         length = f.v.shape[1]
         step = jnp.moveaxis(f.extras["step"], 2, 1)
-        between = jnp.where(past(length), sums_between(step), jnp.inf)
+        between = sums_between(step)
 
         def add(found: Array, n: Array) -> tuple[Array, None]:
             rate = jnp.exp(weights["log_decay"][:, n])[:, None, None]
             weight = f.q[:, :, 0, n][:, None, :, None] * f.k[:, :, 0, n][:, None, None, :]
             return found + weight * jnp.exp(-rate * between) * step[:, :, None, :], None
 
-        return jax.lax.scan(add, jnp.zeros_like(between), jnp.arange(self.states))[0]
+        whole = jax.lax.scan(add, jnp.zeros_like(between), jnp.arange(self.states))[0]
+        return jnp.where(past(length), whole, 0.0)
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """One chunk after another, so that few states are held at once.

@@ -120,3 +120,19 @@ def test_gradients_are_those_of_finite_differences(name):
         gradient, by_gradient, by_itself = slopes(own, x, along)
         assert frozen is None or not np.any(gradient[0][frozen])
         assert by_gradient == pytest.approx(float(by_itself), rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ASSOCIATED)
+def test_slopes_through_the_association_are_those_through_the_aggregate(name):
+    with jax.enable_x64():
+        config = model(name, length=6)
+        mixer, own, x = config.mixer, weights(config, jnp.float64), inputs(6, batch=1, dtype=jnp.float64)
+
+        def through(associated, own, x):
+            f = filtered(mixer, own, x, config)
+            z = under(mixer.association(own, f, config), f.v) if associated else mixer.aggregate(own, f, config)
+            return jnp.sum(jnp.sin(z))
+
+        slopes = jax.jit(jax.grad(through, (1, 2)), static_argnums=0)
+        for one, other in zip(*(jax.tree.leaves(slopes(which, own, x)) for which in (True, False)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
