@@ -22,7 +22,8 @@ def _at_least(settings: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if _is_number(value) and not least <= value < float("inf"):
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+            what = "a finite number of " if isinstance(value, float) and value >= least else ""
+            raise ValueError(f"{name} is {value}; it must be {what}at least {least}")
 
 
 def _within(settings: Any, name: str, low: float, high: float) -> None:
@@ -60,6 +61,10 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch", "accumulate", "seeds")
         _at_least(self, 0, "at_once", "unroll", "steps_per_call", "seed")
+        # Counts and seeds are int32 on the device.
+        for name, most in (("steps", self.steps), ("seed", self.seed + self.seeds - 1)):
+            if most >= 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be below 2^31")
         if self.batch % self.accumulate:
             raise ValueError(f"batch is {self.batch}, which {self.accumulate} parts (accumulate) do not divide")
 
@@ -142,7 +147,7 @@ class KeepSettings:
     def __post_init__(self) -> None:
         names = [f.name for f in dataclasses.fields(self) if f.type in (int, "int")]
         _at_least(self, 0, *names)
-        _at_least(self, 1, "last", "evaluation_batches")
+        _at_least(self, 1, "last", "evaluation_batches", "sample_tokens")
 
 
 @dataclass(frozen=True)

@@ -102,11 +102,11 @@ def from_settings(
     rate = lambda count: s.rate * share_of_rate(count, s, steps)
     betas, mask = (s.momentum, s.second_momentum), _decaying(config, s.decay)
     decay = {"weight_decay": s.weight_decay, "mask": mask}
+    # Without one nothing is kept for it; a swept one is traced, and may be anything.
+    momentum = None if isinstance(s.momentum, int | float) and s.momentum == 0 else s.momentum
     match s.name:
         case "sgd":
-            inner = optax.chain(
-                optax.add_decayed_weights(s.weight_decay, mask), optax.sgd(rate, momentum=s.momentum)
-            )
+            inner = optax.chain(optax.sgd(rate, momentum=s.momentum), decayed(rate, s.weight_decay, mask))
         case "adam":
             inner = optax.adam(rate, *betas, s.epsilon)
         case "adamw":
@@ -115,7 +115,7 @@ def from_settings(
             inner = optax.lion(rate, *betas, **decay)
         case "adafactor":
             inner = optax.chain(
-                optax.adafactor(rate, multiply_by_parameter_scale=False, momentum=s.momentum or None),
+                optax.adafactor(rate, multiply_by_parameter_scale=False, momentum=momentum),
                 decayed(rate, s.weight_decay, mask),
             )
         case "muon":

@@ -107,6 +107,8 @@ def _value(name: str, text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if re.fullmatch(r"[+-]?(\.[0-9]+|[0-9]+\.)([eE][+-]?[0-9]+)?", text):
+            return float(text)
         inside = text[1:-1]
         if text[:1] + text[-1:] in ("{}", "[]") and "{" in text and "=" in inside:
             raise ValueError(
@@ -206,6 +208,9 @@ def _fitted(name: str, value: Any, kind: Any) -> Any:
         known = [one for one in options if one is not type(None)]
         return None if value is None else _fitted(name, value, known[0])
     if origin is tuple:
+        if isinstance(value, str) and value[:1] + value[-1:] == "[]":
+            # Of a list of one word the quotes are the shell's.
+            value = [one.strip() for one in value[1:-1].split(",")]
         many = value if isinstance(value, list | tuple) else [value]
         return tuple(_fitted(name, one, options[0]) for one in many)
     if origin is Literal and value not in options:

@@ -45,6 +45,16 @@ def mesh_of(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mes
     )
 
 
+def check_divides(sequences: int, mesh: MeshSettings, name: str) -> None:
+    """Raise ValueError for a mesh whose devices cannot have as many of the sequences each; ``name`` says whose."""
+    over = mesh.data * mesh.fsdp
+    if sequences % over:
+        raise ValueError(
+            f"{sequences} sequences ({name}) cannot be divided among {mesh.data} x {mesh.fsdp} devices "
+            f"(mesh.data x mesh.fsdp); choose a multiple of {over}"
+        )
+
+
 def everywhere(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, P())

@@ -124,9 +124,9 @@ class Program:
     ) -> tuple[State, Measures]:
         """Step number ``step``, from 0.
 
-        With ``when_not_finite="skip"``, a step whose loss or gradient is not finite changes nothing but the
-        counts, so that no later one starts from what is not a number. (Else the run stops there, and need not pay
-        for it.)
+        With ``when_not_finite="skip"``, a step whose loss or gradient is not finite, or whose weights would not be
+        (by their norm), changes nothing but the counts, and its norm is NaN: no later one starts from what is not
+        a number. (Else the run stops there, and need not pay for it.)
         """
         batch = self.batch(key, step, window)
         noise = jax.random.fold_in(jax.random.fold_in(key, NOISE), step)
@@ -141,7 +141,8 @@ class Program:
             average = optax.tree.update_moment(parameters, average, decay, 1)
         skipped = state.skipped
         if self.config.training.when_not_finite == "skip":
-            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(parameters))
+            norm = jnp.where(finite, norm, jnp.nan)
             after = (parameters, moments, average)
             before = (state.parameters, state.moments, state.average)
             parameters, moments, average = jax.tree.map(

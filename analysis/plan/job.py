@@ -28,7 +28,7 @@ from minitf.analysis.training.prepared import model_of
 from minitf.analysis.training.start import config_of
 from minitf.declaration import count
 from minitf.files import write_atomically
-from minitf.train import tasks, trainer
+from minitf.train import sharding, tasks, trainer
 from minitf.train.batch import masked, next_token
 from minitf.train.config import MeshSettings, TrainConfig
 from minitf.train.settings import as_tables as settings_of
@@ -111,7 +111,8 @@ def plan(config: TrainConfig, device: str, devices: int | None = None, utilizati
     steps = trainer.steps_per_call(config, run.operations * run.models, on.kind)
     found = {many: options(run, on, many, steps, utilization) for many in counts}
     if own.devices == first:
-        check_divides(run, own)
+        part = config.training.batch // config.training.accumulate
+        sharding.check_divides(part, own, "training.batch / training.accumulate")
         chosen: Option | None = option(run, on, own, config.training.accumulate, steps, utilization)
     else:
         chosen = next(iter(found[first]), None)
@@ -168,16 +169,6 @@ def vocabulary_of(data: DataSettings) -> int | None:
     if data.format == "tokens" and data.vocabulary:
         return data.vocabulary
     return KNOWN.get(encoding)
-
-
-def check_divides(run: Run, mesh: MeshSettings) -> None:
-    """Refuse a mesh whose devices cannot have as many sequences each."""
-    t, over = run.config.training, mesh.data * mesh.fsdp
-    if t.batch // t.accumulate % over:
-        raise ValueError(
-            f"{t.batch // t.accumulate} sequences (training.batch / training.accumulate) cannot be divided among "
-            f"{mesh.data} x {mesh.fsdp} devices (mesh.data x mesh.fsdp); choose a multiple of {over}"
-        )
 
 
 def option(run: Run, device: Device, mesh: MeshSettings, parts: int, steps: int, utilization: float) -> Option:

@@ -6,6 +6,7 @@ The same command again goes on from the newest checkpoint, with the same numbers
 import json
 import shutil
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
         KeyboardInterrupt: Ctrl-C; everything is kept.
     """
     with told_to_people():
+        sharding.check_divides(config.training.batch, config.mesh, "training.batch")
         mesh = sharding.mesh_of(config.mesh)
     held = _held(config)
     silent = quiet or not is_first()
@@ -143,8 +145,15 @@ def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress
         if is_first():
             opened = boards(keep, out, done=done, settings=by_name(config), quiet=quiet)
         with opened as shown:
-            work = flops(ready.program.gradient, state.parameters, batch, numbers, key)
+            # What rematerialization makes again is no work that the model asks for.
+            once = replace(config, training=replace(config.training, rematerialize=False))
+            work = flops(replace(ready.program, config=once).gradient, state.parameters, batch, numbers, key)
             progress.note(_what(ready, models, work))
+            if config.optimizer.warm_up > config.training.steps:
+                progress.note(
+                    f"optimizer.warm_up is {config.optimizer.warm_up}, longer than all {config.training.steps} "
+                    "steps: the rate only rises, and never reaches its value"
+                )
             with telling_of_memory(LESS_MEMORY):
                 programs = trainer.compiled(
                     ready.program, mesh, work * len(models.seeds), ready.length, initial=ready.initial

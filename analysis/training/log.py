@@ -21,15 +21,18 @@ class Log:
     """A file of lines, each a JSON object with a ``step``; numbers that are not finite are null."""
 
     def __init__(self, file: Path, step: int, writes: bool = True) -> None:
-        """Go on from ``step``: later lines are dropped. Without ``writes`` it does nothing. Raises OSError."""
+        """Go on from ``step``: later lines are dropped, from the start all. Without ``writes`` it does nothing.
+
+        Raises OSError.
+        """
         self.file, self.writes = file, writes
         if not writes:
             return
-        kept = [line for line in read(file) if line["step"] <= step]
+        kept = [line for line in read(file) if line["step"] <= step] if step else []
         file.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(_line(line) for line in kept)
         if not file.exists() or file.read_text("utf-8") != text:
-            file.write_text(text, "utf-8")
+            write_atomically(file, text.encode())
 
     def add(self, lines: Iterable[dict[str, Any]]) -> None:
         """Append, and hand it to the operating system, which keeps it when the run is killed. Raises OSError."""
@@ -54,14 +57,28 @@ def read(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def lines_of(first: int, measures: dict[str, np.ndarray], done: int) -> Iterator[dict[str, Any]]:
-    """Lines of the steps ``first`` to ``done``: means over ten steps each, of each model's ``[..., step]``."""
+def lines_of(first: int, measures: dict[str, np.ndarray], done: int, skips: bool) -> Iterator[dict[str, Any]]:
+    """Lines of the steps ``first`` to ``done``: means over ten steps each, of each model's ``[..., step]``.
+
+    Where a run ``skips`` steps that are not finite, means are of the others, and how many were is told.
+    """
     for start in range(first, done, STEPS_IN_A_LINE):
         end = min(start + STEPS_IN_A_LINE, done)
-        means = {
-            name: np.mean(values[..., start - first : end - first], axis=-1) for name, values in measures.items()
-        }
-        yield {"step": end, "steps": end - start, **means}
+        some = {name: values[..., start - first : end - first] for name, values in measures.items()}
+        line = {"step": end, "steps": end - start}
+        counts = np.all([np.isfinite(values) for values in some.values()], axis=0)
+        if skips and not counts.all():
+            some = {name: np.where(counts, values, np.nan) for name, values in some.items()}
+            line["skipped"] = np.sum(~counts, axis=-1)
+        yield line | {name: _mean(values, skips) for name, values in some.items()}
+
+
+def _mean(values: np.ndarray, skips: bool) -> np.ndarray:
+    if not skips:
+        return np.asarray(np.mean(values, axis=-1))
+    counts = np.isfinite(values)
+    total = np.sum(np.where(counts, values, 0.0), axis=-1)
+    return np.where(counts.any(axis=-1), total / np.maximum(counts.sum(axis=-1), 1), np.nan)
 
 
 def _line(values: dict[str, Any]) -> str:

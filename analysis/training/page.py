@@ -19,6 +19,7 @@ from minitf.train.settings import by_name
 
 HERE = Path(__file__).parent
 SHOWN_SAMPLES = 8
+SHOWN_LOST = 4
 MOST_POINTS = 2000
 
 
@@ -34,6 +35,7 @@ def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
         "models": names_of(config),
         "statistics": _statistics(out / "statistics.safetensors", trainer.models_of(config).batched),
         "unit": "squared error" if ready.program.objective == "regression" else "nats a target",
+        "training_name": " ".join(["training", *_penalties(config)]),
     }
     samples = read(out / "samples.jsonl")
     shown = (
@@ -41,7 +43,7 @@ def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
         if samples
         else []
     )
-    settings = [(name, str(value)) for name, value in by_name(config).items()]
+    settings = [(name, str(value)) for name, value in by_name(config).items() if name not in config.sweep]
     return page_parts.render(
         HERE / "training.html.j2",
         page_parts.drawn_by(HERE / "training.js"),
@@ -50,6 +52,7 @@ def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
         samples=shown,
         settings=settings,
         source=ready.source,
+        training_name=data["training_name"],
         model=ready.program.model,
         parameters=f"{count(ready.program.model):,}",
         many=len(data["models"]),
@@ -65,6 +68,14 @@ def names_of(config: TrainConfig) -> list[str]:
         for i in range(len(models.seeds))
     ]
     return [", ".join([f"seed {seed}", *rest]) for seed, rest in zip(models.seeds, numbers, strict=True)]
+
+
+def _penalties(config: TrainConfig) -> list[str]:
+    """What the training loss has that the validation loss has not."""
+    o, swept = config.objective, config.sweep
+    names = {"objective.label_smoothing": o.label_smoothing, "objective.z_loss": o.z_loss}
+    found = [name.rpartition(".")[2].replace("_", " ") for name, value in names.items() if value or name in swept]
+    return [f"(with {' and '.join(found)})"] if found else []
 
 
 def _curve(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -95,19 +106,36 @@ def _statistics(file: Path, batched: bool) -> dict[str, Any]:
 def conclusions(data: Mapping[str, Any], lines: list[dict[str, Any]]) -> list[str]:
     """What the numbers say, in sentences."""
     found = []
-    unit = data["unit"]
+    unit, models = data["unit"], data["models"]
     training, validation, accuracy = (
         np.array(data[name]["values"]) for name in ("training", "validation", "accuracy")
     )
     if training.size:
-        found.append(f"Training loss, from {_mean(training[:, 0])} to {_mean(training[:, -1])} ({unit}).")
+        name = data["training_name"].removeprefix("training")
+        found.append(f"Training loss{name}, from {_mean(training[:, 0])} to {_mean(training[:, -1])} ({unit}).")
     if validation.size:
+        last = validation[:, -1]
+        alive = np.isfinite(last)
         best = np.min(np.where(np.isfinite(validation), validation, np.inf), axis=1)
+        better = alive.any() and np.mean(best[alive]) < 0.995 * np.mean(last[alive])
+        right = alive.any() and unit != "squared error"
         found.append(
-            f"On data that was not trained on, {_mean(validation[:, -1])}"
-            + (f" (at best {_mean(best)})" if np.mean(best) < 0.995 * np.mean(validation[:, -1]) else "")
-            + (f", {100 * np.nanmean(accuracy[:, -1]):.1f} % right." if unit != "squared error" else ".")
+            f"On data that was not trained on, {_mean(last)}"
+            + (f" (at best {_mean(best)})" if better else "")
+            + (f", {100 * np.mean(accuracy[alive, -1]):.1f} % right." if right else ".")
         )
+        if len(models) > 1 and alive.any():
+            number = int(np.argmin(np.where(alive, last, np.inf)))
+            found.append(f"The best of the {len(models)} at the end: {models[number]}, with {last[number]:.3f}.")
+        if not alive.all():
+            lost = [name for name, lives in zip(models, alive, strict=True) if not lives]
+            rest = f" and {len(lost) - SHOWN_LOST} more" if len(lost) > SHOWN_LOST else ""
+            named = f": {'; '.join(lost[:SHOWN_LOST])}{rest}" if len(models) > 1 else ""
+            found.append(f"{len(lost)} of {len(models)} models lost, their loss no finite number{named}.")
+    skipped = sum(np.atleast_1d(line.get("skipped", 0)) for line in lines)
+    if np.any(skipped):
+        most = f"{np.max(skipped)} steps" + (" of a model" if len(models) > 1 else "")
+        found.append(f"{'Up to ' if len(models) > 1 else ''}{most} were not finite, and changed nothing.")
     for name, value in data["references"].items():
         found.append(f"To compare: {name}, {value:.3f}.")
     rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]

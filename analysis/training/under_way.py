@@ -29,6 +29,7 @@ from minitf.train.step import State
 from minitf.train.trainer import Compiled, Evaluation, Taken
 
 Tree = Any
+MOST_SKIPPED = 100  # steps in a row, of all models, after which nothing more is to be expected
 
 
 class Training:
@@ -56,7 +57,12 @@ class Training:
         self.norm = jax.jit(optax.tree.norm)
         self.look = looker(ready.looked_at, ready.program.model, self.batched)
         self.tokens = len(models.seeds) * config.training.batch * ready.length  # of a step
+        model = ready.program.model
+        # What can write: with room for a token after the first.
+        self.writes = ready.vocabulary is not None and model.causal and model.length > 1
         self.was_told: set[int] = set()
+        self.skips = config.training.when_not_finite == "skip"
+        self.lost_in_a_row = np.zeros(len(models.seeds), int)
 
     def run(self) -> None:
         """From the newest checkpoint, or the start, to the last step."""
@@ -111,7 +117,7 @@ class Training:
             for name, value in vars(taken.measures).items()
         }
         now = time.monotonic()
-        lines = list(lines_of(taken.first, measures, taken.done))
+        lines = list(lines_of(taken.first, measures, taken.done, self.skips))
         rate = (taken.done - taken.first) / max(now - began, 1e-9)
         lines[-1]["tokens_per_second"] = rate * self.tokens
         share = self.utilization(rate)
@@ -121,8 +127,11 @@ class Training:
         finite = np.isfinite(measures["loss"]) & np.isfinite(measures["gradient_norm"])
         last = measures["loss"][..., -1]
         report(taken.done, float(np.mean(last[np.isfinite(last)])) if np.isfinite(last).any() else float("nan"))
+        by_model = finite.reshape(-1, finite.shape[-1])
+        since = np.argmax(by_model[:, ::-1], axis=1)  # the last finite step
+        self.lost_in_a_row = np.where(by_model.any(axis=1), since, self.lost_in_a_row + by_model.shape[1])
         if not finite.all():
-            self.not_finite(taken.first, finite)
+            self.not_finite(taken.first, by_model)
         return now
 
     def told_all(self, lines: list[dict[str, Any]]) -> None:
@@ -137,20 +146,26 @@ class Training:
         work = self.work * len(self.models.seeds)
         return None if most is None else steps_per_second * work / (most * devices.size)
 
-    def not_finite(self, first: int, finite: np.ndarray) -> None:
+    def not_finite(self, first: int, by_model: np.ndarray) -> None:
         """Tell people, or stop: of many models only when all of them are lost."""
-        by_model = finite.reshape(-1, finite.shape[-1])
-        size, skips = self.config.training.batch, self.config.training.when_not_finite == "skip"
+        size, skips, kept = self.config.training.batch, self.skips, self.checkpoints.steps()
         for model in np.flatnonzero(~by_model.all(axis=1)).tolist():
             step = first + int(np.argmin(by_model[model]))
             what = (
                 f"the loss or gradient of step {step} is not a finite number (sequences {step * size} to "
                 f"{(step + 1) * size - 1} of its data)"
             )
+            if skips:
+                what += "; such steps change nothing, and are counted"
+                what += f". The last checkpoint is of step {kept[-1]}" if kept else ""
             if model not in self.was_told and (skips or self.batched):
-                self.progress.note(f"model {model}: {what}" + ("; such steps change nothing" if skips else ""))
+                self.progress.note(f"model {model}: {what}" if self.batched else what)
             self.was_told.add(model)
         if not skips and not by_model.all(axis=1).any():
+            raise Diverged(f"training stopped: {what}. {self.advice()}")
+        lost = self.lost_in_a_row.min()
+        if skips and lost >= MOST_SKIPPED:
+            what = f"the last {lost} steps were not finite and changed nothing"
             raise Diverged(f"training stopped: {what}. {self.advice()}")
 
     def stops(self) -> list[int]:
@@ -169,7 +184,7 @@ class Training:
             self.told_all([{"step": step, **_of_validation(self.evaluate(weights, self.ready.held_out))}])
         if is_due(keep.statistics_every):
             self.looks.add(step, jax.tree.map(np.asarray, self.look(weights)))
-        if is_due(keep.sample_every) and self.ready.vocabulary is not None and self.ready.program.model.causal:
+        if is_due(keep.sample_every) and self.writes:
             self.samples.add(self.sampled(step, weights))
         dynamics = keep.dynamics and step in dynamics_steps(steps)
         if ending or dynamics or step == steps or (step and is_due(keep.checkpoint_every)):
@@ -180,7 +195,7 @@ class Training:
 
     def check_weights(self, step: int, state: State) -> None:
         """Keep no weights that are lost: a finite gradient can still lead to some that are not."""
-        if self.config.training.when_not_finite == "stop" and not self.batched:
+        if not self.skips and not self.batched:
             norm = float(self.norm(state.parameters))
             if not np.isfinite(norm):
                 raise Diverged(f"training stopped: the weights are not finite after step {step}. {self.advice()}")
@@ -189,9 +204,10 @@ class Training:
         """What is left, and what to do."""
         kept = self.checkpoints.steps()
         good = f"The last good checkpoint is of step {kept[-1]}, in {self.checkpoints.folder}. " if kept else ""
+        skip = "" if self.skips else ", or training.when_not_finite=skip,"
         return (
-            f"{good}Choose a smaller optimizer.rate or a longer optimizer.warm_up, or "
-            "training.when_not_finite=skip, and begin anew with --overwrite."
+            f"{good}Choose a smaller optimizer.rate or a longer optimizer.warm_up{skip} and begin anew with "
+            "--overwrite."
         )
 
     def sampled(self, step: int, weights: Tree) -> list[dict[str, Any]]:
@@ -227,6 +243,10 @@ class Training:
     def finish(self, state: State) -> None:
         """The trained models, as files that :func:`minitf.pretrained.load` and ``minitf walk`` read."""
         self.checkpoints.wait()
+        skipped = np.asarray(state.skipped)
+        if skipped.any():
+            count = f"{skipped.max()}" if skipped.ndim == 0 else f"up to {skipped.max()} of a model's"
+            self.progress.note(f"{count} of {self.config.training.steps} steps were not finite and were skipped")
         # Of several processes each has its part.
         weights = jax.jit(lambda x: x, out_shardings=sharding.everywhere(self.mesh))(state.weights)
         if not is_first():

@@ -14,7 +14,7 @@ from properties.models import random_parameters
 
 from minitf import ModelConfig, initialize, mixers, walk
 from minitf.analysis.run_folder import Diverged, Problem
-from minitf.analysis.training import job
+from minitf.analysis.training import job, under_way
 from minitf.analysis.training import statistics as training_statistics
 from minitf.analysis.training.boards import boards, show
 from minitf.analysis.training.devices import peak
@@ -115,7 +115,17 @@ def test_lost_steps_may_be_skipped(tmp_path):
     lost = {"name": "sgd", "clip": 0.0, "warm_up": 0, "rate": 1e30}
     run(tmp_path / "run", optimizer=lost, training={"when_not_finite": "skip"})
     weights = load(tmp_path / "run" / "model").parameters
-    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(weights))
+    # Not only finite, but as they were before such a step.
+    assert all(float(jnp.max(jnp.abs(x))) < 10 for x in jax.tree.leaves(weights))
+    assert sum(line.get("skipped", 0) for line in read(tmp_path / "run" / "metrics.jsonl")) == 6
+    assert "6 steps were not finite" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_where_every_step_is_skipped_training_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(under_way, "MOST_SKIPPED", 3)
+    lost = {"name": "sgd", "clip": 0.0, "warm_up": 0, "rate": 1e30}
+    with pytest.raises(Diverged, match="the last 3 steps were not finite and changed nothing. The last good"):
+        run(tmp_path / "run", optimizer=lost, training={"when_not_finite": "skip"})
 
 
 def test_results_that_cannot_be_written_are_a_sentence_and_what_was_kept_stays(tmp_path, monkeypatch):
@@ -151,7 +161,8 @@ def test_results_that_cannot_be_written_are_a_sentence_and_what_was_kept_stays(t
         ({"model": {"length": 2}}, "model.length is 2; the task's sequences have"),
         ({"model": {"mixer": "Mambo"}}, "model.mixer is 'Mambo'; choose one of AttentionFree, "),
         ({"objective": {"kind": "regression"}}, "objective.kind is 'regression'"),
-        ({"mesh": {"data": 64}}, "the mesh needs 64"),
+        ({"mesh": {"data": 64}, "training": {"batch": 64}}, "the mesh needs 64"),
+        ({"mesh": {"data": 3}}, r"4 sequences \(training.batch\) cannot be divided among 3 x 1 devices"),
         ({"keep": {"wandb": "toys"}}, "keep.wandb needs the package wandb"),
     ],
 )
@@ -229,9 +240,19 @@ def test_layers_may_mix_as_they_like():
 
 def test_lines_are_means_over_ten_steps_and_a_rest():
     values = np.arange(2 * 13.0).reshape(2, 13)
-    found = list(lines_of(7, {"loss": values}, 20))
+    found = list(lines_of(7, {"loss": values}, 20, skips=False))
     assert [(line["step"], line["steps"]) for line in found] == [(17, 10), (20, 3)]
     np.testing.assert_allclose(found[1]["loss"], values[:, 10:].mean(axis=1))
+
+
+def test_of_skipped_steps_there_is_a_count_and_means_are_of_the_others():
+    loss, norm = np.arange(24.0).reshape(2, 12), np.ones((2, 12))
+    loss[0, 3], norm[1, 10:] = np.nan, np.inf
+    first, second = lines_of(0, {"loss": loss, "gradient_norm": norm}, 12, skips=True)
+    assert first["skipped"].tolist() == [1, 0]
+    assert second["skipped"].tolist() == [0, 2]
+    assert first["loss"] == pytest.approx([42 / 9, 16.5])
+    assert np.isnan(second["loss"][1])
 
 
 def test_a_log_goes_on_where_its_checkpoint_was(tmp_path):

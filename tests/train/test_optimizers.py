@@ -7,7 +7,8 @@ import pytest
 from minitf.config import ModelConfig, token_tables
 from minitf.declaration import declare
 from minitf.parameters import named
-from minitf.train.optimizers import Rates, adam, adamw, by_part, check_rates, clipped, sgd
+from minitf.train.config import OptimizerSettings
+from minitf.train.optimizers import Rates, adam, adamw, by_part, check_rates, clipped, from_settings, sgd
 
 STEPS = 12
 
@@ -92,6 +93,43 @@ def test_weight_decay_shrinks_a_weight_without_gradient_by_rate_times_decay():
 def ones_like(config):
     """Parameters of a model, all one."""
     return jax.tree.map(lambda d: jnp.ones(d.shape), declare(config), is_leaf=lambda x: hasattr(x, "axes"))
+
+
+DECAYING = ["sgd", "adamw", "lion", "muon", "adafactor", "adamw_8bit", "adamw_4bit"]
+
+
+@pytest.mark.parametrize("name", DECAYING)
+def test_of_every_optimizer_decay_is_decoupled_and_times_the_rate(name):
+    config = ModelConfig(vocabulary=8, layers=1, width=8, heads=2, length=4, biases=True)
+    settings = OptimizerSettings(
+        name=name, rate=1e-2, muon_rate=1e-2, weight_decay=0.1, schedule="constant", warm_up=0
+    )
+    optimizer, weights = from_settings(settings, config, steps=9), ones_like(config)
+
+    @jax.jit
+    def step(weights, state):
+        update, state = optimizer.update(jax.tree.map(jnp.zeros_like, weights), state, weights)
+        return optax.apply_updates(weights, update), state
+
+    state = optimizer.init(weights)
+    for _ in range(5):
+        weights, state = step(weights, state)
+    assert weights.embedding == pytest.approx((1 - 1e-3) ** 5, rel=1e-5)
+    assert weights.layers.feed_forward.into == pytest.approx((1 - 1e-3) ** 5, rel=1e-5)
+    assert weights.layers.attention_norm.gain == pytest.approx(1.0)
+
+
+def test_adafactors_momentum_may_be_swept():
+    config = ModelConfig(vocabulary=8, layers=1, width=8, heads=2, length=4)
+    slope = ones_like(config)
+
+    def update(momentum):
+        settings = OptimizerSettings(name="adafactor", momentum=momentum, weight_decay=0.0)
+        optimizer = from_settings(settings, config, steps=9)
+        return optimizer.update(slope, optimizer.init(slope), slope)[0].embedding
+
+    both = jax.vmap(update)(jnp.array([0.8, 0.9]))
+    np.testing.assert_allclose(both, [update(0.8), update(0.9)], rtol=1e-6)
 
 
 def table_parameters():
