@@ -5,13 +5,18 @@ import os
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from minitf.files import write_atomically
 from minitf.memory import out_of_memory
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.json"
 FOLDERS = ("arrays", "figures", "checkpoints", "data", "start", "model", "models", "tensorboard", "wandb")
@@ -104,6 +109,30 @@ def open_run_folder(
     except OSError as error:
         raise _unusable(out, error) from error
     return out
+
+
+def hold(out: Path, until: ExitStack) -> bool:
+    """Hold a folder that is there, ``until`` the end of a context or of this process, so that no other one does.
+
+    Where the system or the file system has no locks, nothing is held. Returns whether the folder is there.
+
+    Raises:
+        Problem: another process holds it.
+    """
+    if not out.is_dir():
+        return False
+    if fcntl is not None:
+        descriptor = os.open(out, os.O_RDONLY)
+        until.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(
+                f"another process is at work in {out}. Wait until it ends, or choose another folder with --out."
+            ) from None
+        except OSError:
+            pass
+    return True
 
 
 def recorded(out: Path) -> dict[str, Any]:

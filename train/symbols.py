@@ -134,8 +134,9 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
 
     The files are read once or twice, a document at a time. Each document is on the side that its SHA-256 says, so
     equal ones are on the same. A folder that was made of the same files (by name, size and time of change) with
-    the same settings is used again when its tokens are as they were written. ``say`` is told what takes its time.
-    Where the folder of a ``vocabulary`` is given, that of a model to start from, its tokens are those of the data.
+    the same settings is used again when its tokens are as they were written; so is one whose files are gone, as
+    where a run was moved without them. ``say`` is told what takes its time. Where the folder of a ``vocabulary``
+    is given, that of a model to start from, its tokens are those of the data.
 
     The usual encoding: of text bytes; of FASTA and cells of tables characters; of tokens what they are. Alphabets
     and symbols are found in all of the data; a BPE and bins are made from the training documents, of which the
@@ -144,7 +145,14 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
     Raises ValueError for files that cannot be read as what they should be, and when one side would be empty.
     """
     say = say or (lambda sentence: None)
-    files = source_files(settings.paths)
+    try:
+        files = source_files(settings.paths)
+    except ValueError as error:
+        kept = _without_sources(folder, settings, say)
+        if kept is None:
+            raise
+        say(f"{error} The data that was made of it is in {folder}, and is used.")
+        return kept
     recipe = _recipe(settings, files, vocabulary)
     kept = _kept(folder, recipe, say)
     if kept is not None:
@@ -159,6 +167,8 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
     # What is half made, or half replaced, is no data: this file is written last.
     for name in ("data.json", *FILES):
         (folder / name).unlink(missing_ok=True)
+    for unfinished in folder.glob(".*.tokens.*"):
+        unfinished.unlink(missing_ok=True)
     symbols.save(folder)
     source = _sentence(settings, files, symbols)
     made_from = {"source": source, "settings": dataclasses.asdict(settings)}
@@ -333,7 +343,7 @@ def _recipe(settings: DataSettings, files: list[Path], vocabulary: Path | None) 
     encoding = [sha256_of(file) for file in used if file.is_file()]
     recipe = {
         "format": PREPARED_FORMAT,
-        "settings": dataclasses.asdict(settings),
+        "settings": _plain(settings),
         "files": found,
         "encoding_sha256": encoding,
     }
@@ -361,6 +371,21 @@ def _kept(folder: Path, recipe: Mapping[str, Any], say: Say) -> Data | None:
     except (ValueError, KeyError, TypeError) as error:
         say(f"{error} The data in {folder} is made anew.")
         return None
+
+
+def _without_sources(folder: Path, settings: DataSettings, say: Say) -> Data | None:
+    """The data in a folder, made with these settings and not damaged, whatever became of its files."""
+    try:
+        recipe = json.loads((folder / "data.json").read_bytes())["recipe"]
+        same = (recipe["format"], recipe["settings"]) == (PREPARED_FORMAT, _plain(settings))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return _kept(folder, recipe, say) if same else None
+
+
+def _plain(settings: DataSettings) -> Any:
+    """As JSON gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def _identity(folder: Path) -> dict[str, Any]:

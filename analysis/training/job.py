@@ -5,7 +5,7 @@ The same command again goes on from the newest checkpoint, with the same numbers
 
 import json
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from minitf.analysis.flops import flops
 from minitf.analysis.run_folder import (
     Problem,
     check_run_folder,
+    hold,
     open_run_folder,
     recorded,
     telling_of_memory,
@@ -61,14 +62,22 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
         mesh = sharding.mesh_of(config.mesh)
     held = _held(config)
     silent = quiet or not is_first()
-    with Progress(silent, remaining=True) as progress, told_to_people(), writing_results(out, GOES_ON):
+    with (
+        ExitStack() as held_until,
+        Progress(silent, remaining=True) as progress,
+        told_to_people(),
+        writing_results(out, GOES_ON),
+    ):
         with first_alone("data"):
             if is_first():
                 start.check_elsewhere(config, out)
+                is_held = hold(out, held_until)
                 changed = () if overwrite else _may_change(config, held, out)
                 # A run that was begun before there was a setting had what is usual, and did not record it.
                 usual = _held(TrainConfig())
                 open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed, usual=usual)
+                if not is_held:
+                    hold(out, held_until)
                 write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
             ready = prepared(config, out, progress.note)
             _check_data(out, ready)

@@ -1,4 +1,5 @@
 import json
+from contextlib import ExitStack
 
 import jax.numpy as jnp
 import pytest
@@ -7,6 +8,7 @@ from minitf.analysis.run_folder import (
     Diverged,
     Problem,
     check_run_folder,
+    hold,
     open_run_folder,
     telling_of_memory,
     told_to_people,
@@ -34,6 +36,16 @@ def test_a_new_folder_is_made_with_its_parents_and_says_what_runs(tmp_path):
     folder = open_run_folder(tmp_path / "a" / "b", CONFIG)
     assert [p.name for p in folder.iterdir()] == ["config.json"]
     assert json.loads((folder / "config.json").read_text()).items() >= {"seed": 0, "text": ["a", "b"]}.items()
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    with ExitStack() as ours:
+        assert not hold(tmp_path / "none", ours)
+        assert hold(tmp_path, ours)
+        with ExitStack() as theirs, pytest.raises(Problem, match=r"another process is at work in .*--out"):
+            hold(tmp_path, theirs)
+    with ExitStack() as theirs:
+        assert hold(tmp_path, theirs)
 
 
 def test_an_empty_folder_is_used(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import types
+from contextlib import ExitStack
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from full_disk import no_file_larger_than
 from properties.models import random_parameters
 
 from minitf import ModelConfig, initialize, mixers, walk
-from minitf.analysis.run_folder import Diverged, Problem
+from minitf.analysis.run_folder import Diverged, Problem, hold
 from minitf.analysis.training import job, under_way
 from minitf.analysis.training import statistics as training_statistics
 from minitf.analysis.training.boards import boards, show
@@ -229,6 +230,29 @@ def test_after_a_refusal_other_files_may_be_given(tmp_path, monkeypatch):
         job.run(on("two.txt"), tmp_path / "run", quiet=True)
     assert "two.txt" in (tmp_path / "run" / "data" / "data.json").read_text()
     assert (tmp_path / "run" / "data.json").exists()
+
+
+def test_a_run_goes_on_elsewhere_without_its_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the {n} of {n * n}, and then\n" for n in range(400)))
+    groups = {"task": {}, "data": {"paths": [str(text)]}, "model": {"length": 8}}
+    constant = {"schedule": "constant"}
+    tables = lambda steps: (
+        laid_over(TINY, {**groups, "training": {"steps": steps}, "optimizer": constant}) | {"task": {}}
+    )
+    job.run(as_config(tables(4)), tmp_path / "run", quiet=True)
+    text.unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    job.run(as_config(tables(6)), tmp_path / "moved", quiet=True)
+    assert (tmp_path / "moved" / "model" / "config.json").exists()
+
+
+def test_a_folder_in_which_another_run_is_at_work_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    with ExitStack() as theirs:
+        hold(tmp_path / "run", theirs)
+        with pytest.raises(Problem, match="another process is at work"):
+            run(tmp_path / "run")
 
 
 def test_layers_may_mix_as_they_like():

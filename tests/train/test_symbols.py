@@ -173,6 +173,28 @@ def test_a_prepared_folder_is_used_again_and_made_anew_when_anything_differs(tex
     assert prepare(settings, folder).identity != first.identity
 
 
+def test_data_outlives_the_files_that_it_was_made_of(text, tmp_path):
+    settings, said = DataSettings(paths=(str(text),)), []
+    made = prepare(settings, tmp_path / "data")
+    text.rename(tmp_path / "elsewhere.txt")
+    kept = prepare(settings, tmp_path / "data", said.append)
+    assert (kept.identity, kept.source) == (made.identity, made.source)
+    assert "There is no file or folder" in said[0] and "is used" in said[0]
+    with pytest.raises(ValueError, match="There is no file or folder"):
+        prepare(DataSettings(paths=(str(text),), validation=0.2), tmp_path / "data")
+    (tmp_path / "data" / "train.tokens").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="There is no file or folder"):
+        prepare(settings, tmp_path / "data", said.append)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(text, tmp_path):
+    left = tmp_path / "data" / ".train.tokens.0123abc"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    prepare(DataSettings(paths=(str(text),)), left.parent)
+    assert not left.exists()
+
+
 def test_the_same_symbols_have_the_same_identity_wherever_they_lie(text, tmp_path):
     moved = written(tmp_path, "elsewhere/other.txt", text.read_text())
     one, two = (prepare(DataSettings(paths=(str(file),)), tmp_path / f"of {file.name}") for file in (text, moved))
