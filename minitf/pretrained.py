@@ -75,7 +75,8 @@ def load(
 
     Args:
         source: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json); a
-            llama2.c ``.bin`` file; or ``hub:owner/name``, which huggingface_hub fetches (install it for that).
+            llama2.c ``.bin`` file; a checkpoint of ``minitf train``, RUN/checkpoints/STEP (and /NUMBER where many
+            models train together); or ``hub:owner/name``, which huggingface_hub fetches (install it for that).
         revision: branch, tag or commit on the hub, such as Pythia's ``step1000``; main when not given.
         dtype: the floating-point type of the parameters, whatever that of the file.
         tokenizer: llama2.c's tokenizer file; else tokN.bin (N tokens) or tokenizer.bin beside the model is taken,
@@ -100,6 +101,9 @@ def load(
         folder = Path(name)
     if folder.is_file():
         return _load_llama2c(folder, dtype, tokenizer)
+    kept = _of_a_run(folder, dtype)
+    if kept is not None:
+        return kept
     if tokenizer is not None:
         raise ValueError("tokenizer names llama2.c's tokenizer file, and only a llama2.c .bin file takes one")
     if not folder.is_dir():
@@ -157,8 +161,23 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
+def _of_a_run(path: Path, dtype: Any) -> Pretrained | None:
+    """The model of a checkpoint of ``minitf train``; None where the path names none."""
+    from minitf.train import kept_models  # noqa: PLC0415 (the framework needs no training, but for its files)
+
+    place = kept_models.place_of(path)
+    if place is None:
+        return None
+    config, parameters = kept_models.read(place, dtype)
+    return Pretrained(native.NAME, config, parameters, _own_tokenizer(place.folder))
+
+
 def _load_folder(folder: Path, dtype: Any) -> Pretrained:
     file = folder / "config.json"
+    if not file.is_file() and folder.name == "checkpoints":
+        raise ValueError(
+            f"{folder} holds the models of a run on its way: name one by its step, as {folder / '64'}"
+        )
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json, without which the model is not known")
     settings = read_json(file)
@@ -166,6 +185,11 @@ def _load_folder(folder: Path, dtype: Any) -> Pretrained:
     for inner in (folder / "model", folder / "models" / "0"):
         if name is None and (inner / "config.json").is_file():
             raise ValueError(f"{folder} is the folder of a run; its model is in {inner}")
+    if name is None and (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{folder} is the folder of a run that did not end; what it kept on the way are the models in "
+            f"{folder / 'checkpoints'}, each by its step"
+        )
     if name == native.NAME:
         config = native.config_of(settings)
         return Pretrained(native.NAME, config, native.read(config, folder, dtype), _own_tokenizer(folder))

@@ -40,8 +40,7 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(keep.every))
         if keep.dynamics:
             kept.append(policies.CustomSteps(dynamics_steps(steps)))
-        # Of what it does, it tells at length; of what it cannot do, it raises.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        quiet()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
@@ -125,6 +124,11 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self.folder}: {error}. Those before it are whole; when "
                 "this is put right, the same command goes on from the newest."
             ) from error
+
+
+def quiet() -> None:
+    """Of what Orbax does, it tells at length; of what it cannot do, it raises."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 @jax.jit

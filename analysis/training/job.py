@@ -37,6 +37,7 @@ from minitf.memory import machine_bytes
 from minitf.train import sharding, trainer
 from minitf.train.checkpoints import Checkpoints
 from minitf.train.config import TrainConfig
+from minitf.train.kept_models import describe
 from minitf.train.progress import Progress
 from minitf.train.settings import as_tables, as_toml, by_name
 
@@ -114,7 +115,7 @@ def _may_change(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[s
 
 def _nothing_done(out: Path) -> bool:
     """Whether a training was to be in this folder, and took no step: no weights, no loss but the first."""
-    if "training.steps" not in recorded(out) or [*out.glob("checkpoints/*"), *out.glob("model*")]:
+    if "training.steps" not in recorded(out) or [*out.glob("checkpoints/*/"), *out.glob("model*")]:
         return False
     metrics = out / "metrics.jsonl"
     return not metrics.exists() or all(line["step"] == 0 for line in read(metrics))
@@ -150,6 +151,9 @@ def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress
     keep, models = config.keep, trainer.models_of(config)
     with Checkpoints(out / "checkpoints", keep, config.training.steps) as checkpoints:
         done = max(checkpoints.steps(), default=0)
+        if is_first():
+            many, averaged = len(models.seeds) if models.batched else None, bool(config.optimizer.average)
+            describe(out / "checkpoints", ready.program.model, ready.vocabulary, many, averaged)
         opened: AbstractContextManager[list[Board]] = nullcontext([])
         if is_first():
             opened = boards(keep, out, done=done, settings=by_name(config), quiet=quiet)
