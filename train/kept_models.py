@@ -21,7 +21,8 @@ from minitf.declaration import declare, declared, is_declaration
 from minitf.families.mapping import check_finite
 from minitf.files import write_atomically
 from minitf.parameters import Parameters, named
-from minitf.train.checkpoints import quiet
+from minitf.train.checkpoints import digests, quiet
+from minitf.train.step import State
 from minitf.vocabulary import Vocabulary
 
 ABOUT = "model.json"
@@ -45,13 +46,21 @@ def place_of(path: Path) -> Place | None:
 
 
 def describe(
-    folder: Path, config: ModelConfig, vocabulary: Vocabulary | None, models: int | None, averaged: bool
+    folder: Path, config: ModelConfig, vocabulary: Vocabulary | None, models: int | None, state: State
 ) -> None:
-    """Write what the models of the checkpoints in ``folder`` are; ``models`` is None of one. Raises OSError."""
+    """Write what the checkpoints in ``folder`` hold, of ``models`` side by side, None of one. Raises OSError.
+
+    ``state`` is as they hold it, or its shapes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if vocabulary is not None:
         vocabulary.save(folder)
-    about = {"model": to_plain(config), "models": models, "averaged": averaged}
+    about = {
+        "model": to_plain(config),
+        "models": models,
+        "part": "parameters" if state.average is None else "average",
+        "arrays": len(jax.tree.leaves(state)),
+    }
     write_atomically(folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
 
 
@@ -61,7 +70,8 @@ def read(place: Place, dtype: Any = jnp.float32) -> tuple[ModelConfig, Parameter
     Raises:
         ValueError: there is no such checkpoint or model; it is damaged, or its numbers are not finite.
     """
-    config, models, averaged = _about(place.folder / ABOUT)
+    about = _about(place.folder / ABOUT)
+    config, models = about.config, about.models
     there = sorted(int(path.name) for path in place.folder.iterdir() if path.name.isdecimal())
     if place.step not in there:
         raise ValueError(f"{place.folder} holds no checkpoint of step {place.step}; there are {_listed(there)}")
@@ -70,28 +80,39 @@ def read(place: Place, dtype: Any = jnp.float32) -> tuple[ModelConfig, Parameter
         which = f"name one of its {models} models, from {step / '0'} on" if models else f"its one model is {step}"
         named_as = step if place.number is None else step / str(place.number)
         raise ValueError(f"{named_as} is not a model of this run: {which}")
-    weights = _restored(step, config, models, "average" if averaged else "parameters")
+    weights = _restored(step, about)
     own = weights if models is None else jax.tree.map(lambda x: x[place.number], weights)
     for name, value in named(own).items():
         check_finite(np.asarray(value), f"{step}: the weight {name}")
     return config, jax.tree.map(lambda x: jnp.asarray(x, dtype), own)
 
 
-def _about(file: Path) -> tuple[ModelConfig, int | None, bool]:
+@dataclasses.dataclass(frozen=True)
+class _About:
+    """What a folder of checkpoints holds; ``part`` of a state of so many ``arrays`` is the weights."""
+
+    config: ModelConfig
+    models: int | None
+    part: str
+    arrays: int
+
+
+def _about(file: Path) -> _About:
     try:
         told = json.loads(file.read_bytes())
-        return from_plain(told["model"]), told["models"], told["averaged"]
+        return _About(from_plain(told["model"]), told["models"], told["part"], told["arrays"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}, which says what the checkpoints beside it hold, is damaged: {error}") from error
 
 
-def _restored(step: Path, config: ModelConfig, models: int | None, part: str) -> Parameters:
-    """That part of the state alone, whole, on one device, wherever it lay when it was written."""
+def _restored(step: Path, about: _About) -> Parameters:
+    """The weights alone, whole, on one device, wherever they lay when they were written."""
     here = SingleDeviceSharding(jax.devices()[0])
-    many = () if models is None else (models,)
+    many = () if about.models is None else (about.models,)
     shape = lambda one: jax.ShapeDtypeStruct((*many, *one.shape), jnp.float32, sharding=here)
-    places = {_path(name): shape(declaration) for name, declaration in declared(config).items()}
-    wanted = {"state": {part: _nested(places)}}
+    places = {_path(name): shape(one) for name, one in declared(about.config).items()}
+    of_all = jax.ShapeDtypeStruct((about.arrays,), jnp.uint32, sharding=here)
+    wanted = {"state": {about.part: _nested(places)}, "digests": of_all}
     quiet()
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -106,8 +127,12 @@ def _restored(step: Path, config: ModelConfig, models: int | None, part: str) ->
     except Exception as error:  # what Orbax and TensorStore raise of damaged files has no common type
         why = (str(error) or type(error).__name__).strip().splitlines()[0][:300]
         raise ValueError(f"the checkpoint {step} cannot be read: {why}") from error
-    found = [functools.reduce(getitem, path, restored["state"][part]) for path in places]
-    return jax.tree.unflatten(jax.tree.structure(declare(config), is_leaf=is_declaration), found)
+    found = [functools.reduce(getitem, path, restored["state"][about.part]) for path in places]
+    # A state's leaves are its step, the parameters, moments, the running mean, and how many steps were skipped.
+    first = 1 if about.part == "parameters" else about.arrays - 1 - len(found)
+    if not np.array_equal(digests(found), restored["digests"][first : first + len(found)]):
+        raise ValueError(f"the checkpoint {step} is damaged: its numbers are not those that were written")
+    return jax.tree.unflatten(jax.tree.structure(declare(about.config), is_leaf=is_declaration), found)
 
 
 def _path(name: str) -> tuple[str | int, ...]:

@@ -152,8 +152,8 @@ def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress
     with Checkpoints(out / "checkpoints", keep, config.training.steps) as checkpoints:
         done = max(checkpoints.steps(), default=0)
         if is_first():
-            many, averaged = len(models.seeds) if models.batched else None, bool(config.optimizer.average)
-            describe(out / "checkpoints", ready.program.model, ready.vocabulary, many, averaged)
+            many = len(models.seeds) if models.batched else None
+            describe(out / "checkpoints", ready.program.model, ready.vocabulary, many, state)
         opened: AbstractContextManager[list[Board]] = nullcontext([])
         if is_first():
             opened = boards(keep, out, done=done, settings=by_name(config), quiet=quiet)
