@@ -226,6 +226,43 @@ class Ids:
         _save(folder, "ids", {"size": self.size})
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Another vocabulary, and after its tokens one for each label that a sequence may have."""
+
+    inner: Vocabulary
+    labels: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """All tokens, those of labels included."""
+        return self.inner.size + len(self.labels)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " token"]:
+        """The tokens of a sequence."""
+        return self.inner.encode(text)
+
+    def example(self, text: str, label: str) -> Int32[np.ndarray, " token"]:
+        """The tokens of a sequence, then that of its label. Raises ValueError for a label that there is not."""
+        if label not in self.labels:
+            raise ValueError(f"{label!r} is none of the labels {', '.join(map(repr, self.labels[:10]))}")
+        return np.append(self.inner.encode(text), np.int32(self.inner.size + self.labels.index(label)))
+
+    def decode(self, ids: Iterable[Any]) -> str:
+        """The text; labels are in brackets."""
+        tokens = _checked(ids, self.size)
+        places = np.flatnonzero(tokens >= self.inner.size)
+        parts = np.split(tokens, np.sort(np.concatenate([places, places + 1])))
+        named = lambda part: "".join(f"[{self.labels[one - self.inner.size]}]" for one in part.tolist())
+        is_label = lambda part: part.size and part[0] >= self.inner.size
+        return "".join(named(part) if is_label(part) else self.inner.decode(part) for part in parts)
+
+    def save(self, folder: Path) -> None:
+        """Write the other vocabulary, and the labels."""
+        self.inner.save(folder)
+        _save(folder, "labelled", {"inner": json.loads((folder / FILE).read_bytes()), "labels": self.labels})
+
+
 def load_vocabulary(folder: Path) -> Vocabulary:
     """The vocabulary that was saved in a folder.
 
@@ -237,6 +274,9 @@ def load_vocabulary(folder: Path) -> Vocabulary:
         kind = told.pop("kind")
         if kind in _READ:
             return _READ[kind](told, folder)
+        if kind == "labelled":
+            inner = told["inner"]
+            return Labelled(_READ[inner.pop("kind")](inner, folder), tuple(told["labels"]))
     except OSError as error:
         raise ValueError(f"The vocabulary {file} cannot be read: {error.strerror or error}.") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -381,6 +421,8 @@ class Tokenizer:
             return self.vocabulary.encoding.decode_single_token_bytes(token)
         if isinstance(self.vocabulary, TokenizerFile):
             return self.vocabulary.tokenizer.decode_single_token_bytes(token)
+        if isinstance(self.vocabulary, Labelled) and token < self.vocabulary.inner.size:
+            return Tokenizer(self.vocabulary.inner).decode_single_token_bytes(token)
         return self.vocabulary.decode([token]).encode()
 
 

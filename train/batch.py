@@ -35,6 +35,13 @@ def next_token(window: Int[Array, "batch length_plus_one"]) -> Batch:
     return Batch(tokens=window[:, :-1].astype(jnp.int32), targets=window[:, 1:].astype(jnp.int32))
 
 
+def labelled(rows: Int[Array, "batch length_plus_one"], filler: int) -> Batch:
+    """Sequences, filled up with a token, and the token of each one's label, which its last position is to tell."""
+    tokens, label = rows[:, :-1].astype(jnp.int32), rows[:, -1:].astype(jnp.int32)
+    last = jnp.maximum(jnp.sum(tokens != filler, axis=1, keepdims=True) - 1, 0)
+    return Batch(tokens=tokens, targets=jnp.where(jnp.arange(tokens.shape[1]) == last, label, NO_TARGET))
+
+
 def masked(
     tokens: Int[Array, "batch position"],
     key: Key[Array, ""],

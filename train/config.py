@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from minitf.train.symbols import DataSettings
+from minitf.train.data_settings import DataSettings
 
 Objective = Literal["next_token", "masked_token", "classification", "regression"]
 # A number that may differ between models which train in one program, and is then traced.

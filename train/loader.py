@@ -6,6 +6,7 @@ elsewhere each time. The order of many windows is a pseudorandom permutation tha
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, Integer
@@ -104,7 +105,15 @@ def shuffled(places: Int[np.ndarray, " place"], size: int, rng: np.random.Genera
     return np.array(found, np.int64)
 
 
-def chunk(loader: Loader, first_step: int, steps: int) -> Int32[np.ndarray, "step part length_plus_one"]:
+@runtime_checkable
+class Batches(Protocol):
+    """What has the batch of every step."""
+
+    def batch(self, step: int) -> Int32[np.ndarray, "part length_plus_one"]:
+        """Of this process."""
+
+
+def chunk(loader: Batches, first_step: int, steps: int) -> Int32[np.ndarray, "step part length_plus_one"]:
     """The batches of ``steps`` steps from ``first_step`` on, stacked."""
     return np.stack([loader.batch(step) for step in range(first_step, first_step + steps)])
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from minitf import ModelConfig, Parameters, walk
 from minitf.layer import mixer_of
-from minitf.train.batch import Batch
+from minitf.train.batch import NO_TARGET, Batch
 from minitf.train.config import Objective, ObjectiveSettings
 from minitf.train.cross_entropy import Sums, cross_entropy, in_chunks
 from minitf.walk import Change, Edit, LayerWalk
@@ -36,8 +36,8 @@ def sums(
         parameters: their dtype is that of the computation; losses are float32.
         batch: ``[batch, position]``.
         kind: ``next_token`` and ``masked_token`` count every target; ``classification`` has one for a sequence,
-            the last, which the last position answers, or, where positions see all others, the mean of their
-            logits; ``regression`` compares the first logit.
+            its last, which that position answers, or, where positions see all others, the mean of their logits;
+            ``regression`` compares the first logit.
         settings: smoothing, z-loss, chunks.
         edit: of the walk, such as :func:`dropout`.
         unroll, rematerialize, sharding: as :func:`minitf.walk`.
@@ -57,9 +57,10 @@ def sums(
         return _squared(walked.logits[..., 0], batch.targets)
     context, targets = walked.context, batch.targets
     if kind == "classification":
-        targets = targets[:, -1:]
+        place = targets.shape[1] - 1 - jnp.argmax(targets[:, ::-1] != NO_TARGET, axis=1)[:, None]
+        targets = jnp.take_along_axis(targets, place, axis=1)
         if config.causal:
-            context = context[:, -1:]
+            context = jnp.take_along_axis(context, place[..., None], axis=1)
         else:
             logits = jnp.mean(walked.logits.astype(jnp.float32), axis=1, keepdims=True)
             return cross_entropy(logits, targets, settings)

@@ -167,6 +167,22 @@ def table_documents(
             yield "".join(held)
 
 
+def table_examples(
+    files: Sequence[Path], columns: Sequence[str], label: str, delimiter: str, check: Check | None
+) -> Iterator[tuple[str, str]]:
+    """Rows of tables as sequences, and the cell of the column ``label`` of each.
+
+    A sequence is its cells: of numbers with commas between, of symbols a line each, else with tabs between.
+    Raises ValueError naming file and line as :func:`table_documents`, and for a row without a label.
+    """
+    between, end = (",", "\n") if check is not_a_number else ("\n", "\n") if check else ("\t", "")
+    for file in files:
+        for number, (row, _) in enumerate(_rows(file, [*columns, label], delimiter, check, unchecked=(label,))):
+            if not row[-1]:
+                raise ValueError(f"{file}, row {number + 1}: the {label} is empty.")
+            yield between.join(row[:-1]) + end, row[-1]
+
+
 def table_columns(file: Path, columns: Sequence[str], delimiter: str) -> tuple[str, ...]:
     """The columns that are read: those named, or the only one. Raises ValueError naming those that there are."""
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
@@ -254,7 +270,7 @@ def _lines(file: Path, most: int) -> Iterator[str]:
 
 
 def _rows(
-    file: Path, columns: Sequence[str], delimiter: str, check: Check | None
+    file: Path, columns: Sequence[str], delimiter: str, check: Check | None, unchecked: Sequence[str] = ()
 ) -> Iterator[tuple[list[str], int]]:
     """The chosen cells of every row, and how many characters the row has."""
     problem = text_problem(file)
@@ -271,7 +287,7 @@ def _rows(
                     raise ValueError(f"{file}, line {reader.line_num}: there are only {len(row)} cells.")
                 cells = [row[place].strip() for place in places]
                 for name, cell in zip(chosen, cells, strict=True):
-                    if wrong := check(cell) if check else "":
+                    if wrong := check(cell) if check and name not in unchecked else "":
                         raise ValueError(f"{file}, line {reader.line_num}: the {name} {cell[:60]!r} {wrong}.")
                 yield cells, sum(map(len, row)) + len(row)
         except csv.Error as error:

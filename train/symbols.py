@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -16,6 +16,7 @@ from minitf.files import write_atomically
 from minitf.tokenizer import gpt2_encoding, load_encoding, train_encoding
 from minitf.tokenizer_file import NAMES, load_tokenizer_file
 from minitf.train.corpus import identity, python_documentation
+from minitf.train.data_settings import LEARNED, MOST_NAMES, DataSettings
 from minitf.train.symbol_files import (
     fasta_documents,
     not_a_name,
@@ -23,6 +24,7 @@ from minitf.train.symbol_files import (
     source_files,
     table_columns,
     table_documents,
+    table_examples,
     text_documents,
     token_array,
     token_documents,
@@ -35,6 +37,7 @@ from minitf.vocabulary import (
     Bytes,
     Characters,
     Ids,
+    Labelled,
     Names,
     Pieces,
     Vocabulary,
@@ -45,70 +48,29 @@ from minitf.vocabulary import (
 
 # To be raised when the same files and settings would give other tokens than before.
 PREPARED_FORMAT = "minitf data 2"
-# Encodings that follow from the data, or need nothing; "": one of them.
-LEARNED = ("", "bytes", "characters", "bpe", "symbols")
 MOST_CHARACTERS = 4096
-MOST_NAMES = 65_536
+MOST_LABELS = 4096
 BPE_PIECES = 4096
 BPE_CHARACTERS = 50_000_000  # that a BPE is trained on, at most
 BIN_ROWS = 1_000_000  # that the limits of bins come from, at most
 CHARACTERS_BETWEEN_SENTENCES = 100_000_000
 
-Format = Literal["text", "fasta", "csv", "tokens"]
-Document = str | Integer[np.ndarray, " token"]
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Which files to train on, and how their symbols are numbered.
+class Example:
+    """A sequence, and the label that is to be told from it."""
 
-    Raises:
-        ValueError: a value that is out of its range, or says nothing about the format, by name.
-    """
+    text: str
+    label: str
 
-    format: Format = "text"  # of the files: fasta has DNA or proteins, csv tables, tokens are numbers already
-    paths: tuple[str, ...] = ()  # files and folders; none: the documentation of this Python, as text
-    encoding: str = ""  # bytes, characters, bpe, gpt2, symbols (csv: a cell is a token), a file; "": as usual
-    vocabulary: int = 0  # bpe: pieces to train, 0 for 4096; tokens: how many there are, 0 for up to the largest
-    columns: tuple[str, ...] = ()  # csv: which are read, by their header; none: the only one
-    bins: int = 0  # csv: columns are numbers, cut in so many bins with as many rows in each; 0: they are text
-    delimiter: str = ""  # csv: between cells; "" for a comma, and a tab in files named .tsv
-    raw: Literal["uint16", "uint32"] = "uint16"  # tokens: the numbers in files other than .npy, little-endian
-    validation: float = 0.1  # share of the documents that is not trained on
+    def __len__(self) -> int:
+        return len(self.text)
 
-    def __post_init__(self) -> None:
-        if self.format not in get_args(Format):
-            raise ValueError(f"format is {self.format!r}; it must be one of {', '.join(get_args(Format))}")
-        if not self.paths and self.format != "text":
-            raise ValueError(f"paths is empty; name the files of the format {self.format}")
-        if not 0 < self.validation < 0.5:
-            raise ValueError(f"validation is {self.validation}; it must be above 0 and below 0.5")
-        if self.bins and not 2 <= self.bins <= MOST_NAMES:
-            raise ValueError(f"bins is {self.bins}; it must be from 2 to {MOST_NAMES}, or 0 for none")
-        if self.vocabulary < 0:
-            raise ValueError(f"vocabulary is {self.vocabulary}; it must be at least 0")
-        if len(self.delimiter) > 1:
-            raise ValueError(f"delimiter is {self.delimiter!r}; it must be a single character")
-        self._check_meaning()
 
-    def _check_meaning(self) -> None:
-        for name in ("columns", "bins", "delimiter"):
-            if getattr(self, name) and self.format != "csv":
-                raise ValueError(f"{name} is {getattr(self, name)!r}, which only csv has, not {self.format}")
-        if self.encoding == "symbols" and self.format != "csv":
-            raise ValueError("encoding is 'symbols', which only csv has: try 'characters'")
-        if self.encoding and self.bins:
-            raise ValueError(f"encoding is {self.encoding!r}; with bins, numbers are encoded by their bins")
-        if self.encoding in ("bytes", "characters", "bpe") and self.format == "tokens":
-            raise ValueError(
-                f"encoding is {self.encoding!r}; tokens are encoded already: name what they came from (gpt2, or a "
-                "rank file), or nothing"
-            )
-        if self.vocabulary and self.format != "tokens" and self.encoding != "bpe":
-            raise ValueError(
-                f"vocabulary is {self.vocabulary}, which only the encoding bpe and the format tokens have"
-            )
+Document = str | Integer[np.ndarray, " token"] | Example
+# What is trained on, False, and what only measures, True.
+Sided = tuple[bool, Document]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -146,23 +108,26 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
     """
     say = say or (lambda sentence: None)
     try:
-        files = source_files(settings.paths)
+        files, for_validation = source_files(settings.paths), source_files(settings.validation_paths)
     except ValueError as error:
         kept = _without_sources(folder, settings, say)
         if kept is None:
             raise
         say(f"{error} The data that was made of it is in {folder}, and is used.")
         return kept
-    recipe = _recipe(settings, files, vocabulary)
+    recipe = _recipe(settings, files + for_validation, vocabulary)
     kept = _kept(folder, recipe, say)
     if kept is not None:
         return kept
     known = _known(settings, vocabulary)
-    if isinstance(known, Bins):
-        settings = dataclasses.replace(settings, columns=settings.columns or known.columns)
-        _check_columns(settings, known)
-    read = lambda doing: _reported(_documents(settings, files, known), doing, say)
-    symbols = known or _learn(settings, files, read)
+    of_text = known.inner if isinstance(known, Labelled) else known
+    if isinstance(of_text, Bins):
+        settings = dataclasses.replace(settings, columns=settings.columns or of_text.columns)
+        _check_columns(settings, of_text)
+    read = lambda doing: _reported(_sided(settings, files, for_validation, of_text), doing, say)
+    symbols = known or _learn(settings, files + for_validation, read)
+    if settings.label:
+        symbols = _labelled(symbols, settings, read)
     folder.mkdir(parents=True, exist_ok=True)
     # What is half made, or half replaced, is no data: this file is written last.
     for name in ("data.json", *FILES):
@@ -172,7 +137,7 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
     symbols.save(folder)
     source = _sentence(settings, files, symbols)
     made_from = {"source": source, "settings": dataclasses.asdict(settings)}
-    _write(folder, symbols, read("Encoding"), settings.validation, made_from)
+    _write(folder, symbols, read("Encoding"), settings, made_from)
     told = {"recipe": recipe, "source": source, "identity": _identity(folder)}
     write_atomically(folder / "data.json", (json.dumps(told, indent=2) + "\n").encode())
     made = _kept(folder, recipe, say)
@@ -181,8 +146,20 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
     return made
 
 
+def _sided(
+    settings: DataSettings, files: list[Path], for_validation: list[Path], known: Vocabulary | None
+) -> Iterator[Sided]:
+    """Every document, and whether it is for validation: of files of its own, or else by its hash."""
+    for document in _documents(settings, files, known):
+        yield not for_validation and on_validation_side(document, settings.validation), document
+    if for_validation:
+        yield from ((True, document) for document in _documents(settings, for_validation, known))
+
+
 def on_validation_side(document: Document, share: float) -> bool:
-    """Whether a document is for validation, of which its SHA-256 alone decides."""
+    """Whether a document is for validation, of which its SHA-256 alone decides; of an example its sequence's."""
+    if isinstance(document, Example):
+        document = document.text
     data = document.encode() if isinstance(document, str) else document.astype("<u4").tobytes()
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < share * 2**64
 
@@ -218,13 +195,16 @@ def _documents(settings: DataSettings, files: list[Path], known: Vocabulary | No
         names = settings.encoding == "symbols" or isinstance(known, Names)
         numbered = bool(settings.bins) or isinstance(known, Bins)
         check = not_a_number if numbered else not_a_name if names else None
+        if settings.label:
+            rows = table_examples(files, settings.columns, settings.label, settings.delimiter, check)
+            return (Example(*row) for row in rows)
         return table_documents(files, settings.columns, settings.delimiter, check, series=numbered or names)
     return token_documents(files, settings.raw) if settings.format == "tokens" else text_documents(files)
 
 
 def _learn(settings: DataSettings, files: list[Path], read: Callable[[str], Iterator[Any]]) -> Vocabulary:
     """The encoding, as far as it follows from the data: from all of it, or from the training documents."""
-    training = lambda: _training(read("Learning the encoding"), settings.validation)
+    training = lambda: _texts(_training(read("Learning the encoding"), settings))
     encoding = settings.encoding or {"text": "bytes", "tokens": "ids"}.get(settings.format, "characters")
     if settings.bins:
         columns = table_columns(files[0], settings.columns, settings.delimiter)
@@ -234,8 +214,23 @@ def _learn(settings: DataSettings, files: list[Path], read: Callable[[str], Iter
     if encoding == "bpe":
         return Pieces(train_encoding(_beginning(training()), settings.vocabulary or BPE_PIECES))
     if encoding in ("characters", "symbols"):
-        return _listed(encoding, read(f"Finding the {encoding}"))
+        return _listed(encoding, _texts(document for _, document in read(f"Finding the {encoding}")))
     return Bytes()
+
+
+def _labelled(symbols: Vocabulary, settings: DataSettings, read: Callable[[str], Iterator[Sided]]) -> Labelled:
+    """With a token for each label. Raises ValueError where there are too many, or a single one."""
+    if isinstance(symbols, Labelled):  # of a model to start from
+        return symbols
+    labels = ([one.label] for _, one in read("Finding the labels") if isinstance(one, Example))
+    found = tuple(_found(labels, MOST_LABELS, f"labels in the column {settings.label}", ""))
+    if len(found) < 2:
+        raise ValueError(f"every row has the {settings.label} {found[0]!r}: there is nothing to tell")
+    return Labelled(symbols, found)
+
+
+def _texts(documents: Iterable[Document]) -> Iterator[Any]:
+    return (document.text if isinstance(document, Example) else document for document in documents)
 
 
 def _given(encoding: str) -> Vocabulary:
@@ -267,15 +262,16 @@ def _found(groups: Iterable[Iterable[str]], most: int, what: str, instead: str) 
     for group in groups:
         found.update(group)
         if len(found) > most:
-            raise ValueError(f"the data has more than {most} different {what}: use the encoding {instead}")
+            use = f": use the encoding {instead}" if instead else ""
+            raise ValueError(f"the data has more than {most} different {what}{use}")
     return sorted(found)
 
 
-def _training(documents: Iterable[Document], share: float) -> Iterator[Any]:
-    kept = (document for document in documents if not on_validation_side(document, share))
+def _training(documents: Iterable[Sided], settings: DataSettings) -> Iterator[Document]:
+    kept = (document for is_validation, document in documents if not is_validation)
     first = next(kept, None)
     if first is None:
-        raise ValueError(_cannot_be_split(share, "training"))
+        raise ValueError(_cannot_be_split(settings, "training"))
     return itertools.chain([first], kept)
 
 
@@ -299,34 +295,46 @@ def _beginning(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _write(
-    folder: Path, vocabulary: Vocabulary, documents: Iterable[Document], share: float, made_from: Mapping[str, Any]
+    folder: Path,
+    vocabulary: Vocabulary,
+    documents: Iterable[Sided],
+    settings: DataSettings,
+    made_from: Mapping[str, Any],
 ) -> None:
     count = {True: 0, False: 0}
     with (
         token_writer(folder / "train.tokens", vocabulary.size, made_from) as train,
         token_writer(folder / "validation.tokens", vocabulary.size, made_from) as validation,
     ):
-        for document in documents:
-            side = on_validation_side(document, share)
-            ids = vocabulary.encode(document) if isinstance(document, str) else document
-            (validation if side else train)(ids)
-            count[side] += len(ids)
+        for is_validation, document in documents:
+            ids = _encoded(vocabulary, document)
+            (validation if is_validation else train)(ids)
+            count[is_validation] += len(ids)
         for side, name in ((True, "validation"), (False, "training")):
             if not count[side]:
-                raise ValueError(_cannot_be_split(share, name))
+                raise ValueError(_cannot_be_split(settings, name))
 
 
-def _cannot_be_split(share: float, side: str) -> str:
+def _encoded(vocabulary: Vocabulary, document: Document) -> Integer[np.ndarray, " token"]:
+    if isinstance(document, Example):
+        assert isinstance(vocabulary, Labelled)
+        return vocabulary.example(document.text, document.label)
+    return vocabulary.encode(document) if isinstance(document, str) else document
+
+
+def _cannot_be_split(settings: DataSettings, side: str) -> str:
+    if settings.validation_paths:
+        return f"the files for {side} hold nothing"
     return (
-        f"the data cannot be split into training and validation: with a share of {share} for validation (by the "
-        f"hash of each document) no document is for {side}. Give more data, or another share."
+        f"the data cannot be split into training and validation: with a share of {settings.validation} for "
+        f"validation (by the hash of each document) no document is for {side}. Give more data, or another share."
     )
 
 
-def _reported(documents: Iterable[Document], doing: str, say: Say) -> Iterator[Document]:
+def _reported(documents: Iterable[Sided], doing: str, say: Say) -> Iterator[Sided]:
     held, told = 0, CHARACTERS_BETWEEN_SENTENCES
-    for document in documents:
-        yield document
+    for is_validation, document in documents:
+        yield is_validation, document
         held += len(document)
         if held >= told:
             say(f"{doing}: {held / 1e6:.0f} million symbols so far")

@@ -29,11 +29,12 @@ from minitf.analysis.training.start import config_of
 from minitf.declaration import count
 from minitf.files import write_atomically
 from minitf.train import sharding, tasks, trainer
-from minitf.train.batch import masked, next_token
+from minitf.train.batch import labelled, masked, next_token
 from minitf.train.config import MeshSettings, TrainConfig
+from minitf.train.data_settings import DataSettings
 from minitf.train.settings import as_tables as settings_of
 from minitf.train.step import Program
-from minitf.train.symbols import BPE_PIECES, DataSettings
+from minitf.train.symbols import BPE_PIECES
 
 MOST_DEVICES = 4096
 BEST = 3  # splits of each number of devices that are told
@@ -143,7 +144,7 @@ def program_of(config: TrainConfig) -> Program:
         task = tasks.make(str(settings.pop("name", "")), settings)
         model = model_of(config, task.vocabulary, task.length, start=start)
         return Program(config, model, config.objective.kind or task.objective, draw=task.draw)
-    kind = config.objective.kind or "next_token"
+    kind = config.objective.kind or ("classification" if config.data.label else "next_token")
     is_masked, known = kind == "masked_token", vocabulary_of(config.data)
     if start is not None:
         known = None  # the text has the tokens of that model
@@ -156,6 +157,8 @@ def program_of(config: TrainConfig) -> Program:
     def as_batch(window: Any, key: Any) -> Any:
         if is_masked:
             return masked(window[:, :-1], key, config.objective.mask_share, model.vocabulary - 1)
+        if kind == "classification":
+            return labelled(window, model.vocabulary - 1)
         return next_token(window)
 
     return Program(config, model, kind, as_batch=as_batch)

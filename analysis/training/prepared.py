@@ -15,14 +15,15 @@ from minitf.analysis.training.start import Start, started_from
 from minitf.config import from_plain, to_plain
 from minitf.parameters import Parameters
 from minitf.train import tasks
-from minitf.train.batch import Batch, masked, next_token
+from minitf.train.batch import Batch, labelled, masked, next_token
 from minitf.train.config import TrainConfig
+from minitf.train.example_loader import ExampleLoader, Examples, spread_examples
 from minitf.train.loader import Loader, chunk, spread_windows
 from minitf.train.settings import meant
 from minitf.train.step import Program
 from minitf.train.symbols import Data, prepare
 from minitf.train.trainer import Windows, in_parts, models_of
-from minitf.vocabulary import Vocabulary, mask_token_of
+from minitf.vocabulary import Labelled, Vocabulary, mask_token_of
 
 # Sequences of held-out data that are looked at for statistics.
 LOOKED_AT = 16
@@ -97,9 +98,14 @@ def _of_task(config: TrainConfig, start: Start | None) -> Prepared:
 
 
 def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
-    kind = config.objective.kind or "next_token"
-    if kind not in ("next_token", "masked_token"):
-        raise ValueError(f"objective.kind is {kind!r}; files are for next_token or masked_token")
+    kind = config.objective.kind or ("classification" if config.data.label else "next_token")
+    if (kind == "classification") != bool(config.data.label) or kind == "regression":
+        raise ValueError(
+            f"objective.kind is {kind!r}; files are for next_token or masked_token, or tables with a column "
+            "data.label for classification"
+        )
+    if kind == "classification":
+        return _of_examples(config, data, start)
     is_masked = kind == "masked_token"
     begun, known = None if start is None else start.config, data.vocabulary.size
     own_mask = mask_token_of(data.vocabulary)
@@ -120,17 +126,8 @@ def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
                 f"the token after it) needs {length + 1}. Give more data, a shorter window, or another share for "
                 f"validation (of whole documents, by their hash; data.validation={config.data.validation})"
             )
-    loaders = [
-        Loader(
-            data.train.ids,
-            length,
-            size,
-            seed=seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        for seed in models_of(config).different_seeds
-    ]
+    part = (jax.process_index(), jax.process_count())
+    loaders = [Loader(data.train.ids, length, size, seed, *part) for seed in models_of(config).different_seeds]
     windows = spread_windows(data.validation.ids, length, size * config.keep.evaluation_batches)
     held_out = as_batch(jax.numpy.asarray(windows), jax.random.key(0))
     return Prepared(
@@ -143,6 +140,42 @@ def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
         source=data.source,
         identity=dict(data.identity),
         references={"tokens' frequencies": _frequencies(data)},
+    )
+
+
+def _of_examples(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
+    """Tables with a label for each row: a token for each label, and one that fills rows up, after the others."""
+    vocabulary, size = data.vocabulary, config.training.batch
+    assert isinstance(vocabulary, Labelled)
+    filler, first = vocabulary.size, vocabulary.inner.size
+    if start is not None and start.config.vocabulary <= filler:
+        raise ValueError(
+            f"data.label is {config.data.label!r}; the model to start from has no tokens for labels: start from "
+            "one that was trained to tell them, or with fresh weights"
+        )
+    model = model_of(config, filler + 1, None, start=None if start is None else start.config)
+    train, validation = (
+        Examples(tokens.ids, first, model.length, filler) for tokens in (data.train, data.validation)
+    )
+    as_batch = partial(labelled, filler=filler)
+    part = (jax.process_index(), jax.process_count())
+    loaders = [ExampleLoader(train, size, seed, *part) for seed in models_of(config).different_seeds]
+    rows = spread_examples(validation, size * config.keep.evaluation_batches)
+    held_out = as_batch(jax.numpy.asarray(rows))
+    seen, asked = (np.bincount(one.labels, minlength=len(vocabulary.labels)) for one in (train, validation))
+    share = (seen + 1) / (seen + 1).sum()
+    long = max(train.longest, validation.longest)
+    cut = f", of the longest of {long} tokens the first {model.length}" if long > model.length else ""
+    return Prepared(
+        program=Program(config, model, "classification", as_batch=lambda rows, key: as_batch(rows)),
+        length=model.length,
+        windows=lambda first, steps: np.stack([chunk(loader, first, steps) for loader in loaders]),
+        held_out=in_parts(held_out, min(size, len(rows))),
+        looked_at=jax.tree.map(lambda x: x[:LOOKED_AT], held_out),
+        vocabulary=vocabulary,
+        source=f"{data.source}, {len(vocabulary.labels)} of them labels of {len(train)} rows{cut}",
+        identity=dict(data.identity),
+        references={"the labels' frequencies": float(-np.sum(asked * np.log(share)) / asked.sum())},
     )
 
 

@@ -59,7 +59,7 @@ class Training:
         self.tokens = len(models.seeds) * config.training.batch * ready.length  # of a step
         model = ready.program.model
         # What can write: with room for a token after the first.
-        self.writes = ready.vocabulary is not None and model.causal and model.length > 1
+        self.writes = ready.vocabulary is not None and model.length > 1 and ready.program.objective == "next_token"
         self.was_told: set[int] = set()
         self.skips = config.training.when_not_finite == "skip"
         self.lost_in_a_row = np.zeros(len(models.seeds), int)

@@ -442,3 +442,28 @@ def test_a_board_that_cannot_be_used_is_told_in_a_sentence(tmp_path, monkeypatch
         boards(KeepSettings(wandb="toys"), tmp_path),
     ):
         pass
+
+
+def test_a_table_with_labels_is_learned_and_told_where_a_sequence_ends(tmp_path):
+    rng = np.random.default_rng(0)
+    sequences = ["".join(rng.choice(list("ab"), size=rng.integers(1, 6))) for _ in range(400)]
+    rows = "".join(f"{sequence},{'ends b' if sequence[-1] == 'b' else 'ends a'}\n" for sequence in sequences)
+    (tmp_path / "table.csv").write_text("s,kind\n" + rows)
+    data = {"format": "csv", "paths": [str(tmp_path / "table.csv")], "columns": ["s"], "label": "kind"}
+    tables = {
+        "data": data,
+        "model": {"layers": 1, "width": 16, "heads": 2, "length": 8},
+        "training": {"steps": 200, "batch": 16, "steps_per_call": 100},
+        "optimizer": {"rate": 1e-2, "warm_up": 5},
+        "keep": {"evaluate_every": 200},
+    }
+    job.run(as_config(tables), tmp_path / "run", quiet=True)
+    assert read(tmp_path / "run" / "metrics.jsonl")[-1]["validation_accuracy"] == 1.0
+    model = load(tmp_path / "run" / "model")
+    said = walk(model.parameters, jnp.array([model.tokenizer.encode("aab")]), model.config).logits[0, -1]
+    assert model.tokenizer.decode([int(jnp.argmax(said))]) == "[ends b]"
+    assert "the labels&#39; frequencies" in (tmp_path / "run" / "report.html").read_text()
+    started = {**tables, "training": {"steps": 1, "batch": 4, "start_from": str(tmp_path / "run" / "model")}}
+    job.run(as_config({**started, "model": {}}), tmp_path / "again", quiet=True)
+    with pytest.raises(Problem, match="or tables with a column data.label for classification"):
+        job.run(as_config({**tables, "objective": {"kind": "next_token"}}), tmp_path / "other", quiet=True)

@@ -12,7 +12,7 @@ from minitf_mixers import ASSOCIATED, model
 
 from minitf import ModelConfig, initialize, mixers, walk
 from minitf.analysis.flops import flops
-from minitf.train.batch import Batch, next_token
+from minitf.train.batch import Batch, labelled, next_token
 from minitf.train.config import ObjectiveSettings
 from minitf.train.objective import dropout, sums
 
@@ -132,6 +132,17 @@ def test_classification_is_asked_at_the_last_position_or_of_the_mean():
     logits = walk(PARAMETERS, BATCH.tokens, both_ways).logits
     mean = jnp.sum(cross(jnp.mean(logits, axis=1), BATCH.targets[:, -1]))
     np.testing.assert_allclose(of(BATCH, "classification", both_ways).loss, mean, rtol=1e-6)
+
+
+def test_a_class_is_told_where_its_target_is_whatever_fills_the_row_up():
+    rows = jnp.array([[3, 1, 4, 16, 16, 16, 9], [2, 7, 1, 8, 2, 8, 5], [16, 16, 16, 16, 16, 16, 9]])
+    batch = labelled(rows, filler=16)
+    assert [int(jnp.argmax(row)) for row in batch.targets >= 0] == [2, 5, 0]
+    assert jnp.max(batch.targets, axis=1).tolist() == [9, 5, 9]
+    own = walk(PARAMETERS, jnp.array([[3, 1, 4]]), CONFIG).logits[0, -1]
+    first = jax.tree.map(lambda x: x[:1], batch)
+    expected = -jax.nn.log_softmax(own)[9]
+    np.testing.assert_allclose(of(first, "classification").loss, expected, rtol=1e-5)
 
 
 def test_regression_reads_mixtures_of_tokens_and_counts_what_is_a_number():

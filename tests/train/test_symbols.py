@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from properties.llama2c_files import tokenizer_bytes
 
+from minitf.train.data_settings import DataSettings
+from minitf.train.example_loader import Examples
 from minitf.train.symbol_files import text_documents, token_documents
-from minitf.train.symbols import DataSettings, on_validation_side, prepare
+from minitf.train.symbols import on_validation_side, prepare
 from minitf.train.token_file import write_tokens
-from minitf.vocabulary import Bytes, Characters, load_vocabulary
+from minitf.vocabulary import Bytes, Characters, Labelled, load_vocabulary
 
 SHARED = Path(os.environ.get("MINITF_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
 REAL = [SHARED / "data" / name for name in ("wikitext2/valid.txt", "tinyshakespeare/input.txt")]
@@ -329,4 +331,65 @@ def test_a_format_that_there_is_not_is_refused():
 
 
 def test_settings_are_plain_enough_for_a_table():
-    assert json.loads(json.dumps(vars(DataSettings()))) == vars(DataSettings()) | {"paths": [], "columns": []}
+    lists = {"paths": [], "columns": [], "validation_paths": []}
+    assert json.loads(json.dumps(vars(DataSettings()))) == vars(DataSettings()) | lists
+
+
+# --- files for validation, and labels
+
+
+def test_files_for_validation_are_all_of_it(text, tmp_path):
+    other = written(tmp_path, "other.txt", "quite another text\n" * 30)
+    settings = DataSettings(paths=(str(text),), validation_paths=(str(other),), encoding="characters")
+    train, validation = both_sides(prepare(settings, tmp_path / "data"))
+    assert train == text.read_text()
+    assert validation == other.read_text()
+    other.write_text("changed\n" * 30)
+    assert both_sides(prepare(settings, tmp_path / "data"))[1] == "changed\n" * 30
+    with pytest.raises(ValueError, match="paths is empty"):
+        DataSettings(validation_paths=(str(other),))
+
+
+def table(folder, rows, name="table.csv"):
+    return written(folder, name, "".join(",".join(map(str, row)) + "\n" for row in rows))
+
+
+def test_rows_of_a_table_have_labels(tmp_path):
+    rows = [("ACGT"[: 1 + n % 4] * (1 + n % 3), ("even", "odd")[n % 2], n) for n in range(200)]
+    file = table(tmp_path, [("dna", "kind", "n"), *rows])
+    settings = DataSettings(format="csv", paths=(str(file),), columns=("dna",), label="kind", validation=0.3)
+    data = prepare(settings, tmp_path / "data")
+    assert data.vocabulary == Labelled(Characters("ACGT"), ("even", "odd"))
+    assert load_vocabulary(tmp_path / "data") == data.vocabulary
+    found = []
+    for tokens in (data.train, data.validation):
+        examples = Examples(tokens.ids, first_label=4, length=20, filler=6)
+        for row in examples.rows(np.arange(len(examples))):
+            found.append(data.vocabulary.decode(row[row != 6]))
+    assert sorted(found) == sorted(f"{sequence}[{kind}]" for sequence, kind, _ in rows)
+
+
+def test_numbers_and_symbols_have_labels_too(tmp_path):
+    rows = [(n % 7, n % 5, "xyz"[n % 3]) for n in range(300)]
+    file = table(tmp_path, [("a", "b", "c"), *rows])
+    base = DataSettings(format="csv", paths=(str(file),), columns=("a", "b"), label="c")
+    binned = prepare(replace(base, bins=3), tmp_path / "bins")
+    assert len(binned.train) % 3 == 0
+    named = prepare(replace(base, encoding="symbols"), tmp_path / "symbols")
+    assert named.vocabulary.decode(named.train.ids[:3]).replace("\n", " ") in {
+        f"{a} {b} [{c}]" for a, b, c in rows
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("s", "k"), *[("AC", "same")] * 30], "every row has the k 'same': there is nothing to tell"),
+        ([("s", "k"), ("AC", "x"), ("AC", "")], r"row 2: the k is empty"),
+        ([("s", "l"), ("AC", "x")], "has no column 'k'"),
+    ],
+)
+def test_labels_that_say_nothing_are_told(tmp_path, rows, message):
+    settings = DataSettings(format="csv", paths=(str(table(tmp_path, rows)),), columns=("s",), label="k")
+    with pytest.raises(ValueError, match=message):
+        prepare(settings, tmp_path / "data")

@@ -1,0 +1,98 @@
+"""Labelled sequences of a token file in random order, each once in an epoch; any step's batch at any time.
+
+The file is one sequence after another, each with the token of its label last, and those of labels are above all
+others: so it says itself where sequences end.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Int, Int32, Integer
+
+from minitf.train.loader import shuffled
+
+READ_AT_A_TIME = 1 << 24  # tokens
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a token file, as rows of ``length`` tokens and the token of the label.
+
+    Shorter ones are filled up with ``filler``; of longer ones the first ``length`` tokens count.
+
+    Attributes:
+        ids: the tokens, in memory or on disk; only the rows asked for are read.
+        first_label: the smallest token of a label.
+        length: of a row, without its label.
+        filler: a token that is in no sequence.
+    """
+
+    ids: Integer[np.ndarray, " token"]
+    first_label: int
+    length: int
+    filler: int
+
+    @cached_property
+    def ends(self) -> Int[np.ndarray, " example"]:
+        """Where the labels are; read once, a part of the file at a time."""
+        parts = range(0, len(self.ids), READ_AT_A_TIME)
+        found = [s + np.flatnonzero(self.ids[s : s + READ_AT_A_TIME] >= self.first_label) for s in parts]
+        return np.concatenate(found)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(np.max(np.diff(self.ends, prepend=-1)) - 1)
+
+    @property
+    def labels(self) -> Int[np.ndarray, " example"]:
+        """Of each, the number of its label, from 0."""
+        return np.asarray(self.ids[self.ends], np.int64) - self.first_label
+
+    def rows(self, places: Int[np.ndarray, " example"]) -> Int32[np.ndarray, "example length_plus_one"]:
+        """Those examples."""
+        found = np.full((len(places), self.length + 1), self.filler, np.int32)
+        for row, place in zip(found, places.tolist(), strict=True):
+            start, end = (self.ends[place - 1] + 1 if place else 0), self.ends[place]
+            tokens = self.ids[start : min(end, start + self.length)]
+            row[: len(tokens)] = tokens
+            row[self.length] = self.ids[end]
+        return found
+
+
+@dataclass(frozen=True)
+class ExampleLoader:
+    """Batches of examples; `batch` is a pure function of the seed and the step.
+
+    Attributes:
+        examples: what is drawn from.
+        batch_size: rows of a step, of all processes together.
+        seed: of the order.
+        process_index, process_count: this process makes the process_index-th of so many equal parts of each batch.
+    """
+
+    examples: Examples
+    batch_size: int
+    seed: int = 0
+    process_index: int = 0
+    process_count: int = 1
+
+    def batch(self, step: int) -> Int32[np.ndarray, "part length_plus_one"]:
+        """This process's rows of a step; a batch may hold the last of one epoch and the first of the next."""
+        part = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * part
+        epochs, places = np.divmod(np.arange(first, first + part), len(self.examples))
+        for epoch in np.unique(epochs):
+            here, rng = epochs == epoch, np.random.default_rng([self.seed, int(epoch)])
+            places[here] = shuffled(places[here], len(self.examples), rng)
+        return self.examples.rows(places)
+
+
+def spread_examples(examples: Examples, most: int) -> Int32[np.ndarray, "example length_plus_one"]:
+    """At most ``most`` of them, evenly spread and always the same: for validation."""
+    count = min(most, len(examples))
+    return examples.rows(np.arange(count) * len(examples) // count)
