@@ -75,8 +75,8 @@ def load(
 
     Args:
         source: a folder with config.json and model.safetensors (or shards and model.safetensors.index.json); a
-            llama2.c ``.bin`` file; a checkpoint of ``minitf train``, RUN/checkpoints/STEP (and /NUMBER where many
-            models train together); or ``hub:owner/name``, which huggingface_hub fetches (install it for that).
+            llama2.c ``.bin`` file; or ``hub:owner/name``, which huggingface_hub fetches (install it for that).
+            Checkpoints of ``minitf train`` are read by :func:`minitf.train.kept_models.load`.
         revision: branch, tag or commit on the hub, such as Pythia's ``step1000``; main when not given.
         dtype: the floating-point type of the parameters, whatever that of the file.
         tokenizer: llama2.c's tokenizer file; else tokN.bin (N tokens) or tokenizer.bin beside the model is taken,
@@ -101,9 +101,6 @@ def load(
         folder = Path(name)
     if folder.is_file():
         return _load_llama2c(folder, dtype, tokenizer)
-    kept = _of_a_run(folder, dtype)
-    if kept is not None:
-        return kept
     if tokenizer is not None:
         raise ValueError("tokenizer names llama2.c's tokenizer file, and only a llama2.c .bin file takes one")
     if not folder.is_dir():
@@ -161,17 +158,6 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
     write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def _of_a_run(path: Path, dtype: Any) -> Pretrained | None:
-    """The model of a checkpoint of ``minitf train``; None where the path names none."""
-    from minitf.train import kept_models  # noqa: PLC0415 (the framework needs no training, but for its files)
-
-    place = kept_models.place_of(path)
-    if place is None:
-        return None
-    config, parameters = kept_models.read(place, dtype)
-    return Pretrained(native.NAME, config, parameters, _own_tokenizer(place.folder))
-
-
 def _load_folder(folder: Path, dtype: Any) -> Pretrained:
     file = folder / "config.json"
     if not file.is_file() and folder.name == "checkpoints":
@@ -192,7 +178,7 @@ def _load_folder(folder: Path, dtype: Any) -> Pretrained:
         )
     if name == native.NAME:
         config = native.config_of(settings)
-        return Pretrained(native.NAME, config, native.read(config, folder, dtype), _own_tokenizer(folder))
+        return Pretrained(native.NAME, config, native.read(config, folder, dtype), own_tokenizer(folder))
     try:
         family = _family(name, "model_type")
         if settings.get("quantization_config"):
@@ -214,7 +200,7 @@ def _load_llama2c(file: Path, dtype: Any, tokenizer: str | os.PathLike[str] | No
     return Pretrained("llama2c", config, parameters, found)
 
 
-def _own_tokenizer(folder: Path) -> Tokenizer | None:
+def own_tokenizer(folder: Path) -> Tokenizer | None:
     """That of the vocabulary in a folder of ours, if any, and if what runs it is installed."""
     if not (folder / VOCABULARY).is_file():
         return None

@@ -6,6 +6,7 @@ A checkpoint holds all of a training's state, of many models side by side; what 
 import dataclasses
 import functools
 import json
+import os
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from minitf import pretrained
 from minitf.config import ModelConfig, from_plain, to_plain
 from minitf.declaration import declare, declared, is_declaration
+from minitf.families import native
 from minitf.families.mapping import check_finite
 from minitf.files import write_atomically
 from minitf.parameters import Parameters, named
+from minitf.pretrained import Pretrained, own_tokenizer
 from minitf.train.checkpoints import digests, quiet
 from minitf.train.step import State
 from minitf.vocabulary import Vocabulary
@@ -62,6 +66,18 @@ def describe(
         "arrays": len(jax.tree.leaves(state)),
     }
     write_atomically(folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def load(source: str | os.PathLike[str]) -> Pretrained:
+    """A model of a run's checkpoints, RUN/checkpoints/STEP (and /NUMBER where many train together), or any other.
+
+    Raises ValueError as :func:`read`, and as :func:`minitf.pretrained.load`, which reads the others.
+    """
+    place = place_of(Path(source))
+    if place is None:
+        return pretrained.load(source)
+    config, parameters = read(place)
+    return Pretrained(native.NAME, config, parameters, own_tokenizer(place.folder))
 
 
 def read(place: Place, dtype: Any = jnp.float32) -> tuple[ModelConfig, Parameters]:

@@ -21,7 +21,8 @@ from minitf.analysis.patching import Metric
 from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people, writing_results
 from minitf.files import write_atomically
 from minitf.model import walk
-from minitf.pretrained import Pretrained, load
+from minitf.pretrained import Pretrained
+from minitf.train.kept_models import load
 
 RANDOM_ORDERS = 2
 LENGTH = 64  # of a window where nothing else is asked for

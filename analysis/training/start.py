@@ -14,8 +14,8 @@ from minitf.analysis.run_folder import Problem
 from minitf.declaration import check_fit
 from minitf.families import native
 from minitf.parameters import Parameters
-from minitf.pretrained import load
 from minitf.train.config import TrainConfig
+from minitf.train.kept_models import load
 from minitf.vocabulary import FILE, vocabulary_of
 
 FOLDER = "start"

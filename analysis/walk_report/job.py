@@ -19,7 +19,8 @@ from minitf.decode import Sampling, stream
 from minitf.edits import ablate, steer
 from minitf.files import write_atomically
 from minitf.model import walk
-from minitf.pretrained import Pretrained, load
+from minitf.pretrained import Pretrained
+from minitf.train.kept_models import load
 from minitf.walk import Edit, Walk, compose
 
 # The page holds every head's association, so its size grows with the square of the text.

@@ -10,9 +10,9 @@ import pytest
 from minitf import initialize, walk
 from minitf.analysis.training import job
 from minitf.parameters import named
-from minitf.pretrained import load
 from minitf.train import kept_models
 from minitf.train.checkpoints import digests
+from minitf.train.kept_models import load
 from minitf.train.settings import as_config, laid_over
 
 TINY = {
