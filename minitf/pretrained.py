@@ -160,11 +160,11 @@ def save(folder: str | os.PathLike[str], pretrained: Pretrained) -> None:
 
 def _load_folder(folder: Path, dtype: Any) -> Pretrained:
     file = folder / "config.json"
-    if not file.is_file() and folder.name == "checkpoints":
-        raise ValueError(
-            f"{folder} holds the models of a run on its way: name one by its step, as {folder / '64'}"
-        )
     if not file.is_file():
+        if folder.name == "checkpoints":
+            raise ValueError(
+                f"{folder} holds the models of a run on its way: name one by its step, as {folder / '64'}"
+            )
         raise ValueError(f"{folder} has no config.json, without which the model is not known")
     settings = read_json(file)
     name = settings.get("model_type")

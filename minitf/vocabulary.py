@@ -274,9 +274,6 @@ def load_vocabulary(folder: Path) -> Vocabulary:
         kind = told.pop("kind")
         if kind in _READ:
             return _READ[kind](told, folder)
-        if kind == "labelled":
-            inner = told["inner"]
-            return Labelled(_READ[inner.pop("kind")](inner, folder), tuple(told["labels"]))
     except OSError as error:
         raise ValueError(f"The vocabulary {file} cannot be read: {error.strerror or error}.") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -293,6 +290,11 @@ def _read_bins(told: dict[str, Any], folder: Path) -> Bins:
     return Bins(tuple(told["columns"]), *nested)
 
 
+def _read_labelled(told: dict[str, Any], folder: Path) -> Labelled:
+    inner = told["inner"]
+    return Labelled(_READ[inner.pop("kind")](inner, folder), tuple(told["labels"]))
+
+
 # What a description says, and its folder, as the vocabulary of its kind.
 _READ: dict[str, Callable[[dict[str, Any], Path], Vocabulary]] = {
     "bytes": lambda told, folder: Bytes(**told),
@@ -301,6 +303,7 @@ _READ: dict[str, Callable[[dict[str, Any], Path], Vocabulary]] = {
     "names": lambda told, folder: Names(tuple(told["names"])),
     "bins": _read_bins,
     "ids": lambda told, folder: Ids(told["size"]),
+    "labelled": _read_labelled,
     "tokenizer_json": lambda told, folder: load_tokenizer_file(folder / NAMES["tokenizer_json"], told["rows"]),
     "llama2c": lambda told, folder: load_tokenizer_file(folder / NAMES["llama2c"], told["rows"]),
 }

@@ -99,7 +99,7 @@ class Checkpoints:
         try:
             kept = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except Exception as error:  # what Orbax and TensorStore raise of damaged files has no common type
-            raise ValueError(self._damaged(step, there, str(error) or type(error).__name__)) from error
+            raise ValueError(self._damaged(step, there, said_by(error))) from error
         if not np.array_equal(kept["digests"], digests(kept["state"])):
             raise ValueError(self._damaged(step, there, "its numbers are not those that were written"))
         return step, kept["state"]
@@ -111,7 +111,6 @@ class Checkpoints:
             if older
             else "There is no older one: begin anew in another folder, or with --overwrite."
         )
-        why = why.strip().splitlines()[0][:300]
         return f"the checkpoint {self.folder / str(step)} cannot be read: {why}. {what}"
 
     @contextmanager
@@ -124,6 +123,11 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self.folder}: {error}. Those before it are whole; when "
                 "this is put right, the same command goes on from the newest."
             ) from error
+
+
+def said_by(error: Exception) -> str:
+    """What Orbax or TensorStore says is wrong, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def quiet() -> None:

@@ -196,6 +196,11 @@ class TrainConfig:
     mesh: MeshSettings = MeshSettings()
     sweep: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
+    @property
+    def objective_on_files(self) -> Objective:
+        """What is minimized on files: what is said, or what they are for."""
+        return self.objective.kind or ("classification" if self.data.label else "next_token")
+
     def __post_init__(self) -> None:
         for name, values in self.sweep.items():
             group, _, number = name.partition(".")

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int, Int32, Integer
 
-from minitf.train.loader import shuffled
+from minitf.train.loader import by_epoch, indices_of, shuffled
 
 READ_AT_A_TIME = 1 << 24  # tokens
 
@@ -83,13 +83,11 @@ class ExampleLoader:
 
     def batch(self, step: int) -> Int32[np.ndarray, "part length_plus_one"]:
         """This process's rows of a step; a batch may hold the last of one epoch and the first of the next."""
-        part = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * part
-        epochs, places = np.divmod(np.arange(first, first + part), len(self.examples))
-        for epoch in np.unique(epochs):
-            here, rng = epochs == epoch, np.random.default_rng([self.seed, int(epoch)])
-            places[here] = shuffled(places[here], len(self.examples), rng)
-        return self.examples.rows(places)
+        indices = indices_of(step, self.batch_size, self.process_index, self.process_count)
+        drawn = np.zeros(len(indices), np.int64)
+        for here, places, rng in by_epoch(indices, len(self.examples), self.seed):
+            drawn[here] = shuffled(places, len(self.examples), rng)
+        return self.examples.rows(drawn)
 
 
 def spread_examples(examples: Examples, most: int) -> Int32[np.ndarray, "example length_plus_one"]:

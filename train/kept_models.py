@@ -25,7 +25,7 @@ from minitf.families.mapping import check_finite
 from minitf.files import write_atomically
 from minitf.parameters import Parameters, named
 from minitf.pretrained import Pretrained, own_tokenizer
-from minitf.train.checkpoints import digests, quiet
+from minitf.train.checkpoints import digests, quiet, said_by
 from minitf.train.step import State
 from minitf.vocabulary import Vocabulary
 
@@ -80,7 +80,7 @@ def load(source: str | os.PathLike[str]) -> Pretrained:
     return Pretrained(native.NAME, config, parameters, own_tokenizer(place.folder))
 
 
-def read(place: Place, dtype: Any = jnp.float32) -> tuple[ModelConfig, Parameters]:
+def read(place: Place) -> tuple[ModelConfig, Parameters]:
     """A model as it was then: its running mean, where the run kept one.
 
     Raises:
@@ -100,7 +100,7 @@ def read(place: Place, dtype: Any = jnp.float32) -> tuple[ModelConfig, Parameter
     own = weights if models is None else jax.tree.map(lambda x: x[place.number], weights)
     for name, value in named(own).items():
         check_finite(np.asarray(value), f"{step}: the weight {name}")
-    return config, jax.tree.map(lambda x: jnp.asarray(x, dtype), own)
+    return config, own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,7 @@ def _restored(step: Path, about: _About) -> Parameters:
                 ),
             )
     except Exception as error:  # what Orbax and TensorStore raise of damaged files has no common type
-        why = (str(error) or type(error).__name__).strip().splitlines()[0][:300]
-        raise ValueError(f"the checkpoint {step} cannot be read: {why}") from error
+        raise ValueError(f"the checkpoint {step} cannot be read: {said_by(error)}") from error
     found = [functools.reduce(getitem, path, restored["state"][about.part]) for path in places]
     # A state's leaves are its step, the parameters, moments, the running mean, and how many steps were skipped.
     first = 1 if about.part == "parameters" else about.arrays - 1 - len(found)

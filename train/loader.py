@@ -5,11 +5,12 @@ elsewhere each time. The order of many windows is a pseudorandom permutation tha
 (grain's ``index_shuffle``), so nothing is kept, and a run that goes on at step k needs nothing but k.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Int32, Integer
+from jaxtyping import Bool, Int, Int32, Integer
 
 # So many are permuted as a whole: grain's cipher is of 16 bits at least, so that it takes 51 us for a window of a
 # thousand, 7 us for one of 2**16 or more, and numpy 0.4 ms for all of 2**14.
@@ -76,21 +77,34 @@ class Loader:
         Steps follow each other through the epochs: a batch may hold the last windows of one and the first of the
         next.
         """
-        part = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * part
-        places = self.starts(np.arange(first, first + part))[:, None] + np.arange(self.length + 1)
+        indices = indices_of(step, self.batch_size, self.process_index, self.process_count)
+        places = self.starts(indices)[:, None] + np.arange(self.length + 1)
         return np.asarray(self.ids[places], np.int32)
 
     def starts(self, indices: Int[np.ndarray, " window"]) -> Int[np.ndarray, " window"]:
         """Where windows start in the stream; ``indices`` count all windows of all epochs in their order."""
         starts = np.zeros(len(indices), np.int64)
-        epochs, places = np.divmod(indices, self.windows)
-        for epoch in np.unique(epochs):
-            rng = np.random.default_rng([self.seed, int(epoch)])
+        for here, places, rng in by_epoch(indices, self.windows, self.seed):
             offset = int(rng.integers(self.offsets))
-            here = epochs == epoch
-            starts[here] = offset + self.length * shuffled(places[here], self.windows, rng)
+            starts[here] = offset + self.length * shuffled(places, self.windows, rng)
         return starts
+
+
+def indices_of(step: int, batch_size: int, process_index: int, process_count: int) -> Int[np.ndarray, " index"]:
+    """What one of several processes takes in a step, of all that is taken in all steps, counted in order."""
+    part = batch_size // process_count
+    first = step * batch_size + process_index * part
+    return np.arange(first, first + part)
+
+
+def by_epoch(
+    indices: Int[np.ndarray, " index"], size: int, seed: int
+) -> Iterator[tuple[Bool[np.ndarray, " index"], Int[np.ndarray, " place"], np.random.Generator]]:
+    """Of each epoch of ``size`` among the indices: which are of it, their places in it, and its random numbers."""
+    epochs, places = np.divmod(indices, size)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        yield here, places[here], np.random.default_rng([seed, int(epoch)])
 
 
 def shuffled(places: Int[np.ndarray, " place"], size: int, rng: np.random.Generator) -> Int[np.ndarray, " place"]:

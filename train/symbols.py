@@ -94,11 +94,12 @@ class Data:
 def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabulary: Path | None = None) -> Data:
     """The data of these settings, from ``folder`` when it is there already, else read, encoded and written there.
 
-    The files are read once or twice, a document at a time. Each document is on the side that its SHA-256 says, so
-    equal ones are on the same. A folder that was made of the same files (by name, size and time of change) with
-    the same settings is used again when its tokens are as they were written; so is one whose files are gone, as
-    where a run was moved without them. ``say`` is told what takes its time. Where the folder of a ``vocabulary``
-    is given, that of a model to start from, its tokens are those of the data.
+    The files are read once or twice (for labels once more), a document at a time. Each document is on the side
+    that its SHA-256 says, so equal ones are on the same, or where its file is. A folder that was made of the same
+    files (by name, size and time of change) with the same settings is used again when its tokens are as they were
+    written; so is one whose files are gone, as where a run was moved without them. ``say`` is told what takes its
+    time. Where the folder of a ``vocabulary`` is given, that of a model to start from, its tokens are those of the
+    data.
 
     The usual encoding: of text bytes; of FASTA and cells of tables characters; of tokens what they are. Alphabets
     and symbols are found in all of the data; a BPE and bins are made from the training documents, of which the

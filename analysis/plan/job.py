@@ -144,7 +144,7 @@ def program_of(config: TrainConfig) -> Program:
         task = tasks.make(str(settings.pop("name", "")), settings)
         model = model_of(config, task.vocabulary, task.length, start=start)
         return Program(config, model, config.objective.kind or task.objective, draw=task.draw)
-    kind = config.objective.kind or ("classification" if config.data.label else "next_token")
+    kind = config.objective_on_files
     is_masked, known = kind == "masked_token", vocabulary_of(config.data)
     if start is not None:
         known = None  # the text has the tokens of that model

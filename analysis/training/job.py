@@ -151,11 +151,10 @@ def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress
     keep, models = config.keep, trainer.models_of(config)
     with Checkpoints(out / "checkpoints", keep, config.training.steps) as checkpoints:
         done = max(checkpoints.steps(), default=0)
+        opened: AbstractContextManager[list[Board]] = nullcontext([])
         if is_first():
             many = len(models.seeds) if models.batched else None
             describe(out / "checkpoints", ready.program.model, ready.vocabulary, many, state)
-        opened: AbstractContextManager[list[Board]] = nullcontext([])
-        if is_first():
             opened = boards(keep, out, done=done, settings=by_name(config), quiet=quiet)
         with opened as shown:
             # What rematerialization makes again is no work that the model asks for.

@@ -65,20 +65,12 @@ def lines_of(first: int, measures: dict[str, np.ndarray], done: int, skips: bool
     for start in range(first, done, STEPS_IN_A_LINE):
         end = min(start + STEPS_IN_A_LINE, done)
         some = {name: values[..., start - first : end - first] for name, values in measures.items()}
+        lost = ~np.all([np.isfinite(values) for values in some.values()], axis=0)
         line = {"step": end, "steps": end - start}
-        counts = np.all([np.isfinite(values) for values in some.values()], axis=0)
-        if skips and not counts.all():
-            some = {name: np.where(counts, values, np.nan) for name, values in some.items()}
-            line["skipped"] = np.sum(~counts, axis=-1)
-        yield line | {name: _mean(values, skips) for name, values in some.items()}
-
-
-def _mean(values: np.ndarray, skips: bool) -> np.ndarray:
-    if not skips:
-        return np.asarray(np.mean(values, axis=-1))
-    counts = np.isfinite(values)
-    total = np.sum(np.where(counts, values, 0.0), axis=-1)
-    return np.where(counts.any(axis=-1), total / np.maximum(counts.sum(axis=-1), 1), np.nan)
+        if skips and lost.any():
+            line["skipped"] = np.sum(lost, axis=-1)
+            some = {name: np.ma.masked_where(lost, values) for name, values in some.items()}
+        yield line | {name: np.ma.filled(values.mean(axis=-1), np.nan) for name, values in some.items()}
 
 
 def _line(values: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
         "models": names_of(config),
         "statistics": _statistics(out / "statistics.safetensors", trainer.models_of(config).batched),
         "unit": "squared error" if ready.program.objective == "regression" else "nats a target",
-        "training_name": " ".join(["training", *_penalties(config)]),
+        "besides": _besides(config),
     }
     samples = read(out / "samples.jsonl")
     shown = (
@@ -52,7 +52,7 @@ def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
         samples=shown,
         settings=settings,
         source=ready.source,
-        training_name=data["training_name"],
+        besides=data["besides"],
         model=ready.program.model,
         parameters=f"{count(ready.program.model):,}",
         many=len(data["models"]),
@@ -70,12 +70,12 @@ def names_of(config: TrainConfig) -> list[str]:
     return [", ".join([f"seed {seed}", *rest]) for seed, rest in zip(models.seeds, numbers, strict=True)]
 
 
-def _penalties(config: TrainConfig) -> list[str]:
-    """What the training loss has that the validation loss has not."""
+def _besides(config: TrainConfig) -> str:
+    """What the training loss has that the validation loss has not, in brackets, or nothing."""
     o, swept = config.objective, config.sweep
     names = {"objective.label_smoothing": o.label_smoothing, "objective.z_loss": o.z_loss}
     found = [name.rpartition(".")[2].replace("_", " ") for name, value in names.items() if value or name in swept]
-    return [f"(with {' and '.join(found)})"] if found else []
+    return f" (with {' and '.join(found)})" if found else ""
 
 
 def _curve(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def conclusions(data: Mapping[str, Any], lines: list[dict[str, Any]]) -> list[st
         np.array(data[name]["values"]) for name in ("training", "validation", "accuracy")
     )
     if training.size:
-        name = data["training_name"].removeprefix("training")
-        found.append(f"Training loss{name}, from {_mean(training[:, 0])} to {_mean(training[:, -1])} ({unit}).")
+        ends = f"from {_mean(training[:, 0])} to {_mean(training[:, -1])}"
+        found.append(f"Training loss{data['besides']}, {ends} ({unit}).")
     if validation.size:
         last = validation[:, -1]
         alive = np.isfinite(last)

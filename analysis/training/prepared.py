@@ -98,7 +98,7 @@ def _of_task(config: TrainConfig, start: Start | None) -> Prepared:
 
 
 def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
-    kind = config.objective.kind or ("classification" if config.data.label else "next_token")
+    kind = config.objective_on_files
     if (kind == "classification") != bool(config.data.label) or kind == "regression":
         raise ValueError(
             f"objective.kind is {kind!r}; files are for next_token or masked_token, or tables with a column "

@@ -37,7 +37,7 @@
     const type = byId("height").value;
     const known = Object.values(data.references).filter((y) => y > 0 || type === "linear");
     const shapes = known.map((y) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: "#8a94a3", dash: "dash", width: 1 } }));
-    draw("losses", [...lines(data.training, data.training_name, blue, many > 1 ? "dot" : "solid"), ...lines(data.validation, "validation", orange, "solid")],
+    draw("losses", [...lines(data.training, `training${data.besides}`, blue, many > 1 ? "dot" : "solid"), ...lines(data.validation, "validation", orange, "solid")],
       `loss, ${data.unit}`, type, shapes);
     draw("accuracies", data.unit === "squared error" ? [] : lines(data.accuracy, "validation", orange, "solid"), "right answers", "linear");
     draw("gradients", lines(data.gradient, "gradient", blue, "solid"), "norm of the gradient", "log");
