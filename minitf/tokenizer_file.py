@@ -41,6 +41,10 @@ class TokenizerFile:
         """The text of tokens. Raises ValueError for one that there is not."""
         return self.tokenizer.decode(ids)
 
+    def piece(self, token: int) -> bytes:
+        """What one token stands for."""
+        return self.tokenizer.decode_single_token_bytes(token)
+
     def save(self, folder: Path) -> None:
         """Write the file, and what it is."""
         kind = "tokenizer_json" if isinstance(self.tokenizer, JsonTokenizer) else "llama2c"

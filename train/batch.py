@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 NO_TARGET = -1
 
@@ -38,8 +38,19 @@ def next_token(window: Int[Array, "batch length_plus_one"]) -> Batch:
 def labelled(rows: Int[Array, "batch length_plus_one"], filler: int) -> Batch:
     """Sequences, filled up with a token, and the token of each one's label, which its last position is to tell."""
     tokens, label = rows[:, :-1].astype(jnp.int32), rows[:, -1:].astype(jnp.int32)
+    return Batch(tokens=tokens, targets=jnp.where(_is_last(tokens, filler), label, NO_TARGET))
+
+
+def measured(rows: Int32[Array, "batch length_plus_one"], filler: int) -> Batch:
+    """Sequences, filled up with a token, and each one's number, whose float32 bits are last in its row."""
+    tokens, number = rows[:, :-1], jax.lax.bitcast_convert_type(rows[:, -1:], jnp.float32)
+    return Batch(tokens=tokens, targets=jnp.where(_is_last(tokens, filler), number, jnp.nan))
+
+
+def _is_last(tokens: Int32[Array, "batch position"], filler: int) -> Bool[Array, "batch position"]:
+    """Which position is the last of its sequence; of an empty one the first."""
     last = jnp.maximum(jnp.sum(tokens != filler, axis=1, keepdims=True) - 1, 0)
-    return Batch(tokens=tokens, targets=jnp.where(jnp.arange(tokens.shape[1]) == last, label, NO_TARGET))
+    return jnp.arange(tokens.shape[1]) == last
 
 
 def masked(

@@ -199,7 +199,9 @@ class TrainConfig:
     @property
     def objective_on_files(self) -> Objective:
         """What is minimized on files: what is said, or what they are for."""
-        return self.objective.kind or ("classification" if self.data.label else "next_token")
+        if self.objective.kind:
+            return self.objective.kind
+        return "classification" if self.data.label else "regression" if self.data.target else "next_token"
 
     def __post_init__(self) -> None:
         for name, values in self.sweep.items():

@@ -29,6 +29,7 @@ class DataSettings:
     validation: float = 0.1  # share of the documents that is not trained on
     validation_paths: tuple[str, ...] = ()  # files for validation alone; then all of ``paths`` is trained on
     label: str = ""  # csv: the column that says of which class a row is, for objective.kind=classification
+    target: str = ""  # csv: the column of the number that is to be told of a row, for objective.kind=regression
 
     def __post_init__(self) -> None:
         if self.format not in get_args(Format):
@@ -46,15 +47,19 @@ class DataSettings:
         self._check_meaning()
 
     def _check_meaning(self) -> None:
-        for name in ("columns", "bins", "delimiter", "label"):
+        for name in ("columns", "bins", "delimiter", "label", "target"):
             if getattr(self, name) and self.format != "csv":
                 raise ValueError(f"{name} is {getattr(self, name)!r}, which only csv has, not {self.format}")
         if self.encoding == "symbols" and self.format != "csv":
             raise ValueError("encoding is 'symbols', which only csv has: try 'characters'")
-        if self.label and self.label in self.columns:
-            raise ValueError(f"label is {self.label!r}, which is in columns too: it would be told, not guessed")
-        if self.label and not self.columns:
-            raise ValueError(f"label is {self.label!r}; say in columns which others are the sequence")
+        if self.label and self.target:
+            raise ValueError(f"label is {self.label!r} and target is {self.target!r}; a run learns to tell one")
+        for name in ("label", "target"):
+            told = getattr(self, name)
+            if told and told in self.columns:
+                raise ValueError(f"{name} is {told!r}, which is in columns too: it would be told, not guessed")
+            if told and not self.columns:
+                raise ValueError(f"{name} is {told!r}; say in columns which others are the sequence")
         if self.encoding and self.bins:
             raise ValueError(f"encoding is {self.encoding!r}; with bins, numbers are encoded by their bins")
         if self.encoding in ("bytes", "characters", "bpe") and self.format == "tokens":

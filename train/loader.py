@@ -42,18 +42,9 @@ class Loader:
     process_count: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in {"length": 1, "batch_size": 1, "seed": 0, "process_count": 1}.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"process_index is {self.process_index}; with {self.process_count} processes it goes from 0 to "
-                f"{self.process_count - 1}"
-            )
-        if self.batch_size % self.process_count:
-            raise ValueError(
-                f"batch_size is {self.batch_size}; {self.process_count} processes cannot take equal parts of it"
-            )
+        if self.length < 1:
+            raise ValueError(f"length is {self.length}; it must be at least 1")
+        check_shares(self.batch_size, self.seed, self.process_index, self.process_count)
         _check_length(len(self.ids), self.length)
         if self.windows > MOST_WINDOWS:
             raise ValueError(
@@ -88,6 +79,21 @@ class Loader:
             offset = int(rng.integers(self.offsets))
             starts[here] = offset + self.length * shuffled(places, self.windows, rng)
         return starts
+
+
+def check_shares(batch_size: int, seed: int, process_index: int, process_count: int) -> None:
+    """Raises ValueError, by name, where processes cannot take equal parts of a batch."""
+    least = {"batch_size": (batch_size, 1), "seed": (seed, 0), "process_count": (process_count, 1)}
+    for name, (value, at_least) in least.items():
+        if value < at_least:
+            raise ValueError(f"{name} is {value}; it must be at least {at_least}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index is {process_index}; with {process_count} processes it goes from 0 to "
+            f"{process_count - 1}"
+        )
+    if batch_size % process_count:
+        raise ValueError(f"batch_size is {batch_size}; {process_count} processes cannot take equal parts of it")
 
 
 def indices_of(step: int, batch_size: int, process_index: int, process_count: int) -> Int[np.ndarray, " index"]:

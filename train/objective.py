@@ -37,7 +37,7 @@ def sums(
         batch: ``[batch, position]``.
         kind: ``next_token`` and ``masked_token`` count every target; ``classification`` has one for a sequence,
             its last, which that position answers, or, where positions see all others, the mean of their logits;
-            ``regression`` compares the first logit.
+            ``regression`` compares the first logit, of such a model its mean over the sequence.
         settings: smoothing, z-loss, chunks.
         edit: of the walk, such as :func:`dropout`.
         unroll, rematerialize, sharding: as :func:`minitf.walk`.
@@ -54,7 +54,10 @@ def sums(
         sharding=sharding,
     )
     if kind == "regression":
-        return _squared(walked.logits[..., 0], batch.targets)
+        told = walked.logits[..., 0].astype(jnp.float32)
+        if not config.causal:
+            told = jnp.broadcast_to(jnp.mean(told, axis=1, keepdims=True), told.shape)
+        return _squared(told, batch.targets)
     context, targets = walked.context, batch.targets
     if kind == "classification":
         place = targets.shape[1] - 1 - jnp.argmax(targets[:, ::-1] != NO_TARGET, axis=1)[:, None]
@@ -69,7 +72,7 @@ def sums(
 
 def _squared(prediction: Float[Array, "batch position"], targets: Float[Array, "batch position"]) -> Sums:
     counts = ~jnp.isnan(targets)
-    error = jnp.where(counts, prediction.astype(jnp.float32) - jnp.where(counts, targets, 0.0), 0.0)
+    error = jnp.where(counts, prediction - jnp.where(counts, targets, 0.0), 0.0)
     square = jnp.sum(optax.losses.squared_error(error))
     count = jnp.sum(counts.astype(jnp.float32))
     return Sums(loss=square, plain=square, right=jnp.zeros(()), count=count)

@@ -75,7 +75,9 @@ class Program:
     stream: Any = None
 
     def __post_init__(self) -> None:
-        if self.objective in ("next_token", "regression") and not self.model.causal:
+        # Of a task, numbers stand in the sequence that they are told of; of files, beside it.
+        is_inside = self.objective == "next_token" or (self.objective == "regression" and self.draw is not None)
+        if is_inside and not self.model.causal:
             raise ValueError(
                 "the model is not causal: it sees what comes next, which it is to tell (objective.kind is "
                 f"{self.objective!r}). Choose model.causal=true, or of files objective.kind=masked_token"

@@ -9,6 +9,7 @@ import codecs
 import csv
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,22 @@ BEGINNING = 4096
 LARGEST_TOKEN = 2**24
 
 Check = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence, and the cell that is to be told from it: a label, or a number."""
+
+    text: str
+    cell: str
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+Document = str | Integer[np.ndarray, " token"] | Example
+# What is trained on, False, and what only measures, True.
+Sided = tuple[bool, Document]
 
 
 def source_files(paths: Iterable[str]) -> list[Path]:
@@ -157,7 +174,7 @@ def table_documents(
     between = "," if check is not_a_number else "\n" if series else "\t"
     for file in files:
         held, length = [], 0
-        for row, read in _rows(file, columns, delimiter, check):
+        for row, read in _rows(file, columns, delimiter, lambda name: check):
             held.append(between.join(row) + "\n")
             length += read
             if length >= size:
@@ -168,19 +185,17 @@ def table_documents(
 
 
 def table_examples(
-    files: Sequence[Path], columns: Sequence[str], label: str, delimiter: str, check: Check | None
-) -> Iterator[tuple[str, str]]:
-    """Rows of tables as sequences, and the cell of the column ``label`` of each.
+    files: Sequence[Path], columns: Sequence[str], told: str, delimiter: str, check: Check | None, of_told: Check
+) -> Iterator[Example]:
+    """Rows of tables as sequences, and the cell of the column ``told`` of each, with a check of its own.
 
     A sequence is its cells: of numbers with commas between, of symbols a line each, else with tabs between.
-    Raises ValueError naming file and line as :func:`table_documents`, and for a row without a label.
+    Raises ValueError naming file and line as :func:`table_documents`.
     """
     between, end = (",", "\n") if check is not_a_number else ("\n", "\n") if check else ("\t", "")
     for file in files:
-        for number, (row, _) in enumerate(_rows(file, [*columns, label], delimiter, check, unchecked=(label,))):
-            if not row[-1]:
-                raise ValueError(f"{file}, row {number + 1}: the {label} is empty.")
-            yield between.join(row[:-1]) + end, row[-1]
+        for row, _ in _rows(file, [*columns, told], delimiter, lambda name: of_told if name == told else check):
+            yield Example(between.join(row[:-1]) + end, row[-1])
 
 
 def table_columns(file: Path, columns: Sequence[str], delimiter: str) -> tuple[str, ...]:
@@ -199,6 +214,11 @@ def table_columns(file: Path, columns: Sequence[str], delimiter: str) -> tuple[s
 def not_a_number(cell: str) -> str:
     """What is wrong with a cell of numbers."""
     return "" if is_number(cell) else "is not a finite number"
+
+
+def not_a_label(cell: str) -> str:
+    """What is wrong with a cell that is a label."""
+    return "" if cell else "is empty"
 
 
 def not_a_name(cell: str) -> str:
@@ -270,9 +290,9 @@ def _lines(file: Path, most: int) -> Iterator[str]:
 
 
 def _rows(
-    file: Path, columns: Sequence[str], delimiter: str, check: Check | None, unchecked: Sequence[str] = ()
+    file: Path, columns: Sequence[str], delimiter: str, check_of: Callable[[str], Check | None]
 ) -> Iterator[tuple[list[str], int]]:
-    """The chosen cells of every row, and how many characters the row has."""
+    """The chosen cells of every row, and how many characters the row has; columns have checks by their names."""
     problem = text_problem(file)
     if problem:
         raise ValueError(f"The file {file} {problem}.")
@@ -287,7 +307,7 @@ def _rows(
                     raise ValueError(f"{file}, line {reader.line_num}: there are only {len(row)} cells.")
                 cells = [row[place].strip() for place in places]
                 for name, cell in zip(chosen, cells, strict=True):
-                    if wrong := check(cell) if check and name not in unchecked else "":
+                    if (check := check_of(name)) and (wrong := check(cell)):
                         raise ValueError(f"{file}, line {reader.line_num}: the {name} {cell[:60]!r} {wrong}.")
                 yield cells, sum(map(len, row)) + len(row)
         except csv.Error as error:

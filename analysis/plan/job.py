@@ -29,12 +29,12 @@ from minitf.analysis.training.start import config_of
 from minitf.declaration import count
 from minitf.files import write_atomically
 from minitf.train import sharding, tasks, trainer
-from minitf.train.batch import labelled, masked, next_token
+from minitf.train.batch import labelled, masked, measured, next_token
 from minitf.train.config import MeshSettings, TrainConfig
 from minitf.train.data_settings import DataSettings
+from minitf.train.encoding import BPE_PIECES
 from minitf.train.settings import as_tables as settings_of
 from minitf.train.step import Program
-from minitf.train.symbols import BPE_PIECES
 
 MOST_DEVICES = 4096
 BEST = 3  # splits of each number of devices that are told
@@ -159,6 +159,8 @@ def program_of(config: TrainConfig) -> Program:
             return masked(window[:, :-1], key, config.objective.mask_share, model.vocabulary - 1)
         if kind == "classification":
             return labelled(window, model.vocabulary - 1)
+        if kind == "regression":
+            return measured(window, model.vocabulary - 1)
         return next_token(window)
 
     return Program(config, model, kind, as_batch=as_batch)

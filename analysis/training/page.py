@@ -118,7 +118,7 @@ def conclusions(data: Mapping[str, Any], lines: list[dict[str, Any]]) -> list[st
         alive = np.isfinite(last)
         best = np.min(np.where(np.isfinite(validation), validation, np.inf), axis=1)
         better = alive.any() and np.mean(best[alive]) < 0.995 * np.mean(last[alive])
-        right = alive.any() and unit != "squared error"
+        right = alive.any() and accuracy.size
         found.append(
             f"On data that was not trained on, {_mean(last)}"
             + (f" (at best {_mean(best)})" if better else "")

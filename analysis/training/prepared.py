@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float32
 
 from minitf import ModelConfig
 from minitf.analysis.training.start import Start, started_from
 from minitf.config import from_plain, to_plain
 from minitf.parameters import Parameters
 from minitf.train import tasks
-from minitf.train.batch import Batch, labelled, masked, next_token
+from minitf.train.batch import Batch, labelled, masked, measured, next_token
 from minitf.train.config import TrainConfig
 from minitf.train.example_loader import ExampleLoader, Examples, spread_examples
 from minitf.train.loader import Loader, chunk, spread_windows
@@ -23,7 +24,7 @@ from minitf.train.settings import meant
 from minitf.train.step import Program
 from minitf.train.symbols import Data, prepare
 from minitf.train.trainer import Windows, in_parts, models_of
-from minitf.vocabulary import Labelled, Vocabulary, mask_token_of
+from minitf.vocabulary import Labelled, Measured, Vocabulary, mask_token_of
 
 # Sequences of held-out data that are looked at for statistics.
 LOOKED_AT = 16
@@ -68,6 +69,8 @@ def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prep
         ready = _of_task(config, start)
     else:
         data = prepare(config.data, out / "data", say, vocabulary=None if start is None else start.vocabulary)
+        if start is not None and (config.data.label or config.data.target):
+            start = start.with_room(data.vocabulary.size + 1)
         ready = _of_data(config, data, start)
     if start is None:
         return ready
@@ -99,12 +102,13 @@ def _of_task(config: TrainConfig, start: Start | None) -> Prepared:
 
 def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
     kind = config.objective_on_files
-    if (kind == "classification") != bool(config.data.label) or kind == "regression":
+    told = {"classification": config.data.label, "regression": config.data.target}
+    if any((kind == one) != bool(column) for one, column in told.items()):
         raise ValueError(
             f"objective.kind is {kind!r}; files are for next_token or masked_token, or tables with a column "
-            "data.label for classification"
+            "data.label for classification, or data.target for regression"
         )
-    if kind == "classification":
+    if kind in told:
         return _of_examples(config, data, start)
     is_masked = kind == "masked_token"
     begun, known = None if start is None else start.config, data.vocabulary.size
@@ -144,39 +148,54 @@ def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
 
 
 def _of_examples(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
-    """Tables with a label for each row: a token for each label, and one that fills rows up, after the others."""
+    """Tables with a label or a number for each row: one more token, after all others, fills rows up."""
     vocabulary, size = data.vocabulary, config.training.batch
-    assert isinstance(vocabulary, Labelled)
-    filler, first = vocabulary.size, vocabulary.inner.size
-    if start is not None and start.config.vocabulary <= filler:
-        raise ValueError(
-            f"data.label is {config.data.label!r}; the model to start from has no tokens for labels: start from "
-            "one that was trained to tell them, or with fresh weights"
-        )
+    assert isinstance(vocabulary, Labelled | Measured)
+    filler = vocabulary.size
     model = model_of(config, filler + 1, None, start=None if start is None else start.config)
     train, validation = (
-        Examples(tokens.ids, first, model.length, filler) for tokens in (data.train, data.validation)
+        Examples(tokens.ids, vocabulary.inner.size, model.length, filler, _told(data, side))
+        for side, tokens in (("train", data.train), ("validation", data.validation))
     )
-    as_batch = partial(labelled, filler=filler)
+    as_batch = partial(labelled if isinstance(vocabulary, Labelled) else measured, filler=filler)
     part = (jax.process_index(), jax.process_count())
     loaders = [ExampleLoader(train, size, seed, *part) for seed in models_of(config).different_seeds]
     rows = spread_examples(validation, size * config.keep.evaluation_batches)
     held_out = as_batch(jax.numpy.asarray(rows))
-    seen, asked = (np.bincount(one.labels, minlength=len(vocabulary.labels)) for one in (train, validation))
-    share = (seen + 1) / (seen + 1).sum()
     long = max(train.longest, validation.longest)
     cut = f", of the longest of {long} tokens the first {model.length}" if long > model.length else ""
+    if isinstance(vocabulary, Labelled):
+        what = f"{len(vocabulary.labels)} of them labels of {len(train)} rows"
+        references = {"the labels' frequencies": _label_frequencies(vocabulary, train, validation)}
+    else:
+        what = (
+            f"the {vocabulary.name} of {len(train)} rows (mean {vocabulary.mean:.4g}, in deviations of "
+            f"{vocabulary.deviation:.4g})"
+        )
+        assert validation.numbers is not None
+        references = {"the mean": float(np.mean(np.square(validation.numbers, dtype=np.float64)))}
     return Prepared(
-        program=Program(config, model, "classification", as_batch=lambda rows, key: as_batch(rows)),
+        program=Program(config, model, config.objective_on_files, as_batch=lambda rows, key: as_batch(rows)),
         length=model.length,
         windows=lambda first, steps: np.stack([chunk(loader, first, steps) for loader in loaders]),
         held_out=in_parts(held_out, min(size, len(rows))),
         looked_at=jax.tree.map(lambda x: x[:LOOKED_AT], held_out),
         vocabulary=vocabulary,
-        source=f"{data.source}, {len(vocabulary.labels)} of them labels of {len(train)} rows{cut}",
+        source=f"{data.source}, {what}{cut}",
         identity=dict(data.identity),
-        references={"the labels' frequencies": float(-np.sum(asked * np.log(share)) / asked.sum())},
+        references=references,
     )
+
+
+def _told(data: Data, side: str) -> Float32[np.ndarray, " example"] | None:
+    """What the model is to tell of each sequence of a side, where that is a number."""
+    return data.vocabulary.told(data.numbers[side]) if isinstance(data.vocabulary, Measured) else None
+
+
+def _label_frequencies(vocabulary: Labelled, train: Examples, validation: Examples) -> float:
+    """The loss on validation data of answering with each label's share of the training data, nats a row."""
+    seen, asked = (np.bincount(one.labels, minlength=len(vocabulary.labels)) for one in (train, validation))
+    return float(-np.sum(asked * np.log((seen + 1) / (seen + 1).sum())) / asked.sum())
 
 
 def _frequencies(data: Data) -> float:

@@ -36,6 +36,10 @@ class Start:
     config: ModelConfig
     vocabulary: Path | None
 
+    def with_room(self, tokens: int) -> "Start":
+        """The same with rows for so many tokens, if it has fewer; new ones are those of a fresh model."""
+        return replace(self, config=replace(self.config, vocabulary=max(self.config.vocabulary, tokens)))
+
     def check(self, model: ModelConfig) -> None:
         """Raises ValueError where the weights are not those of such a model, but for its length."""
         shapes = jax.eval_shape(lambda key: _cut(initialize(self.config, key), model), jax.random.key(0))
@@ -48,9 +52,9 @@ class Start:
             ) from error
 
     def parameters(self, model: ModelConfig) -> Parameters:
-        """The weights, on the host; of learned positions as many as the model has."""
+        """The weights, on the host; of learned positions and of tokens as many as the model has."""
         with _on_the_host():
-            return jax.tree.map(np.asarray, _cut(load(self.folder).parameters, model))
+            return jax.tree.map(np.asarray, _grown(_cut(load(self.folder).parameters, model), model))
 
 
 def started_from(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Start | None:
@@ -95,6 +99,21 @@ def _cut(parameters: Parameters, model: ModelConfig) -> Any:
     """With the first of its learned positions, where the model has fewer."""
     known: Any = parameters.position
     return parameters if known is None else replace(parameters, position=known[: model.length])
+
+
+def _grown(parameters: Parameters, model: ModelConfig) -> Parameters:
+    """With fresh rows for the tokens that the weights have none for."""
+    tables = {"embedding": 0, "unembedding": 1, "unembedding_bias": 0}
+    new = model.vocabulary - parameters.embedding.shape[0]
+    if new <= 0:
+        return parameters
+    fresh = initialize(replace(model, vocabulary=new), jax.random.key(0))
+    joined: dict[str, Any] = {
+        name: np.concatenate((known, getattr(fresh, name)), axis)
+        for name, axis in tables.items()
+        if (known := getattr(parameters, name)) is not None
+    }
+    return replace(parameters, **joined)
 
 
 def _on_the_host() -> AbstractContextManager[Any]:

@@ -26,7 +26,7 @@ from minitf.train.checkpoints import Checkpoints, dynamics_steps
 from minitf.train.config import TrainConfig
 from minitf.train.progress import Progress
 from minitf.train.step import State
-from minitf.train.trainer import Compiled, Evaluation, Taken
+from minitf.train.trainer import Compiled, Taken
 
 Tree = Any
 MOST_SKIPPED = 100  # steps in a row, of all models, after which nothing more is to be expected
@@ -181,7 +181,7 @@ class Training:
         is_due = lambda interval: bool(interval) and (step % interval == 0 or step == steps)
         weights = state.weights
         if is_due(keep.evaluate_every):
-            self.told_all([{"step": step, **_of_validation(self.evaluate(weights, self.ready.held_out))}])
+            self.told_all([{"step": step, **self._validation(weights)}])
         if is_due(keep.statistics_every):
             self.looks.add(step, jax.tree.map(np.asarray, self.look(weights)))
         if is_due(keep.sample_every) and self.writes:
@@ -192,6 +192,11 @@ class Training:
             if is_first():
                 self.looks.write()
             self.checkpoints.save(step, state)
+
+    def _validation(self, weights: Any) -> dict[str, np.ndarray]:
+        found = self.evaluate(weights, self.ready.held_out)
+        shares = {} if self.ready.program.objective == "regression" else {"validation_accuracy": found.accuracy}
+        return {"validation_loss": found.loss, **shares}
 
     def check_weights(self, step: int, state: State) -> None:
         """Keep no weights that are lost: a finite gradient can still lead to some that are not."""
@@ -263,7 +268,3 @@ def model_folders(out: Path, models: trainer.Models) -> list[Path]:
     if not models.batched:
         return [out / "model"]
     return [out / "models" / str(number) for number in range(len(models.seeds))]
-
-
-def _of_validation(found: Evaluation) -> dict[str, np.ndarray]:
-    return {"validation_loss": found.loss, "validation_accuracy": found.accuracy}

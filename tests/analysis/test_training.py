@@ -465,5 +465,40 @@ def test_a_table_with_labels_is_learned_and_told_where_a_sequence_ends(tmp_path)
     assert "the labels&#39; frequencies" in (tmp_path / "run" / "report.html").read_text()
     started = {**tables, "training": {"steps": 1, "batch": 4, "start_from": str(tmp_path / "run" / "model")}}
     job.run(as_config({**started, "model": {}}), tmp_path / "again", quiet=True)
-    with pytest.raises(Problem, match="or tables with a column data.label for classification"):
+    with pytest.raises(Problem, match="or tables with a column data.label for classification, or data.target"):
         job.run(as_config({**tables, "objective": {"kind": "next_token"}}), tmp_path / "other", quiet=True)
+
+
+def test_numbers_are_told_of_sequences_by_a_fresh_model_and_by_one_that_had_read_others(tmp_path):
+    rng = np.random.default_rng(0)
+    sequences = ["".join(rng.choice(list("ab"), size=rng.integers(2, 8))) for _ in range(600)]
+    rows = "".join(f"{one},{100 + 10 * one.count('b') / len(one)},{one[-1] == 'b'}\n" for one in sequences)
+    (tmp_path / "table.csv").write_text("s,share,last\n" + rows)
+    data = {"format": "csv", "paths": [str(tmp_path / "table.csv")], "columns": ["s"]}
+    tables = {
+        "data": data,
+        "model": {"layers": 1, "width": 16, "heads": 2, "length": 8},
+        "training": {"steps": 200, "batch": 32, "steps_per_call": 100},
+        "optimizer": {"rate": 1e-2, "warm_up": 5},
+        "keep": {"evaluate_every": 200},
+    }
+    job.run(as_config({**tables, "data": {**data, "target": "share"}}), tmp_path / "fresh", quiet=True)
+    last = read(tmp_path / "fresh" / "metrics.jsonl")[-1]
+    assert last["validation_loss"] < 0.05 and "validation_accuracy" not in last
+    model = load(tmp_path / "fresh" / "model")
+    said = walk(model.parameters, jnp.array([model.tokenizer.encode("abbb")]), model.config).logits[0, -1, 0]
+    assert abs(float(model.tokenizer.vocabulary.number(said)) - 107.5) < 2
+    page = (tmp_path / "fresh" / "report.html").read_text()
+    assert "squared error" in page and "% right" not in page and "in deviations of" in page
+    # Pretrained on the sequences alone, whose tokens are fewer than those that a label and filling rows up need.
+    short = {**tables["training"], "steps": 50}
+    job.run(as_config({**tables, "training": short}), tmp_path / "read", quiet=True)
+    begun = load(tmp_path / "read" / "model")
+    for name, told in (("target", "share"), ("label", "last")):
+        on = {**short, "steps": 1, "start_from": str(tmp_path / "read" / "model")}
+        out = tmp_path / name
+        job.run(as_config({**tables, "data": {**data, name: told}, "training": on, "model": {}}), out, quiet=True)
+        went = load(out / "model")
+        assert went.config.vocabulary == begun.config.vocabulary + (1 if name == "target" else 3)
+        moved = went.parameters.embedding[: begun.config.vocabulary] - begun.parameters.embedding
+        assert float(jnp.max(jnp.abs(moved))) < 0.05

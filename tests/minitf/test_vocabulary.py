@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitf.tokenizer import train_encoding
-from minitf.vocabulary import Bins, Bytes, Characters, Ids, Names, Pieces, bins_of, load_vocabulary, numbers
+from minitf.vocabulary import (
+    Bins,
+    Bytes,
+    Characters,
+    Ids,
+    Labelled,
+    Measured,
+    Names,
+    Pieces,
+    bins_of,
+    load_vocabulary,
+    numbers,
+)
 
 TEXT = "the scan is slow and then attention snaps to distinct tokens while common ones fade, あ\n" * 20
 anything = st.text(st.characters(exclude_categories=["Cs"]))
@@ -26,6 +38,8 @@ KINDS = {
     "names": (lambda: Names(("a b", "c", "é")), "c\na b\né\nc\n"),
     "ids": (lambda: Ids(50), "0 49 3"),
     "bins": (lambda: TABLE, "1,-3\n2,4\n1,-1\n"),
+    "labelled": (lambda: Labelled(Bytes(), ("no", "yes")), TEXT),
+    "measured": (lambda: Measured(pieces(), "speed", 2.5, 0.5), TEXT),
 }
 
 
@@ -40,7 +54,25 @@ def test_a_vocabulary_comes_back_from_its_folder_and_reads_and_writes_as_before(
     assert type(again) is type(vocabulary) and again.size == vocabulary.size
     assert np.array_equal(again.encode(text), ids)
     assert again.decode(ids) == vocabulary.decode(ids) == vocabulary.decode(ids.tolist()) == text
+    assert again == vocabulary or kind in ("pieces", "measured")  # tiktoken's encodings are not compared
     json.loads((tmp_path / "run" / "vocabulary.json").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pieces_of_a_text_are_the_text(kind):
+    make, text = KINDS[kind]
+    vocabulary = make()
+    between = b" " if kind == "ids" else b""
+    assert between.join(map(vocabulary.piece, vocabulary.encode(text).tolist())) == text.encode()
+
+
+def test_a_label_is_a_token_and_a_number_is_none():
+    labelled = Labelled(Bytes(), ("no", "yes"))
+    assert labelled.piece(257) == b"[yes]" and labelled.piece(97) == b"a"
+    measured = Measured(Bytes(), "speed", 2.5, 0.5)
+    assert measured.size == 256
+    np.testing.assert_allclose(measured.told(np.array([2.5, 3.5])), [0, 2])
+    np.testing.assert_allclose(measured.number(np.array([0.0, 2.0])), [2.5, 3.5])
 
 
 @pytest.mark.parametrize("kind", KINDS)

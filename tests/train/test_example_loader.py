@@ -1,5 +1,7 @@
 """Labelled sequences are drawn each once in an epoch, and any step is what it is whenever it is asked for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -53,3 +55,28 @@ def test_those_for_validation_are_spread_and_always_the_same(most):
     rows = [([n % 9], LABEL) for n in range(9)]
     found = spread_examples(examples(rows), most)
     assert found[:, 0].tolist() == ([0, 3, 6] if most == 3 else list(range(9)))
+
+
+def test_numbers_stand_in_place_of_labels_to_the_bit():
+    rows = [([n % 9] * (n % 4), LABEL) for n in range(20)]
+    numbers = np.random.default_rng(0).normal(size=20).astype(np.float32)
+    made = replace(examples(rows), numbers=numbers)
+    found = made.rows(np.arange(20))
+    np.testing.assert_array_equal(found[:, -1].view(np.float32), numbers)
+    np.testing.assert_array_equal(found[:, :-1], examples(rows).rows(np.arange(20))[:, :-1])
+    with pytest.raises(ValueError, match="there are 20 sequences, and numbers of 19"):
+        replace(made, numbers=numbers[1:])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"process_index": 2, "process_count": 2}, "process_index is 2; with 2 processes it goes from 0 to 1"),
+        ({"process_count": 3}, "batch_size is 4; 3 processes cannot take equal parts"),
+    ],
+)
+def test_what_cannot_be_shared_is_told_by_name(changed, message):
+    with pytest.raises(ValueError, match=message):
+        ExampleLoader(**{"examples": examples([([1], LABEL)] * 8), "batch_size": 4, **changed})

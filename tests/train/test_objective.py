@@ -12,7 +12,7 @@ from minitf_mixers import ASSOCIATED, model
 
 from minitf import ModelConfig, initialize, mixers, walk
 from minitf.analysis.flops import flops
-from minitf.train.batch import Batch, labelled, next_token
+from minitf.train.batch import Batch, labelled, measured, next_token
 from minitf.train.config import ObjectiveSettings
 from minitf.train.objective import dropout, sums
 
@@ -143,6 +143,22 @@ def test_a_class_is_told_where_its_target_is_whatever_fills_the_row_up():
     first = jax.tree.map(lambda x: x[:1], batch)
     expected = -jax.nn.log_softmax(own)[9]
     np.testing.assert_allclose(of(first, "classification").loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_number_is_told_where_its_sequence_ends_or_by_the_mean(causal):
+    config = ModelConfig(vocabulary=17, layers=2, width=8, heads=2, length=6, causal=causal)
+    numbers = np.array([1.5, -2.0], np.float32)
+    rows = jnp.array([[3, 1, 4, 16, 16, 16, 0], [2, 7, 1, 8, 2, 8, 0]], jnp.int32)
+    rows = rows.at[:, -1].set(numbers.view(np.int32))
+    batch = measured(rows, filler=16)
+    np.testing.assert_array_equal(jnp.nansum(batch.targets, axis=1), numbers)
+    assert [int(jnp.argmin(jnp.isnan(row))) for row in batch.targets] == [2, 5]
+    told = walk(PARAMETERS, rows[:, :-1], config).logits[..., 0]
+    told = told[jnp.arange(2), jnp.array([2, 5])] if causal else jnp.mean(told, axis=1)
+    found = of(batch, "regression", config)
+    np.testing.assert_allclose(found.loss, jnp.sum((told - numbers) ** 2), rtol=1e-5)
+    assert found.count == 2
 
 
 def test_regression_reads_mixtures_of_tokens_and_counts_what_is_a_number():

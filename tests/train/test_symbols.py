@@ -14,7 +14,7 @@ from minitf.train.example_loader import Examples
 from minitf.train.symbol_files import text_documents, token_documents
 from minitf.train.symbols import on_validation_side, prepare
 from minitf.train.token_file import write_tokens
-from minitf.vocabulary import Bytes, Characters, Labelled, load_vocabulary
+from minitf.vocabulary import Bytes, Characters, Labelled, Measured, load_vocabulary
 
 SHARED = Path(os.environ.get("MINITF_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
 REAL = [SHARED / "data" / name for name in ("wikitext2/valid.txt", "tinyshakespeare/input.txt")]
@@ -385,7 +385,7 @@ def test_numbers_and_symbols_have_labels_too(tmp_path):
     ("rows", "message"),
     [
         ([("s", "k"), *[("AC", "same")] * 30], "every row has the k 'same': there is nothing to tell"),
-        ([("s", "k"), ("AC", "x"), ("AC", "")], r"row 2: the k is empty"),
+        ([("s", "k"), ("AC", "x"), ("AC", "")], r"line 3: the k '' is empty"),
         ([("s", "l"), ("AC", "x")], "has no column 'k'"),
     ],
 )
@@ -393,3 +393,82 @@ def test_labels_that_say_nothing_are_told(tmp_path, rows, message):
     settings = DataSettings(format="csv", paths=(str(table(tmp_path, rows)),), columns=("s",), label="k")
     with pytest.raises(ValueError, match=message):
         prepare(settings, tmp_path / "data")
+
+
+NUMBERED = [("ACGT"[: 1 + n % 4] * (1 + n % 3), n % 10 / 4 - 1) for n in range(200)]
+
+
+def test_rows_of_a_table_have_numbers(tmp_path):
+    file = table(tmp_path, [("dna", "speed"), *NUMBERED])
+    settings = DataSettings(format="csv", paths=(str(file),), columns=("dna",), target="speed", validation=0.3)
+    data = prepare(settings, tmp_path / "data")
+    found = []
+    for side, tokens in (("train", data.train), ("validation", data.validation)):
+        examples = Examples(tokens.ids, 4, 20, 4, data.vocabulary.told(data.numbers[side]))
+        rows = examples.rows(np.arange(len(examples)))
+        told = data.vocabulary.number(rows[:, -1].view(np.float32).astype(np.float64))
+        found += zip([data.vocabulary.decode(row[:-1][row[:-1] != 4]) for row in rows], told, strict=True)
+    assert [sequence for sequence, _ in sorted(found)] == [sequence for sequence, _ in sorted(NUMBERED)]
+    np.testing.assert_allclose([n for _, n in sorted(found)], [n for _, n in sorted(NUMBERED)], atol=1e-6)
+    assert data.vocabulary.inner == Characters("ACGT") and data.vocabulary.name == "speed"
+    told = data.vocabulary.told(data.numbers["train"])
+    np.testing.assert_allclose([told.mean(), told.std()], [0, 1], atol=1e-6)
+    # Kept, and known as others when the numbers alone change.
+    assert prepare(settings, tmp_path / "data").identity == data.identity
+    table(tmp_path, [("dna", "speed"), *[(sequence, 2 * number) for sequence, number in NUMBERED]])
+    again = prepare(settings, tmp_path / "data")
+    np.testing.assert_array_equal(again.train.ids, data.train.ids)
+    assert again.identity != data.identity
+    plain = prepare(replace(settings, target=""), tmp_path / "data")
+    assert plain.numbers == {} and plain.vocabulary.size == 5  # letters, and the end of a row
+
+
+def test_damaged_numbers_are_made_anew(tmp_path):
+    file = table(tmp_path, [("dna", "speed"), *NUMBERED])
+    settings = DataSettings(format="csv", paths=(str(file),), columns=("dna",), target="speed", validation=0.3)
+    data = prepare(settings, tmp_path / "data")
+    kept = (tmp_path / "data" / "train.numbers").read_bytes()
+    (tmp_path / "data" / "train.numbers").write_bytes(kept[:-8])
+    said = []
+    again = prepare(settings, tmp_path / "data", said.append)
+    assert again.identity == data.identity and "made anew" in said[0]
+    assert (tmp_path / "data" / "train.numbers").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([1.5] * 30, "every row has the n 1.5: there is nothing to tell"),
+        ([1, 2, "x", *[3] * 30], "line 4: the n 'x' is not a finite number"),
+        ([1, 2, "nan", *[3] * 30], "line 4: the n 'nan' is not a finite number"),
+        ([1e300, -1e300] * 30, r"the n goes up to 1e\+300: its deviation is no number"),
+    ],
+)
+def test_numbers_that_say_nothing_are_told(tmp_path, cells, message):
+    rows = [("s", "n"), *[("A" * (1 + i % 7), cell) for i, cell in enumerate(cells)]]
+    settings = DataSettings(format="csv", paths=(str(table(tmp_path, rows)),), columns=("s",), target="n")
+    with pytest.raises(ValueError, match=message):
+        prepare(settings, tmp_path / "data")
+
+
+def test_one_thing_is_told_and_it_is_not_shown():
+    base = DataSettings(format="csv", paths=("x.csv",), columns=("s",))
+    with pytest.raises(ValueError, match="a run learns to tell one"):
+        replace(base, label="a", target="b")
+    for name in ("label", "target"):
+        with pytest.raises(ValueError, match=f"{name} is 's', which is in columns too"):
+            replace(base, **{name: "s"})
+        with pytest.raises(ValueError, match=f"{name} is 'b'; say in columns"):
+            replace(base, columns=(), **{name: "b"})
+        with pytest.raises(ValueError, match=f"{name} is 'b', which only csv has"):
+            DataSettings(**{name: "b"})
+
+
+def test_a_vocabulary_with_numbers_goes_on_with_them_or_without(tmp_path):
+    file = table(tmp_path, [("dna", "speed", "kind"), *[(*row, "ab"[n % 2]) for n, row in enumerate(NUMBERED)]])
+    settings = DataSettings(format="csv", paths=(str(file),), columns=("dna",), target="speed", validation=0.3)
+    first = prepare(settings, tmp_path / "first").vocabulary
+    Measured(first.inner, "speed", 7.0, 2.0).save(tmp_path / "known")
+    on = lambda **changed: prepare(replace(settings, **changed), tmp_path / "on", vocabulary=tmp_path / "known")
+    assert on().vocabulary.mean == 7.0
+    assert on(target="", label="kind").vocabulary == Labelled(first.inner, ("a", "b"))
