@@ -6,7 +6,7 @@ A preset is such a file (``train/presets/*.toml``). Every number is checked befo
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from minitf.train.data_settings import DataSettings
 
@@ -16,6 +16,14 @@ Number = Annotated[Any, float]
 OptimizerName = Literal[
     "sgd", "adam", "adamw", "lion", "muon", "adafactor", "adamw_8bit", "adamw_4bit", "adamw_4bit_factor"
 ]
+
+# Numbers that some optimizers do not read: models that differ in one of them alone would be the same.
+NOT_READ: Mapping[str, tuple[OptimizerName, ...]] = {
+    "second_momentum": ("sgd", "adafactor"),
+    "epsilon": ("sgd", "lion", "adafactor"),
+    "weight_decay": ("adam",),
+    "muon_rate": tuple(name for name in get_args(OptimizerName) if name != "muon"),
+}
 
 
 def _at_least(settings: Any, least: int, *names: str) -> None:
@@ -213,6 +221,10 @@ class TrainConfig:
                     dataclasses.replace(getattr(self, group), **{number: value})
                 except ValueError as error:
                     raise ValueError(f"sweep.{group}.{error}") from error
+            if group == "optimizer" and self.optimizer.name in NOT_READ.get(number, ()):
+                raise ValueError(
+                    f"sweep.{name} would train equal models: optimizer.name={self.optimizer.name} does not read it"
+                )
 
 
 # What may differ between models that train in one program: numbers that the program only multiplies by.

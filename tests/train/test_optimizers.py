@@ -1,13 +1,16 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from minitf import initialize
 from minitf.config import ModelConfig, token_tables
 from minitf.declaration import declare
 from minitf.parameters import named
-from minitf.train.config import OptimizerSettings
+from minitf.train.config import NOT_READ, OptimizerName, OptimizerSettings, TrainConfig
 from minitf.train.optimizers import Rates, adam, adamw, by_part, check_rates, clipped, from_settings, sgd
 
 STEPS = 12
@@ -46,6 +49,7 @@ def torch_trace(make, start, gradients):
     return np.array(out)
 
 
+MODEL = ModelConfig(vocabulary=5, length=4, layers=1, heads=2, width=4)
 START = np.array([1.0, -2.0, 0.5, 0.0])
 
 
@@ -249,3 +253,40 @@ def test_an_impossible_rate_is_refused_by_name(rate):
 
 def test_a_rate_of_zero_is_allowed():
     check_rates(decoder_rate=0.0, attention_rate=0.5)
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_a_number_makes_a_difference_where_it_is_read_and_cannot_be_swept_elsewhere(name):
+    parameters = initialize(MODEL, jax.random.key(0))
+    turning = lambda n: jax.tree.map(lambda p: jnp.sin(100 * (n + 1) * (p + 1)), parameters)
+    gradients = [turning(n) for n in range(4)]
+
+    def after(**numbers):
+        settings = OptimizerSettings(
+            **{"name": name, "rate": 0.1, "schedule": "constant", "warm_up": 0, **numbers}
+        )
+        optimizer, weights = from_settings(settings, MODEL, STEPS), parameters
+        state = optimizer.init(weights)
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, weights)
+            weights = optax.apply_updates(weights, updates)
+        return weights
+
+    usual = after()
+    numbers = {
+        "rate": 0.2,
+        "momentum": 0.5,
+        "second_momentum": 0.5,
+        "epsilon": 0.1,
+        "weight_decay": 0.5,
+        "muon_rate": 1.0,
+    }
+    for number, other in numbers.items():
+        changes = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), usual, after(**{number: other}))
+        assert any(jax.tree.leaves(changes)) == (name not in NOT_READ.get(number, ())), number
+        sweep = {"optimizer": OptimizerSettings(name=name), "sweep": {f"optimizer.{number}": (0.1, 0.2)}}
+        if name in NOT_READ.get(number, ()):
+            with pytest.raises(ValueError, match=f"sweep.optimizer.{number} would train equal models: .*{name}"):
+                TrainConfig(**sweep)
+        else:
+            TrainConfig(**sweep)

@@ -99,7 +99,8 @@ def test_the_steps_are_those_of_a_plain_loop_with_optax():
 
 @pytest.mark.parametrize("name", SWEPT)
 def test_every_number_that_may_be_swept_can_be(name):
-    program = program_of(sweep={name: [0.5, 0.25]})
+    optimizer = "muon" if name == "optimizer.muon_rate" else "adamw"
+    program = program_of(sweep={name: [0.5, 0.25]}, optimizer={"name": optimizer})
     state, _, numbers, key = program.shapes()
     after, _ = jax.eval_shape(lambda state: program.take(state, key, numbers, jnp.int32(0), None), state)
     assert after.step.shape == ()
