@@ -137,13 +137,13 @@ def _decaying(config: ModelConfig, which: str) -> Callable[[Any], Any]:
 
 
 def decayed(
-    rate: Callable[[Any], Any], weight_decay: float, mask: Callable[[Any], Any]
+    rate: Callable[[Any], Any], weight_decay: float | Float[Array, ""], mask: Callable[[Any], Any]
 ) -> optax.GradientTransformation:
     """Decoupled weight decay after any other transformation: ``update - rate * weight_decay * parameter``."""
     return optax.masked(_pull(rate, weight_decay), mask)
 
 
-def _pull(rate: Callable[[Any], Any], weight_decay: float) -> optax.GradientTransformation:
+def _pull(rate: Callable[[Any], Any], weight_decay: float | Float[Array, ""]) -> optax.GradientTransformation:
     def update(updates: Any, count: Any, parameters: Any) -> tuple[Any, Any]:
         by = rate(count) * weight_decay
         return jax.tree.map(lambda u, p: u - by * p, updates, parameters), count + 1
