@@ -21,11 +21,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from minitf.analysis.patching import Metric, Progress, bytes_per_run, runs_together
 from minitf.analysis.resampling import Classes, by_example, classes, draw
+from minitf.changes import change, compose, put_change
 from minitf.config import ModelConfig
 from minitf.model import unembed, walk
 from minitf.parameters import Parameters
 from minitf.record import record
-from minitf.walk import Change, Edit, Leaf, Walk, change, compose, get, leaf, leaf_axes, put_change
+from minitf.walk import Change, Edit, Leaf, Walk, get, leaf, leaf_axes
 
 # One label for each example, [batch], or for each of its positions, [batch, position]; or how to label the tokens.
 Labels = np.ndarray | Array | Sequence[Any] | Callable[[np.ndarray], Any]

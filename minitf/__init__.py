@@ -1,10 +1,11 @@
 """minitf: transformers as filters and aggregates, whose forward pass returns the walk."""
 
+from minitf.changes import change, compose, identity_edit
 from minitf.config import ModelConfig, token_tables
 from minitf.declaration import count, initialize
 from minitf.model import walk
 from minitf.parameters import Parameters
-from minitf.walk import Change, Edit, LayerWalk, Walk, change, compose, describe, identity_edit
+from minitf.walk import Change, Edit, LayerWalk, Walk, describe
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Edits that read like what they do. All are :func:`minitf.walk.change` with other numbers.
+"""Edits that read like what they do. All are :func:`minitf.change` with other numbers.
 
 Everywhere ``shapes`` is a walk of the run to be edited, or its shapes (``jax.eval_shape``), ``name`` a leaf such
 as ``"layers.z"``, and ``**index`` the places on the leaf's named axes (``layer=1, head=[0, 3]``); axes that are
@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from minitf.walk import Edit, Walk, change, compose, get, layers_on, leaf_axes, put
+from minitf.changes import change, compose, layers_on
+from minitf.walk import Edit, Walk, get, leaf_axes, put
 
 
 def ablate(shapes: Walk, name: str, **index: Any) -> Edit:

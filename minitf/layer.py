@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minitf import aggregate, filter
+from minitf.changes import apply
 from minitf.config import ModelConfig
 from minitf.mixers.contract import Mixer
 from minitf.mixers.softmax import Softmax
 from minitf.parameters import FeedForwardParameters, Layer, Norm, output_map
 from minitf.places import Places
-from minitf.walk import Change, LayerWalk, apply
+from minitf.walk import Change, LayerWalk
 
 Stream = Float[Array, "batch position width"]
 

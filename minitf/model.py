@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minitf import aggregate, filter
+from minitf.changes import apply
 from minitf.config import ModelConfig
 from minitf.declaration import check_fit
 from minitf.layer import Stream, apply_norm, as_rows, mixer_of, one_layer
 from minitf.parameters import Layer, Parameters
 from minitf.places import Cache, Places, places_after, places_from_start, together
-from minitf.walk import Edit, LayerWalk, Walk, apply, at_layer, by_layer, leaves, put
+from minitf.walk import Edit, LayerWalk, Walk, at_layer, by_layer, leaves, put
 
 
 def walk(

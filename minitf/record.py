@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minitf.walk import Walk, get, layers_on, leaf_axes, leaves, put
+from minitf.changes import layers_on
+from minitf.walk import Walk, get, leaf_axes, leaves, put
 
 
 def record(

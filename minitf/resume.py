@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from minitf.changes import apply
 from minitf.config import ModelConfig
 from minitf.layer import Stream, mixer_of, one_layer
 from minitf.mixers.softmax import Softmax
 from minitf.model import finish, fit_edit, run_layers
 from minitf.parameters import Layer, Parameters
 from minitf.places import Places, places_from_start
-from minitf.walk import Edit, LayerWalk, Walk, apply
+from minitf.walk import Edit, LayerWalk, Walk
 
 # Leaves of a layer that its keys and values come from, or are: what all positions read.
 BEFORE_KEYS = ("resid_pre", "attention_norm_scale", "k", "v")

@@ -9,12 +9,10 @@ import dataclasses
 import difflib
 import html
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array
 
@@ -99,18 +97,6 @@ class Change:
 
 # An edit is a walk of changes. The alias is for readers: a typo in a leaf's name is an error either way.
 Edit = Walk
-
-
-def apply(change: Change | None, x: Array) -> Array:
-    """The edited value of one leaf. Raises ValueError where the change does not fit the leaf's shape."""
-    if change is None:
-        return x
-    for part in map(jnp.shape, jax.tree.leaves(change)):
-        if len(part) > x.ndim or any(n not in (1, m) for n, m in zip(part[::-1], x.shape[::-1], strict=False)):
-            raise ValueError(f"a change of shape {part} does not fit a leaf of shape {x.shape}")
-    if change.keep is None:
-        return jnp.broadcast_to(jnp.asarray(change.put, x.dtype), x.shape)
-    return jnp.asarray(change.keep, x.dtype) * x + jnp.asarray(change.put, x.dtype)
 
 
 def at_layer(tree: Any, number: int) -> Any:
@@ -203,142 +189,6 @@ def put(walk: Walk, name: str, value: Leaf) -> Walk:
     if name.startswith("layers."):
         return dataclasses.replace(walk, layers=dataclasses.replace(walk.layers, **{name[7:]: value}))
     return dataclasses.replace(walk, **{name: value})
-
-
-def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index: Any) -> Edit:
-    """An edit of one leaf, at some places on its named axes, everywhere on the others.
-
-    Args:
-        shapes: a walk of arrays or of shapes (``jax.eval_shape`` of the forward pass) to size the edit.
-        name: the leaf, such as ``"layers.z"``.
-        keep, put: scalars or arrays that broadcast to the chosen part of the leaf.
-        **index: axis name = an index, slice, list or boolean mask on that axis, such as ``layer=2, head=[0, 3]``;
-            several choose every combination. A traced index serves for sweeps and cannot be checked.
-
-    ``change(shapes, "layers.pattern", layer=1, head=0, keep=0.0, put=uniform)`` replaces one head's
-    association. The default ``put`` is minus zero, the one number that leaves every float's bits as they are.
-
-    Raises:
-        ValueError: the leaf or the axis does not exist, or the index lies outside it.
-    """
-    like = get(shapes, name)
-    if like is None:
-        raise ValueError(f"this model's walk has no {name!r}, so it cannot be edited")
-    axes = leaf_axes()[name]
-    for axis in index:
-        if axis not in axes:
-            raise ValueError(f"{name!r} has no axis {axis!r}; its axes are {', '.join(axes)}")
-    if isinstance(like, tuple):
-        return put_change(name, _change_by_layer(like, name, keep, put, index))
-    spreads = any(np.ndim(x) > 0 for x in (keep, put))
-    shape = tuple(
-        size if spreads or axis in index or axis == "layer" else 1
-        for axis, size in zip(axes, like.shape, strict=True)
-    )
-    places = [
-        _places(name, axis, full, size, index.get(axis, slice(None)))
-        for axis, full, size in zip(axes, like.shape, shape, strict=True)
-    ]
-    return put_change(name, _placed(tuple(places), keep, put, shape, like.dtype))
-
-
-# One program, which serves for other places and numbers too; inside of a jit it is as if written there.
-@partial(jax.jit, static_argnames=("shape", "dtype"), inline=True)
-def _placed(places: tuple[Array, ...], keep: Any, put: Any, shape: tuple[int, ...], dtype: Any) -> Change:
-    """The change of an array of this shape that is ``keep`` and ``put`` at these places on its axes."""
-    where = jnp.ix_(*(jnp.atleast_1d(p) for p in places))
-    # An axis with a single index is not part of what keep and put broadcast against.
-    single = tuple(axis for axis, p in enumerate(places) if p.ndim == 0)
-    chosen = [p.size for p in places if p.ndim]
-
-    def filled(fill: float, value: Any) -> Array:
-        value = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(value, dtype), chosen), single)
-        return jnp.full(shape, fill, dtype).at[where].set(value)
-
-    return Change(keep=filled(1.0, keep), put=filled(-0.0, put))
-
-
-def _change_by_layer(
-    like: tuple[Leaf, ...], name: str, keep: Any, put: Any, index: dict[str, Any]
-) -> tuple[Change | None, ...]:
-    """A change of a leaf whose layers differ: one change, or None, for each layer."""
-    rest = {axis: chosen for axis, chosen in index.items() if axis != "layer"}
-    found: list[Change | None] = [None] * len(like)
-    for number in np.atleast_1d(layers_on(name, len(like), index.get("layer", slice(None)))).tolist():
-        if like[number] is None:
-            raise ValueError(f"layer {number} of this model's walk has no {name!r}, so it cannot be edited")
-        alone = jax.ShapeDtypeStruct((1, *like[number].shape), like[number].dtype)
-        one = change(put_change(name, alone), name, keep=keep, put=put, layer=0, **rest)
-        found[number] = jax.tree.map(lambda x: x[0], get(one, name))
-    return tuple(found)
-
-
-def layers_on(name: str, count: int, chosen: Any) -> np.ndarray:
-    """The numbers of the chosen layers of a leaf in which layers differ.
-
-    Raises ValueError for one that there is not, and for one that is traced: no array holds them all.
-    """
-    if any(isinstance(one, jax.core.Tracer) for one in jax.tree.leaves(chosen)):
-        raise ValueError(
-            f"the layers of this model differ in {name!r}: say which by a number, and not by one that is traced "
-            "(in a sweep over layers, take them one after another)"
-        )
-    return np.asarray(_places(name, "layer", count, count, chosen))
-
-
-def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array | np.ndarray:
-    """The chosen places on one axis of ``full`` places, of which the edit holds ``size``.
-
-    Raises ValueError for one that there is not, where it can be looked at.
-    """
-    if isinstance(chosen, jax.core.Tracer):
-        return jnp.asarray(chosen)
-    try:
-        places = np.arange(full)[np.asarray(chosen) if not isinstance(chosen, slice) else chosen]
-    except IndexError:
-        raise ValueError(f"{axis}={chosen} is outside {name!r}, which has {full} on that axis") from None
-    return np.asarray(places) if size == full else np.zeros(size, int)
-
-
-def put_change(name: str, value: Leaf) -> Edit:
-    """An edit with one change."""
-    return put(Edit(), name, value)
-
-
-def identity_edit(shapes: Walk) -> Edit:
-    """The edit that changes every leaf to itself, bit for bit."""
-
-    leaves, tree = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(tree, _neutral(tuple((like.shape, jnp.dtype(like.dtype)) for like in leaves)))
-
-
-@partial(jax.jit, static_argnames=("shapes",), inline=True)
-def _neutral(shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> list[Change]:
-    return [Change(keep=jnp.ones(*like), put=jnp.full(like[0], -0.0, like[1])) for like in shapes]
-
-
-def compose(first: Edit, second: Edit) -> Edit:
-    """The edit that does ``first``, then ``second``, on every leaf."""
-
-    def after(a: Leaf, b: Leaf) -> Leaf:
-        if a is None or b is None:
-            return b if a is None else a
-        if isinstance(a, tuple) or isinstance(b, tuple):
-            layers = len(a) if isinstance(a, tuple) else len(b)
-            return tuple(map(after, _for_each(a, layers), _for_each(b, layers)))
-        if b.keep is None:
-            return b
-        return Change(keep=None if a.keep is None else b.keep * a.keep, put=b.keep * a.put + b.put)
-
-    return jax.tree.map(after, first, second, is_leaf=lambda x: x is None or isinstance(x, Change | tuple))
-
-
-def _for_each(change: Leaf, layers: int) -> tuple[Leaf, ...]:
-    """A change of all layers as one for each; a number is the same for all."""
-    if isinstance(change, tuple):
-        return change
-    of = lambda number: jax.tree.map(lambda x: x[number] if jnp.ndim(x) else x, change)
-    return tuple(of(number) for number in range(layers))
 
 
 def station_steps(walk: Walk) -> Array:

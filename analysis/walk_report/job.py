@@ -14,6 +14,7 @@ from minitf.analysis.given import check_tokens
 from minitf.analysis.run_folder import ANEW, Problem, open_run_folder, told_to_people, writing_results
 from minitf.analysis.walk_report import page
 from minitf.analysis.walk_report.data import both_sides
+from minitf.changes import compose
 from minitf.config import ModelConfig
 from minitf.decode import Sampling, stream
 from minitf.edits import ablate, steer
@@ -21,7 +22,7 @@ from minitf.files import write_atomically
 from minitf.model import walk
 from minitf.pretrained import Pretrained
 from minitf.train.kept_models import load
-from minitf.walk import Edit, Walk, compose
+from minitf.walk import Edit, Walk
 
 # The page holds every head's association, so its size grows with the square of the text.
 LONGEST = 256

@@ -23,9 +23,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from minitf import aggregate, filter
+from minitf.changes import apply
 from minitf.config import ModelConfig
 from minitf.places import Places
-from minitf.walk import LayerWalk, apply
+from minitf.walk import LayerWalk
 
 Stream = Float[Array, "batch position width"]
 Weights = Any

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from minitf import aggregate, filter
 from minitf.attend_in_cache import attend_in_cache, block_of, blocks
+from minitf.changes import apply
 from minitf.config import ModelConfig
 from minitf.mixers.contract import (
     About,
@@ -28,7 +29,7 @@ from minitf.mixers.contract import (
     remember,
 )
 from minitf.places import Places, places_at, places_from_start
-from minitf.walk import LayerWalk, apply
+from minitf.walk import LayerWalk
 
 
 @dataclasses.dataclass(frozen=True)

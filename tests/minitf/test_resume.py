@@ -21,8 +21,9 @@ from properties.models import (
 )
 
 from minitf import change, walk
+from minitf.changes import put_change
 from minitf.resume import end_from, last_layer_at, layer_walk, walk_from
-from minitf.walk import leaves, put_change
+from minitf.walk import leaves
 
 UNIT = 2.0**-24
 

@@ -5,7 +5,8 @@ import pytest
 from properties.models import GPT2, LLAMA, bits, random_parameters, random_tokens, shapes
 
 from minitf import Change, Edit, LayerWalk, Walk, change, compose, describe, identity_edit, walk
-from minitf.walk import apply, get, leaf_axes, leaves, put
+from minitf.changes import apply
+from minitf.walk import get, leaf_axes, leaves, put
 
 LIKE = shapes(GPT2)
 

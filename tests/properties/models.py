@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from minitf import ModelConfig
+from minitf.changes import identity_edit
 from minitf.declaration import declare
 from minitf.model import walk
 from minitf.parameters import path_name
 from minitf.rotary import RotaryScaling
-from minitf.walk import identity_edit
 
 LENGTH, BATCH = 5, 2
 
