@@ -17,6 +17,7 @@ from minitf.config import ModelConfig
 from minitf.model import walk
 from minitf.parameters import Parameters
 from minitf.pretrained import Pretrained
+from minitf.vocabulary import Measured, vocabulary_of
 from minitf.walk import Edit, with_as_many_heads
 
 TOP, NEURONS = 6, 12
@@ -120,7 +121,21 @@ def both_sides(
         "heads": plain["pattern"].shape[1] if "pattern" in plain else 0,
         "before": plain,
         "after": edited,
+        **_told(model, tokens, edit),
     }
+
+
+def _told(model: Pretrained, tokens: Int[np.ndarray, " position"], edit: Edit | None) -> Numbers:
+    """Of a model that tells numbers of sequences: what is told, of the model as it is and with an edit."""
+    vocabulary = None if model.tokenizer is None else vocabulary_of(model.tokenizer)
+    if not isinstance(vocabulary, Measured):
+        return {}
+    runs = (None,) if edit is None else (None, edit)
+    each = [
+        walk(model.parameters, jnp.asarray(tokens)[None], model.config, edit=one).logits[0, :, 0] for one in runs
+    ]
+    ends = [logits[-1] if model.config.causal else jnp.mean(logits) for logits in each]
+    return {"told": {"name": vocabulary.name, "numbers": [vocabulary.number(float(end)) for end in ends]}}
 
 
 @partial(jax.jit, static_argnames="config")

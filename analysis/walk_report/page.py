@@ -40,5 +40,6 @@ def page(
         tokens=data["tokens"],
         prompt=data["prompt"],
         edits=edits,
+        told=data.get("told"),
         settings=settings,
     )

@@ -22,6 +22,8 @@ from minitf.analysis.training.devices import peak
 from minitf.analysis.training.log import Log, Looks, lines_of, read
 from minitf.analysis.training.prepared import model_of
 from minitf.analysis.training.statistics import LABELS, looker, participation, statistics
+from minitf.analysis.walk_report import job as walk_job
+from minitf.analysis.walk_report.job import WalkConfig
 from minitf.pretrained import load
 from minitf.train.batch import next_token
 from minitf.train.config import KeepSettings
@@ -488,6 +490,11 @@ def test_numbers_are_told_of_sequences_by_a_fresh_model_and_by_one_that_had_read
     model = load(tmp_path / "fresh" / "model")
     said = walk(model.parameters, jnp.array([model.tokenizer.encode("abbb")]), model.config).logits[0, -1, 0]
     assert abs(float(model.tokenizer.vocabulary.number(said)) - 107.5) < 2
+    asked = WalkConfig(str(tmp_path / "fresh" / "model"), "abbb")
+    walked = walk_job.run(asked, tmp_path / "walk")
+    told = json.loads(walked.with_name("walk.json").read_text())["told"]
+    assert told["name"] == "share" and abs(told["numbers"][0] - 107.5) < 2
+    assert f"the share of this sequence is {told['numbers'][0]:.4g}. That is its first logit" in walked.read_text()
     page = (tmp_path / "fresh" / "report.html").read_text()
     assert "squared error" in page and "% right" not in page and "in deviations of" in page
     # Pretrained on the sequences alone, whose tokens are fewer than those that a label and filling rows up need.
