@@ -54,7 +54,9 @@ class Start:
     def parameters(self, model: ModelConfig) -> Parameters:
         """The weights, on the host; of learned positions and of tokens as many as the model has."""
         with _on_the_host():
-            return jax.tree.map(np.asarray, _grown(_cut(load(self.folder).parameters, model), model))
+            kept = load(self.folder)
+            more = _with_more(_cut(kept.parameters, model), model, model.vocabulary - kept.config.vocabulary)
+            return jax.tree.map(np.asarray, more)
 
 
 def started_from(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Start | None:
@@ -101,13 +103,12 @@ def _cut(parameters: Parameters, model: ModelConfig) -> Any:
     return parameters if known is None else replace(parameters, position=known[: model.length])
 
 
-def _grown(parameters: Parameters, model: ModelConfig) -> Parameters:
-    """With fresh rows for the tokens that the weights have none for."""
-    tables = {"embedding": 0, "unembedding": 1, "unembedding_bias": 0}
-    new = model.vocabulary - parameters.embedding.shape[0]
-    if new <= 0:
+def _with_more(parameters: Parameters, model: ModelConfig, tokens: int) -> Parameters:
+    """With fresh rows for so many more tokens."""
+    if not tokens:
         return parameters
-    fresh = initialize(replace(model, vocabulary=new), jax.random.key(0))
+    tables = {"embedding": 0, "unembedding": 1, "unembedding_bias": 0}
+    fresh = initialize(replace(model, vocabulary=tokens), jax.random.key(0))
     joined: dict[str, Any] = {
         name: np.concatenate((known, getattr(fresh, name)), axis)
         for name, axis in tables.items()

@@ -14,6 +14,7 @@ from minitf.analysis.plan import job as plan_job
 from minitf.analysis.run_folder import Problem
 from minitf.analysis.training import job
 from minitf.analysis.training.prepared import prepared
+from minitf.analysis.training.start import Start
 from minitf.families import native
 from minitf.parameters import named
 from minitf.pretrained import load
@@ -239,3 +240,32 @@ def test_a_series_is_read_as_the_model_reads_it(tmp_path):
         run(tmp_path / "three", tmp_path / "one" / "model", {"data": {**table, "columns": ["a", "b"]}})
     with pytest.raises(Problem, match="data.bins is 4; with a model to start from"):
         run(tmp_path / "three", tmp_path / "one" / "model", {"data": {**table, "bins": 4}})
+
+
+def kept(folder, **settings):
+    model = ModelConfig(**{"vocabulary": 5, "layers": 1, "width": 6, "heads": 1, "length": 4, **settings})
+    native.save(folder, model, random_parameters(model))
+    return Start(folder, model, None)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied": True, "embedding": "learned"}, {"unembedding_bias": True}])
+def test_tokens_that_a_model_has_no_rows_for_have_fresh_ones(tmp_path, settings):
+    start = kept(tmp_path, **settings)
+    grown = start.with_room(8)
+    start.with_room(3).check(start.config)
+    grown.check(grown.config)
+    before, after = start.parameters(start.config), grown.parameters(grown.config)
+    for name, path in {"embedding": np.s_[:5], "unembedding": np.s_[:, :5], "unembedding_bias": np.s_[:5]}.items():
+        one, other = getattr(before, name), getattr(after, name)
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_array_equal(other[path], one)
+    assert after.embedding.shape == (8, 6) and np.std(after.embedding[5:]) > 0
+    jax.tree.map(np.testing.assert_array_equal, before.layers, after.layers)
+
+
+def test_one_hot_tokens_are_as_many_as_they_are(tmp_path):
+    start = kept(tmp_path, embedding="one_hot", width=5, tied=False)
+    assert start.parameters(start.config).embedding is None
+    with pytest.raises(ValueError, match="one-hot embeddings are as wide as the vocabulary"):
+        start.with_room(8)
