@@ -37,4 +37,4 @@ EVERY: Mapping[str, Mixer] = {
 }
 
 # Every position sees all others: not for causal models.
-BOTH_WAYS = ("FNet", "MLP-Mixer")
+BOTH_WAYS = ("FNet",)

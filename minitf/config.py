@@ -166,6 +166,8 @@ class ModelConfig:
                 raise ValueError(
                     f"mixer is {mixer!r}; it must be a mixer such as minitf.mixers.Retention(), or a tuple of them"
                 )
+            if dataclasses.is_dataclass(mixer):
+                _check_kinds(type(mixer), vars(mixer), f"{type(mixer).__name__}: ")
         if self.attention == "table" or not self.attend_self:
             raise ValueError("attention='table' and attend_self=False are of softmax attention: leave mixer out")
         if self.position != _position_with(self.position, self.mixer):

@@ -21,7 +21,12 @@ ActivationKind = Literal["relu", "gelu", "gelu_tanh", "swiglu"]
 
 def in_statistics_dtype(x: Array) -> Array:
     """Upcast to at least float32: means, norms and softmax are never taken in half precision."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(statistics_dtype(x.dtype))
+
+
+def statistics_dtype(dtype: Any) -> Any:
+    """At least float32: of sums over positions, such as what a recurrence holds, and of what they are made of."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def linear(

@@ -1,5 +1,9 @@
 """Every mixer, in each of its kinds, in a small model: what the tests of the contract go over."""
 
+import functools
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +44,19 @@ EVERY = {
     "lstm": mixers.Lstm(),
     "convolution": mixers.Convolution(taps=3),
 }
-ONE_WAY = [name for name, mixer in EVERY.items() if not isinstance(mixer, mixers.Fourier | mixers.TokenNetwork)]
+EXAMPLE = "previous"  # that of CONTRIBUTING
+ONE_WAY = [name for name in EVERY if name != "fourier"]
 ASSOCIATED = [name for name in EVERY if name != "mlp-mixer"]
+
+
+@functools.cache
+def example():
+    """The mixer that CONTRIBUTING shows, as it stands there."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    code = next(block for block in re.findall("```python\n(.*?)```", text, re.S) if "class Previous" in block)
+    names = {"__name__": __name__}
+    exec(code.partition("\nconfig = ")[0], names)
+    return names["Previous"]()
 
 
 def model(name, **fields):
@@ -53,8 +68,8 @@ def model(name, **fields):
             "width": WIDTH,
             "heads": HEADS,
             "length": LENGTH,
-            "mixer": EVERY[name],
-            "causal": name in ONE_WAY,
+            "mixer": example() if name == EXAMPLE else EVERY[name],
+            "causal": name != "fourier",
         }
         | fields
     )

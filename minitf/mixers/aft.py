@@ -10,6 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minitf.config import ModelConfig
+from minitf.filter import in_statistics_dtype
+from minitf.mixers.aft_sums import (
+    evenly_halved,
+    from_further_back,
+    from_the_block_before,
+    in_blocks,
+    up_to_each,
+)
 from minitf.mixers.contract import (
     About,
     At,
@@ -22,11 +30,12 @@ from minitf.mixers.contract import (
     State,
     Step,
     Weights,
+    check_least,
     past,
     project,
     remember,
 )
-from minitf.mixers.weighted_mean import EMPTY, nothing, together, weighted_sums, with_term
+from minitf.mixers.weighted_mean import nothing, together, weighted_sums, with_term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +57,7 @@ class AttentionFree(Mixer):
         """Raise ValueError for an unknown variant, and for channels that heads do not divide."""
         if self.variant not in ("full", "simple", "local", "conv"):
             raise ValueError(f"variant is {self.variant!r}; choose full, simple, local or conv")
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}; it must be at least 1")
+        check_least(self, 1, "window")
         if self.variant == "conv" and config.width % config.heads:
             raise ValueError(f"{config.heads} heads do not divide {config.width} channels")
 
@@ -69,11 +77,8 @@ class AttentionFree(Mixer):
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
         """Queries, keys, values, the map back, the table."""
         sizes = {"channel": config.width, "one": 1, "query": config.length, "key": config.length}
-        own = {}
-        if self.variant in ("full", "local"):
-            own = {"places": make.weight("query key", "normal", 0.02, **sizes)}
-        if self.variant == "conv":
-            own = {"places": make.weight("head lag", "normal", 0.02, lag=self.window)}
+        axes = {"full": "query key", "local": "query lag", "conv": "head lag"}.get(self.variant)
+        own = {} if axes is None else {"places": make.weight(axes, "normal", 0.02, lag=self.window, **sizes)}
         return {
             **channel_filters(make, config, "query", "key", "value"),
             **own,
@@ -95,32 +100,38 @@ class AttentionFree(Mixer):
         return jax.nn.softmax(scores, axis=-1) * jnp.moveaxis(f.q, 1, 2)
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
-        """A ratio of two products; simple, of two running sums; where w ends early, of both."""
-        k, v, length = f.k[..., 0], f.v[..., 0], f.v.shape[1]
+        """A ratio of two sums; simple, running ones; else each block's in halves, and what lies further back."""
+        k, v = (in_statistics_dtype(x[..., 0]) for x in (f.k, f.v))
+        length = k.shape[1]
         if self.variant == "simple":
             top, bottom, _ = weighted_sums(k, v, jnp.zeros((config.width,), k.dtype))
-            return f.q * (top / bottom)[..., None]
+        else:
+            size = evenly_halved(length if self.variant == "full" else min(self.window, length))
+            k, v = (in_blocks(x, size) for x in (k, v))
+            here, before = (self._block(weights, k.shape[1], size, back) for back in (0, 1))
+            sums = up_to_each(k, v, here)
+            if self.variant != "full" and k.shape[1] > 1:
+                sums = together(together(sums, from_the_block_before(k, v, before)), from_further_back(k, v))
+            top, bottom, _ = sums
+        mean = (top / bottom).reshape(k.shape[0], -1, config.width)[:, :length]
+        return f.q * mean[..., None].astype(f.v.dtype)
+
+    def _block(self, weights: Weights, blocks: int, size: int, back: int) -> Float[Array, "block group query key"]:
+        """w of each block's queries for the keys of their own block, or of those so many blocks ``back``."""
+        places = weights["places"]
+        query, key = np.arange(size)[:, None], np.arange(size)
         if self.variant == "full":
-            return f.q * _ratio(k, v, weights["places"])[..., None]
-        return f.q * _near_and_far(k, v, self._near(weights, length))[..., None]
-
-    def _near(self, weights: Weights, length: int) -> Float[Array, "block group query key"]:
-        """w of each block's queries for the keys of the block before and their own; blocks as long as the window.
-
-        One block for all where only the distance counts.
-        """
-        size = min(self.window, length)
-        lag = size + np.arange(size)[:, None] - np.arange(2 * size)
+            return jnp.pad(places[:size, :size], [(0, max(size - len(places), 0))] * 2)[None, None]
+        lag = back * size + query - key
         reached = (lag >= 0) & (lag < self.window)
         near = np.where(reached, lag, 0)
         if self.variant == "conv":
-            found = weights["places"][None, :, near]
+            found = jnp.broadcast_to(places[:, near], (blocks, len(places), size, size))
         else:
-            at = np.arange(-(-length // size))[:, None, None] * size + np.arange(size)[:, None]
-            last = weights["places"].shape[0] - 1
-            found = weights["places"][np.clip(at, 0, last), np.clip(at - near, 0, last)][:, None]
-        # Keys before the window count as without w, later ones not at all.
-        return jnp.where(reached, found, jnp.where(lag < 0, -jnp.inf, 0.0))
+            at = np.minimum(np.arange(blocks)[:, None, None] * size + query, len(places) - 1)
+            found = places[at, near][:, None]
+        # Keys before the window count as without w.
+        return jnp.where(reached, found, 0.0)
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Room for keys and values; simple, the running sums and the peak."""
@@ -153,8 +164,10 @@ class AttentionFree(Mixer):
         if self.variant == "conv":
             by_head = weights["places"][:, jnp.clip(lag, 0, self.window - 1)]
             return jnp.repeat(jnp.where(near, by_head, 0.0), config.width // config.heads, axis=0)
-        table = weights["places"][at, :keys]
-        return (jnp.where(near, table, 0.0) if self.variant == "local" else table)[None]
+        if self.variant == "full":
+            return weights["places"][at, :keys][None]
+        by_query = weights["places"][at[:, None], jnp.clip(lag, 0, self.window - 1)]
+        return jnp.where(near, by_query, 0.0)[None]
 
 
 def channel_filters(make: Any, config: ModelConfig, *names: str) -> dict[str, Any]:
@@ -164,63 +177,3 @@ def channel_filters(make: Any, config: ModelConfig, *names: str) -> dict[str, An
         **{name: make.matrix("width channel one", "width", **sizes) for name in names},
         "output": make.matrix("channel one width", "channel", output=True, **sizes),
     }
-
-
-def _ratio(
-    k: Float[Array, "batch position channel"],
-    v: Float[Array, "batch position channel"],
-    places: Float[Array, "place place"],
-) -> Float[Array, "batch position channel"]:
-    """``sum_s exp(k_s + w_ts) v_s`` over the same without v, in blocks of queries.
-
-    In each block keys are measured from the highest one up to its end, so that a product of two exponentials, and
-    no exponential of every triple, is enough.
-    """
-    length, found = k.shape[1], []
-    block = max(64, -(-length // 8))
-    for first in range(0, length, block):
-        stop = min(first + block, length)
-        highest = jax.lax.stop_gradient(jnp.max(k[:, :stop], axis=1, keepdims=True))
-        weight = jnp.exp(k[:, :stop] - highest)
-        bias = jnp.where(past(length)[first:stop, :stop], places[first:stop, :stop], -jnp.inf)
-        bias = jnp.exp(bias - jax.lax.stop_gradient(jnp.max(bias, axis=-1, keepdims=True)))
-        top, bottom = (jnp.einsum("ts,bsc->btc", bias, x) for x in (weight * v[:, :stop], weight))
-        found.append(top / bottom)
-    return jnp.concatenate(found, axis=1)
-
-
-def _near_and_far(
-    k: Float[Array, "batch position channel"],
-    v: Float[Array, "batch position channel"],
-    near: Float[Array, "#block group query key"],
-) -> Float[Array, "batch position channel"]:
-    """The same where w is zero but for the block of the query and the one before; groups share out the channels.
-
-    Both parts keep their own highest exponent.
-    """
-    (batch, length, channels), (_, groups, size, _) = k.shape, near.shape
-    spread = lambda x, fill: jnp.pad(x, ((0, 0), (0, -length % size), (0, 0)), constant_values=fill)
-    k, v = (spread(x, fill).reshape(batch, -1, size, channels) for x, fill in ((k, -jnp.inf), (v, 0.0)))
-    blocks = k.shape[1]
-
-    # A block is a key itself: its sums are running sums over so few.
-    of_block = jax.nn.logsumexp(k, axis=2), jnp.sum(jax.nn.softmax(k, axis=2) * v, axis=2)
-    sums = weighted_sums(*of_block, jnp.zeros((channels,), k.dtype))
-    two_back = lambda x, fill: jnp.pad(x, ((0, 0), (2, 0), (0, 0)), constant_values=fill)[:, :blocks, None]
-    far = two_back(sums[0], EMPTY[0]), two_back(sums[1], EMPTY[1]), two_back(sums[2], EMPTY[2])
-
-    before = lambda x, fill: jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=fill)
-    k, v = (jnp.concatenate([before(x, fill), x], axis=2) for x, fill in ((k, -jnp.inf), (v, 0.0)))
-    highest = jax.lax.stop_gradient(jnp.max(k, axis=2, keepdims=True))
-    most = jax.lax.stop_gradient(jnp.max(near, axis=3))
-    weight, bias = jnp.exp(k - highest), jnp.exp(near - most[..., None])
-    bias = jnp.broadcast_to(bias, (blocks, *bias.shape[1:]))
-    by_group = lambda x: x.reshape(batch, blocks, 2 * size, groups, -1)
-    top, bottom = (
-        jnp.einsum("ngts,bnsgc->bntgc", bias, by_group(x)).reshape(batch, blocks, size, channels)
-        for x in (weight * v, weight)
-    )
-    near_peak = highest + jnp.repeat(jnp.moveaxis(most, 1, 2), channels // groups, axis=2)
-
-    top, bottom, _ = together((top, bottom, near_peak), far)
-    return (top / bottom).reshape(batch, -1, channels)[:, :length]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from minitf.config import ModelConfig
+from minitf.filter import in_statistics_dtype, statistics_dtype
 from minitf.mixers.contract import (
     About,
     Filtered,
@@ -53,17 +54,16 @@ class Uniform(Mixer):
         """A running mean."""
         if not config.causal:
             return jnp.broadcast_to(jnp.mean(f.v, axis=1, keepdims=True), f.v.shape)
-        count = jnp.arange(1, f.v.shape[1] + 1, dtype=f.v.dtype)
-        return jnp.cumsum(f.v, axis=1) / count[:, None, None]
+        count = jnp.arange(1, f.v.shape[1] + 1)[:, None, None]
+        return (jnp.cumsum(in_statistics_dtype(f.v), axis=1) / count).astype(f.v.dtype)
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """The mean of nothing."""
-        return jnp.zeros((batch, config.heads, config.head_size), dtype)
+        return jnp.zeros((batch, config.heads, config.head_size), statistics_dtype(dtype))
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``c += (v - c) / (t + 1)``."""
-        count = (position + 1).astype(f.v.dtype)[:, None, None]
-        mean = state + (f.v[:, 0] - state) / count
+        mean = state + (f.v[:, 0] - state) / (position + 1).astype(state.dtype)[:, None, None]
         return mean[:, None], mean
 
 
@@ -88,16 +88,17 @@ class ExponentialAverage(Mixer):
 
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Powers of the rates."""
-        decay = jnp.broadcast_to(jax.nn.log_sigmoid(weights["rate"]), (1, f.v.shape[1], config.heads))
-        return product_association(decay, jnp.broadcast_to(jax.nn.sigmoid(-weights["rate"]), decay.shape))
+        rate = in_statistics_dtype(weights["rate"])
+        decay = jnp.broadcast_to(jax.nn.log_sigmoid(rate), (1, f.v.shape[1], config.heads))
+        return product_association(decay, jnp.broadcast_to(jax.nn.sigmoid(-rate), decay.shape))
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A parallel scan."""
-        return recurrence(*self._terms(weights, f.v))
+        return recurrence(*self._terms(weights, f.v)).astype(f.v.dtype)
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Zero."""
-        return jnp.zeros((batch, config.heads, config.head_size), dtype)
+        return jnp.zeros((batch, config.heads, config.head_size), statistics_dtype(dtype))
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``h = a h + (1 - a) v``."""
@@ -107,7 +108,7 @@ class ExponentialAverage(Mixer):
 
     @staticmethod
     def _terms(weights: Weights, v: Array) -> tuple[Array, Array]:
-        rate = weights["rate"][None, None, :, None]
+        rate = in_statistics_dtype(weights["rate"])[None, None, :, None]
         return jax.nn.sigmoid(rate), jax.nn.sigmoid(-rate) * v
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from minitf import aggregate, filter
 from minitf.changes import apply
 from minitf.config import ModelConfig
+from minitf.filter import in_statistics_dtype, statistics_dtype
 from minitf.places import Places
 from minitf.walk import LayerWalk
 
@@ -165,14 +166,14 @@ class Mixer:
             pattern = self.association(weights, f, config)
             assert pattern is not None, "a mixer that says it has a pattern has an association"
             # What no data has a part in is the same for every sequence.
-            pattern = jnp.broadcast_to(pattern, (x.shape[0], *pattern.shape[1:]))
+            pattern = jnp.broadcast_to(pattern.astype(f.v.dtype), (x.shape[0], *pattern.shape[1:]))
         if edit.pattern is None:
             z = self.aggregate(weights, f, config)
         else:
             assert pattern is not None
             pattern = apply(edit.pattern, pattern)
             z = under(pattern, f.v)
-        z = apply(edit.z, z)
+        z = apply(edit.z, z.astype(f.v.dtype))
         return Mixed(q=f.q, k=f.k, v=f.v, pattern=pattern, z=z, out=self.gate(weights, z, f, config))
 
     def start(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
@@ -208,7 +209,7 @@ def _go_on(
         window = jnp.concatenate([state["tail"], token[:, None]], axis=1)
         f = _edited(mixer.filter(weights, window, config, position[:, None], state["own"]), edit)
         z, own = mixer.step(weights, f, state["own"], position, config)
-        z = apply(edit.z, z)
+        z = apply(edit.z, z.astype(f.v.dtype))
         after = {"tail": window[:, 1:], "own": own}
         keep = lambda new, old: jnp.where(count.reshape(-1, *[1] * (new.ndim - 1)), new, old)
         return jax.tree.map(keep, after, state), (f.v[:, 0], z[:, 0], mixer.gate(weights, z, f, config)[:, 0])
@@ -219,12 +220,23 @@ def _go_on(
     return Mixed(v=v, z=z, out=out, state=state)
 
 
+def check_least(mixer: Mixer, least: int, *names: str) -> None:
+    """Raise ValueError for a setting of a mixer that is below ``least``, by name."""
+    for name in names:
+        if getattr(mixer, name) < least:
+            raise ValueError(
+                f"{type(mixer).__name__}: {name} is {getattr(mixer, name)}; it must be at least {least}"
+            )
+
+
 def under(
     association: Float[Array, "#batch head query key"] | None, v: Float[Array, "batch key head head_width"]
 ) -> Float[Array, "batch query head head_width"]:
     """The values mixed under an association: what every fast way must equal."""
     assert association is not None, "a mixer without association has its own aggregate"
-    return aggregate.combine(jnp.broadcast_to(association, (v.shape[0], *association.shape[1:])), v)
+    return aggregate.combine(jnp.broadcast_to(association, (v.shape[0], *association.shape[1:])), v).astype(
+        v.dtype
+    )
 
 
 def project(x: Float[Array, "batch position width"], weight: Float[Array, "width head head_width"]) -> Array:
@@ -269,7 +281,7 @@ def recurrence(
 
     In as many blocks as each has positions: all blocks at once, position by position, then what the blocks before
     each leave. So few steps follow one another, in two small programs: a scan in log2 steps over all positions
-    (Blelloch 1990) takes XLA ten times as long to compile, and longer to run.
+    (Blelloch 1990) takes XLA ten times as long to compile, and longer to run. In at least float32 on the way.
     """
 
     def step(held: Two, now: Two) -> tuple[Two, Two]:
@@ -280,10 +292,11 @@ def recurrence(
     def join(h: Array, block: Two) -> Two:
         return block[0] * h + block[1], h
 
-    decays, new = in_short_chunks(jnp.broadcast_to(decay, inputs.shape)), in_short_chunks(inputs)
+    decay, new = in_statistics_dtype(decay), in_statistics_dtype(inputs)
+    decays, new = in_short_chunks(jnp.broadcast_to(decay, new.shape)), in_short_chunks(new)
     _, (kept, inside) = jax.lax.scan(step, (jnp.ones_like(new[0]), jnp.zeros_like(new[0])), (decays, new))
     _, before = jax.lax.scan(join, jnp.zeros_like(new[0, 0]), (kept[-1], inside[-1]))
-    return from_short_chunks(inside + kept * before, inputs.shape[1])
+    return from_short_chunks(inside + kept * before, inputs.shape[1]).astype(inputs.dtype)
 
 
 def product_association(
@@ -298,7 +311,12 @@ def sums_between(x: Float[Array, "*axes position"]) -> Float[Array, "*axes query
     """``sum of x over s < j <= t``, each summed by itself: differences of long sums would lose their digits."""
     length = x.shape[-1]
     later = aggregate.allowed_pairs(length, True, False)
-    return jnp.cumsum(jnp.where(later, x[..., :, None], 0.0), axis=-2)
+    return jnp.cumsum(jnp.where(later, in_statistics_dtype(x)[..., :, None], 0.0), axis=-2)
+
+
+def sums_after(x: Float[Array, "batch position ..."]) -> Float[Array, "batch position ..."]:
+    """``sum of x over j > s``, each summed from the end: what is left after s."""
+    return jnp.pad(jnp.cumsum(x[:, :0:-1], axis=1)[:, ::-1], ((0, 0), (0, 1), *((0, 0),) * (x.ndim - 2)))
 
 
 def by_distance(kernel: Float[Array, "head lag"], length: int) -> Float[Array, "1 head query key"]:
@@ -349,25 +367,34 @@ def chunked_products(
     """``sum over s <= t of exp(decay over s+1..t) (q[t] . k[s]) v[s]``, chunk by chunk (Sun et al. 2023, 2.4).
 
     Inside a chunk by its association, between chunks by the state ``S = decay S + k v^T``. Every exponent is at
-    most zero, so nothing overflows however long the sequence.
+    most zero, so nothing overflows however long the sequence; products are of the inputs' precision, what is
+    summed up of at least float32.
     """
-    length = q.shape[1]
+    length, dtype = q.shape[1], statistics_dtype(v.dtype)
+    weighed = lambda x, log: (x * jnp.exp(log)[..., None]).astype(x.dtype)
 
     def chunk(state: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v, decay = now
-        allowed = past(q.shape[1])[None, :, :, None]
+        between = jnp.where(past(q.shape[1]), sums_between(jnp.moveaxis(decay, 2, 1)), -jnp.inf)
+        inside = product("bthc,bshc->bhts", q, k) * jnp.exp(between)
+        z = product("bhts,bshv->bthv", inside.astype(v.dtype), v)
         total = jnp.cumsum(decay, axis=1)
-        between = jnp.where(allowed, total[:, :, None] - total[:, None, :], -jnp.inf)
-        inside = jnp.einsum("bthc,bshc->btsh", q, k) * jnp.exp(between)
-        z = jnp.einsum("btsh,bshv->bthv", inside, v)
-        z = z + jnp.einsum("bthc,bhcv->bthv", q * jnp.exp(total)[..., None], state)
-        rest = jnp.exp(total[:, -1:] - total)[..., None]
-        state = jnp.exp(total[:, -1])[..., None, None] * state + jnp.einsum("bshc,bshv->bhcv", k * rest, v)
-        return state, z
+        z = z + product("bthc,bhcv->bthv", weighed(q, total), state.astype(v.dtype))
+        new = product("bshc,bshv->bhcv", weighed(k, sums_after(decay)), v)
+        return jnp.exp(total[:, -1])[..., None, None] * state + new, z.astype(v.dtype)
 
-    empty = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), v.dtype)
-    _, z = jax.lax.scan(chunk, empty, tuple(in_chunks(x, size) for x in (q, k, v, log_decay)))
+    empty = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), dtype)
+    parts = (q, k, v, in_statistics_dtype(log_decay))
+    _, z = jax.lax.scan(chunk, empty, tuple(in_chunks(x, size) for x in parts))
     return from_chunks(z, length)
+
+
+def product(equation: str, *factors: Array) -> Array:
+    """An einsum that is summed up in at least float32, of factors as they are."""
+    dtype = statistics_dtype(jnp.result_type(*factors))
+    if jax.default_backend() == "cpu":  # which has no such product of halves
+        factors = tuple(x.astype(dtype) for x in factors)
+    return jnp.einsum(equation, *factors, preferred_element_type=dtype)
 
 
 def decayed_products(
@@ -376,7 +403,7 @@ def decayed_products(
     log_decay: Float[Array, "#batch position head"],
 ) -> Float[Array, "batch head query key"]:
     """The association of :func:`chunked_products`, whole."""
-    return jnp.einsum("bthc,bshc->bhts", q, k) * product_association(log_decay, jnp.ones_like(log_decay))
+    return product("bthc,bshc->bhts", q, k) * product_association(log_decay, jnp.ones_like(log_decay))
 
 
 def short_convolution(

@@ -19,6 +19,7 @@ from minitf.mixers.contract import (
     Step,
     Weights,
     by_distance,
+    check_least,
     short_convolution,
 )
 
@@ -31,8 +32,7 @@ class Convolution(Mixer):
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError for no tap."""
-        if self.taps < 1:
-            raise ValueError(f"taps is {self.taps}; it must be at least 1")
+        check_least(self, 1, "taps")
 
     def about(self, config: ModelConfig) -> About:
         """Distances alone; signed."""

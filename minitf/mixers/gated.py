@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from minitf.config import ModelConfig
+from minitf.filter import in_statistics_dtype, statistics_dtype
 from minitf.mixers.aft import channel_filters
 from minitf.mixers.contract import (
     About,
@@ -52,15 +53,17 @@ class _Gated(Mixer):
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """A parallel scan."""
-        return recurrence(jnp.exp(f.extras["log_keep"])[..., None], f.extras["write"][..., None] * f.v)
+        keep = jnp.exp(in_statistics_dtype(f.extras["log_keep"]))
+        return recurrence(keep[..., None], f.extras["write"][..., None] * f.v)
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Nothing held."""
-        return jnp.zeros((batch, config.width), dtype)
+        return jnp.zeros((batch, config.width), statistics_dtype(dtype))
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``h = keep * h + write * v``."""
-        h = jnp.exp(f.extras["log_keep"][:, 0]) * state + f.extras["write"][:, 0] * f.v[:, 0, :, 0]
+        keep = jnp.exp(in_statistics_dtype(f.extras["log_keep"][:, 0]))
+        h = keep * state + f.extras["write"][:, 0] * f.v[:, 0, :, 0]
         return h[:, None, :, None], h
 
 
@@ -113,8 +116,8 @@ class _Cell(_Gated):
 
         _, found = jax.lax.scan(one, state, tuple(jnp.moveaxis(y, 1, 0) for y in inputs))
         v, log_keep, write, *rest = (jnp.moveaxis(y, 0, 1) for y in found)
-        extras = {"log_keep": log_keep, "write": write} | ({"out": rest[0]} if rest else {})
-        return Filtered(v=v[..., None], extras=extras)
+        extras = {"log_keep": log_keep, "write": write} | ({"out": rest[0].astype(x.dtype)} if rest else {})
+        return Filtered(v=v[..., None].astype(x.dtype), extras=extras)
 
     def cell(self, weights: Weights, state: Any, inputs: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...]]:
         """State after one position; the candidate, the log of what is kept, what is written."""
@@ -122,7 +125,8 @@ class _Cell(_Gated):
 
 
 def _held(weights: Weights, part: str, h: Array) -> Array:
-    return h @ weights[f"{part}_held"] + weights[f"{part}_held_bias"]
+    weight = weights[f"{part}_held"]
+    return h.astype(weight.dtype) @ weight + weights[f"{part}_held_bias"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +168,7 @@ class Lstm(_Cell):
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Nothing held, nothing read."""
-        zero = jnp.zeros((batch, config.width), dtype)
+        zero = jnp.zeros((batch, config.width), statistics_dtype(dtype))
         return zero, zero
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:

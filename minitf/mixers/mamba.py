@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
+from minitf.filter import in_statistics_dtype, statistics_dtype
 from minitf.mixers.contract import (
     About,
     At,
@@ -21,6 +22,7 @@ from minitf.mixers.contract import (
     State,
     Step,
     Weights,
+    check_least,
     chunked_products,
     decayed_products,
     from_chunks,
@@ -72,6 +74,11 @@ class Mamba(_Convolved):
     taps: int = 4
     rank: int = 0
 
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError for settings below one."""
+        check_least(self, 1, "states", "expand", "taps")
+        check_least(self, 0, "rank")
+
     def about(self, config: ModelConfig) -> About:
         """Pairs and every step between; signed."""
         inner = self.inner(config)
@@ -116,12 +123,8 @@ class Mamba(_Convolved):
         gate = project(x[:, self.reach :], weights["gate"][..., None])
         q, k = (project(v, weights[name][:, None, :]) for name in ("query", "key"))
         step = project(project(v, weights["step_into"][..., None])[..., 0], weights["step_out"][..., None])[..., 0]
-        return Filtered(
-            v=v[..., None],
-            q=q,
-            k=k,
-            extras={"step": jax.nn.softplus(step + weights["step_bias"]), "gate": gate},
-        )
+        step = jax.nn.softplus(in_statistics_dtype(step) + weights["step_bias"])
+        return Filtered(v=v[..., None], q=q, k=k, extras={"step": step, "gate": gate})
 
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """A sum over the states, one at a time."""
@@ -130,7 +133,7 @@ class Mamba(_Convolved):
         between = sums_between(step)
 
         def add(found: Array, n: Array) -> tuple[Array, None]:
-            rate = jnp.exp(weights["log_decay"][:, n])[:, None, None]
+            rate = _rates(weights)[:, n, None, None]
             weight = f.q[:, :, 0, n][:, None, :, None] * f.k[:, :, 0, n][:, None, None, :]
             return found + weight * jnp.exp(-rate * between) * step[:, :, None, :], None
 
@@ -143,22 +146,22 @@ class Mamba(_Convolved):
         Inside, on a CPU, position after position, whose states stay in its caches; elsewhere so many small steps
         would take longer than all positions of a chunk together.
         """
-        rate = jnp.exp(weights["log_decay"])
+        rate = _rates(weights)
         inside = jax.checkpoint(_in_turn if jax.default_backend() == "cpu" else _together)
         chunk = lambda state, now: inside(rate, state, now)
         empty = self.empty_state(config, f.v.shape[0], 0, f.v.dtype)
         parts = (f.q[:, :, 0], f.k[:, :, 0], f.v[..., 0], f.extras["step"])
         _, z = jax.lax.scan(chunk, empty, tuple(in_chunks(x, CHUNK) for x in parts))
-        return from_chunks(z, f.v.shape[1])[..., None]
+        return from_chunks(z, f.v.shape[1])[..., None].astype(f.v.dtype)
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Nothing held."""
-        return jnp.zeros((batch, self.inner(config), self.states), dtype)
+        return jnp.zeros((batch, self.inner(config), self.states), statistics_dtype(dtype))
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``h = exp(step a) h + step B v``."""
         step = f.extras["step"][:, 0]
-        decay = jnp.exp(-step[..., None] * jnp.exp(weights["log_decay"]))
+        decay = jnp.exp(-step[..., None] * _rates(weights))
         state = decay * state + (step * f.v[:, 0, :, 0])[..., None] * f.k[:, 0]
         return jnp.einsum("bcn,bn->bc", state, f.q[:, 0, 0])[:, None, :, None], state
 
@@ -208,7 +211,8 @@ class Mamba2(_Convolved):
     taps: int = 4
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError for heads that do not divide the width inside."""
+        """Raise ValueError for settings below one, and for heads that do not divide the width inside."""
+        check_least(self, 1, "states", "expand", "taps")
         if self.inner(config) % config.heads:
             raise ValueError(f"{config.heads} heads do not divide a width inside of {self.inner(config)}")
 
@@ -261,7 +265,7 @@ class Mamba2(_Convolved):
             for name, prefix in (("value", ""), ("query", "query_"), ("key", "key_"))
         )
         now = x[:, self.reach :]
-        step = project(now, weights["step"][..., None])[..., 0]
+        step = in_statistics_dtype(project(now, weights["step"][..., None])[..., 0])
         return Filtered(
             v=v.reshape(*v.shape[:2], config.heads, -1),
             q=q[:, :, None],
@@ -280,7 +284,8 @@ class Mamba2(_Convolved):
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Nothing held."""
-        return jnp.zeros((batch, config.heads, self.states, self.inner(config) // config.heads), dtype)
+        shape = (batch, config.heads, self.states, self.inner(config) // config.heads)
+        return jnp.zeros(shape, statistics_dtype(dtype))
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``S = exp(step a) S + step B v^T``."""
@@ -300,7 +305,12 @@ class Mamba2(_Convolved):
         """C, ``step B`` and ``step a`` of each head."""
         step = f.extras["step"]
         q = jnp.broadcast_to(f.q, (*step.shape, f.q.shape[-1]))
-        return q, f.k * step[..., None], -step * jnp.exp(weights["log_decay"])
+        return q, (f.k * step[..., None]).astype(f.k.dtype), -step * _rates(weights)
+
+
+def _rates(weights: Weights) -> Array:
+    """How fast what is held dies out, for each channel and state, or each head."""
+    return jnp.exp(in_statistics_dtype(weights["log_decay"]))
 
 
 def _convolved(x: Float[Array, "batch seen channel"], weights: Weights, prefix: str = "") -> Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from minitf import filter
 from minitf.config import ModelConfig
+from minitf.filter import in_statistics_dtype, statistics_dtype
 from minitf.mixers.average import values_and_output
 from minitf.mixers.contract import (
     CHUNK,
@@ -31,8 +32,11 @@ from minitf.mixers.contract import (
     in_chunks,
     normed,
     past,
+    product,
     project,
 )
+
+NEARLY_ZERO = 1e-18  # the least that a row of linear attention is divided by: its square is a number too
 
 
 class _Products(Mixer):
@@ -50,12 +54,15 @@ class _Products(Mixer):
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """``S = sum of k v^T``, nothing yet."""
-        return jnp.zeros((batch, config.heads, config.head_size, config.head_size), dtype)
+        return jnp.zeros((batch, config.heads, config.head_size, config.head_size), statistics_dtype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearAttention(_Products):
-    """``A[t, s] = phi(q_t) . phi(k_s)``, rows made to sum to one; phi = elu + 1 (Katharopoulos et al. 2020)."""
+    """``A[t, s] = phi(q_t) . phi(k_s)``, rows made to sum to one; phi = elu + 1 (Katharopoulos et al. 2020).
+
+    Where all products of a row are too small for its number format, the row is zero.
+    """
 
     def about(self, config: ModelConfig) -> About:
         """Pairs; a matrix for each head, and its norm."""
@@ -72,31 +79,31 @@ class LinearAttention(_Products):
         self, weights: Weights, x: Seen, config: ModelConfig, positions: At, state: State = None
     ) -> Filtered:
         """Values; queries and keys made positive."""
-        q, k = (jax.nn.elu(project(x, weights[name])) + 1 for name in ("query", "key"))
+        q, k = (_positive(project(x, weights[name])) for name in ("query", "key"))
         return Filtered(v=project(x, weights["value"]), q=q, k=k)
 
     def association(self, weights: Weights, f: Filtered, config: ModelConfig) -> Pairs:
         """Products over their sum."""
-        products = jnp.where(past(f.q.shape[1]), jnp.einsum("bthc,bshc->bhts", f.q, f.k), 0.0)
-        return products / jnp.sum(products, axis=-1, keepdims=True)
+        products = jnp.where(past(f.q.shape[1]), product("bthc,bshc->bhts", _rescaled(f.q), f.k), 0.0)
+        return products / jnp.maximum(jnp.sum(products, axis=-1, keepdims=True), NEARLY_ZERO)
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """Chunk by chunk; the sums of the rows are mixed as one more value."""
         ones = jnp.ones((*f.v.shape[:3], 1), f.v.dtype)
         decay = jnp.zeros((1, f.v.shape[1], config.heads), f.v.dtype)
-        both = chunked_products(f.q, f.k, jnp.concatenate([f.v, ones], axis=-1), decay)
-        return both[..., :-1] / both[..., -1:]
+        both = chunked_products(_rescaled(f.q), f.k, jnp.concatenate([f.v, ones], axis=-1), decay)
+        return both[..., :-1] / jnp.maximum(both[..., -1:], NEARLY_ZERO)
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """``S``, with one more column for the sums of the rows."""
-        return jnp.zeros((batch, config.heads, config.head_size, config.head_size + 1), dtype)
+        return jnp.zeros((batch, config.heads, config.head_size, config.head_size + 1), statistics_dtype(dtype))
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``S += phi(k) [v, 1]^T``."""
         v = jnp.concatenate([f.v, jnp.ones((*f.v.shape[:3], 1), f.v.dtype)], axis=-1)[:, 0]
         state = state + f.k[:, 0, :, :, None] * v[:, :, None, :]
-        both = jnp.einsum("bhc,bhcv->bhv", f.q[:, 0], state)
-        return (both[..., :-1] / both[..., -1:])[:, None], state
+        both = jnp.einsum("bhc,bhcv->bhv", _rescaled(f.q)[:, 0], state)
+        return (both[..., :-1] / jnp.maximum(both[..., -1:], NEARLY_ZERO))[:, None], state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +214,8 @@ class DeltaNet(_Products):
             return state + jnp.einsum("bshc,bhsv->bhcv", k, new), z
 
         empty = self.empty_state(config, f.v.shape[0], 0, f.v.dtype)
-        parts = tuple(in_chunks(x, CHUNK) for x in (f.q, f.k, f.v, f.extras["rate"]))
-        return from_chunks(jax.lax.scan(chunk, empty, parts)[1], f.v.shape[1])
+        parts = tuple(in_chunks(in_statistics_dtype(x), CHUNK) for x in (f.q, f.k, f.v, f.extras["rate"]))
+        return from_chunks(jax.lax.scan(chunk, empty, parts)[1], f.v.shape[1]).astype(f.v.dtype)
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """What the key held, replaced in part."""
@@ -221,7 +228,7 @@ class DeltaNet(_Products):
 def _retained(config: ModelConfig, length: int, dtype: Any) -> Float[Array, "1 position head"]:
     """Log of what each head keeps from one position to the next."""
     kept = np.log1p(-(2.0 ** (-5.0 - np.arange(config.heads))))
-    return jnp.broadcast_to(jnp.asarray(kept, dtype), (1, length, config.heads))
+    return jnp.broadcast_to(jnp.asarray(kept, statistics_dtype(dtype)), (1, length, config.heads))
 
 
 def _written(
@@ -268,4 +275,15 @@ def inverse_of_unit_triangle(x: Float[Array, "*axes row column"]) -> Float[Array
 
 def unit(x: Float[Array, "*axes head_width"]) -> Float[Array, "*axes head_width"]:
     """The last axis made of length one; zero stays zero, and its gradient finite."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+    square = jnp.sum(jnp.square(in_statistics_dtype(x)), axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(square + 1e-12)).astype(x.dtype)
+
+
+def _rescaled(q: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Queries whose largest component is one: of rows that are made to sum to one any factor is gone."""
+    return q / jax.lax.stop_gradient(jnp.maximum(jnp.max(q, axis=-1, keepdims=True), NEARLY_ZERO))
+
+
+def _positive(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """elu + 1, without what adding and taking away one leaves of small numbers: it is above zero."""
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))

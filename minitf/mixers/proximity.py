@@ -42,7 +42,7 @@ class Proximity(Mixer):
             granularity="head",
             provenance=frozenset({"pair"}),
             normalized="exactly",
-            state=config.length * config.width,
+            state=2 * config.length * config.width,
             exponent=2.0,
         )
 

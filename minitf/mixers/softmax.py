@@ -56,15 +56,14 @@ class Softmax(Mixer):
             raise ValueError("a window ends at the query: a model that sees both ways cannot have one")
 
     def about(self, config: ModelConfig) -> About:
-        """Pairs and positions; rows sum to one."""
-        seen = min(self.window or config.length, config.length)
+        """Pairs and positions; rows sum to one. While decoding, a window's keys stay beside all others."""
         return About(
             causal=config.causal,
             heads=config.heads,
             granularity="head",
             provenance=frozenset({"pair"}),
             normalized="exactly",
-            state=2 * seen * config.groups * config.head_size,
+            state=2 * config.length * config.groups * config.head_size,
             exponent=1.0 if self.window else 2.0,
         )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
-from minitf.filter import in_statistics_dtype
+from minitf.filter import in_statistics_dtype, statistics_dtype
 from minitf.mixers.contract import (
     About,
     At,
@@ -24,6 +24,7 @@ from minitf.mixers.contract import (
     Step,
     Weights,
     by_distance,
+    check_least,
 )
 
 
@@ -41,8 +42,7 @@ class DiagonalStateSpace(Mixer):
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError for no state."""
-        if self.states < 1:
-            raise ValueError(f"states is {self.states}; it must be at least 1")
+        check_least(self, 1, "states")
 
     def about(self, config: ModelConfig) -> About:
         """Distances alone; signed."""
@@ -83,14 +83,14 @@ class DiagonalStateSpace(Mixer):
         """A convolution by fast Fourier transforms, with room so that nothing comes round."""
         length = f.v.shape[1]
         # No transform is taken in half precision.
-        kernel = jnp.fft.rfft(in_statistics_dtype(self._kernel(weights, length)), 2 * length, axis=-1)
+        kernel = jnp.fft.rfft(self._kernel(weights, length), 2 * length, axis=-1)
         v = jnp.fft.rfft(in_statistics_dtype(jnp.moveaxis(f.v[..., 0], 1, 2)), 2 * length, axis=-1)
         z = jnp.fft.irfft(kernel * v, 2 * length, axis=-1)[..., :length]
         return jnp.moveaxis(z, 2, 1)[..., None].astype(f.v.dtype)
 
     def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
         """Oscillations at rest; real and imaginary parts last."""
-        return jnp.zeros((batch, config.width, self.states, 2), dtype)
+        return jnp.zeros((batch, config.width, self.states, 2), statistics_dtype(dtype))
 
     def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
         """``h = exp(step a) h + (exp(step a) - 1) / a v``."""
@@ -98,7 +98,7 @@ class DiagonalStateSpace(Mixer):
         h = jnp.exp(log_turn) * (state[..., 0] + 1j * state[..., 1]) + push * f.v[:, 0]
         z = jnp.sum((read * h).real, axis=-1)
         after = jnp.stack([h.real, h.imag], axis=-1).astype(state.dtype)
-        return z[:, None, :, None].astype(f.v.dtype), after
+        return z[:, None, :, None], after
 
     def gate(self, weights: Weights, z: Heads, f: Filtered, config: ModelConfig) -> Heads:
         """What the channel holds now, added."""
@@ -107,13 +107,14 @@ class DiagonalStateSpace(Mixer):
     @staticmethod
     def _terms(weights: Weights) -> tuple[Array, Array, Array]:
         """``step a``, ``(exp(step a) - 1) / a``, and C, each ``[channel, state]``, complex."""
-        a = -jnp.exp(weights["log_decay"]) + 1j * weights["frequency"]
-        log_turn = jnp.exp(weights["log_step"])[:, None] * a
-        return log_turn, (jnp.exp(log_turn) - 1) / a, weights["read"] + 1j * weights["read_imaginary"]
+        w = jax.tree.map(in_statistics_dtype, weights)
+        a = -jnp.exp(w["log_decay"]) + 1j * w["frequency"]
+        log_turn = jnp.exp(w["log_step"])[:, None] * a
+        return log_turn, jnp.expm1(log_turn) / a, w["read"] + 1j * w["read_imaginary"]
 
     def _kernel(self, weights: Weights, length: int) -> Float[Array, "channel lag"]:
         log_turn, push, read = self._terms(weights)
-        lag = jnp.arange(length, dtype=weights["read"].dtype)
+        lag = jnp.arange(length, dtype=statistics_dtype(weights["read"].dtype))
 
         def one(terms: tuple[Array, Array]) -> Array:
             turn, size = terms

@@ -22,6 +22,7 @@ from minitf.mixers.contract import (
     State,
     Step,
     Weights,
+    check_least,
     project,
     remember,
     visible,
@@ -101,8 +102,7 @@ class Synthesizer(_Rows):
         """Raise ValueError for an unknown variant."""
         if self.variant not in ("trained", "fixed", "factored", "dense"):
             raise ValueError(f"variant is {self.variant!r}; choose trained, fixed, factored or dense")
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1")
+        check_least(self, 1, "rank")
 
     def about(self, config: ModelConfig) -> About:
         """The places alone count, or, dense, the query too."""

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from minitf.config import ModelConfig
+from minitf.filter import statistics_dtype
 from minitf.mixers.contract import (
     About,
     At,
@@ -21,6 +23,7 @@ from minitf.mixers.contract import (
     State,
     Step,
     Weights,
+    check_least,
     normed,
     project,
     remember,
@@ -103,16 +106,22 @@ class SpatialGate(Mixer):
 class TokenNetwork(Mixer):
     """MLP-Mixer's token mixing (Tolstikhin et al. 2021): a network over places, the same for every channel.
 
-    It is not linear in the values, so there is no association; every position sees all others.
+    It is not linear in the values, so there is no association. In a causal model hidden numbers have places too,
+    evenly: each is made of the positions up to its place, and is read from there on.
     """
 
     hidden: int = 0  # as many as there are places, by default
 
     leaves = frozenset()
 
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError for a negative number."""
+        check_least(self, 0, "hidden")
+
     def about(self, config: ModelConfig) -> About:
         """No association."""
-        return About(causal=False, heads=1, granularity="none", exponent=2.0)
+        state = (self.hidden or config.length) * config.width if config.causal else 0
+        return About(causal=config.causal, heads=1, granularity="none", state=state, exponent=2.0)
 
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
         """The network's two maps."""
@@ -134,6 +143,29 @@ class TokenNetwork(Mixer):
 
     def aggregate(self, weights: Weights, f: Filtered, config: ModelConfig) -> Heads:
         """The network over places."""
+        into, out = self._maps(weights, config)
         length = f.v.shape[1]
-        hidden = jax.nn.gelu(jnp.einsum("bshc,sk->bkhc", f.v, weights["into"][:length]))
-        return jnp.einsum("bkhc,kt->bthc", hidden, weights["out"][:, :length])
+        hidden = jax.nn.gelu(jnp.einsum("bshc,sk->bkhc", f.v, into[:length]))
+        return jnp.einsum("bkhc,kt->bthc", hidden, out[:, :length])
+
+    @staticmethod
+    def _maps(weights: Weights, config: ModelConfig) -> tuple[Array, Array]:
+        """Into and out of what is hidden; of a causal model without what would tell of later positions."""
+        into, out = weights["into"], weights["out"]
+        if not config.causal:
+            return into, out
+        length, hidden = into.shape
+        place = np.arange(hidden) * length // hidden
+        seen = np.arange(length)[:, None] <= place
+        read = place[:, None] <= np.arange(length)
+        return jnp.where(seen, into, 0.0), jnp.where(read, out, 0.0)
+
+    def empty_state(self, config: ModelConfig, batch: int, slots: int, dtype: Any) -> State:
+        """What is hidden, before its activation, made of nothing yet."""
+        return jnp.zeros((batch, self.hidden or config.length, 1, config.width), statistics_dtype(dtype))
+
+    def step(self, weights: Weights, f: Filtered, state: State, position: Now, config: ModelConfig) -> Step:
+        """One more term of what is hidden; what has its place by now is read."""
+        into, out = self._maps(weights, config)
+        state = state + into[position][:, :, None, None] * f.v
+        return jnp.einsum("bkhc,kb->bhc", jax.nn.gelu(state), out[:, position])[:, None], state

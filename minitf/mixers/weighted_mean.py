@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from minitf.filter import in_statistics_dtype
 from minitf.mixers.contract import from_short_chunks, in_short_chunks
 
 EMPTY = (0.0, 0.0, -jnp.inf)  # the sums over nothing
@@ -26,6 +27,7 @@ def weighted_sums(
     As many blocks as each has positions: all blocks at once, position by position, then what the blocks before
     each add. So few steps follow one another, and they are two small programs.
     """
+    k, v, fade = in_statistics_dtype(k), in_statistics_dtype(v), in_statistics_dtype(fade)
     keys, values = in_short_chunks(k, -jnp.inf), in_short_chunks(v)
     size = keys.shape[0]
 
@@ -58,12 +60,12 @@ def weighted_means(
         for x, fill in zip(weighted_sums(k, v, fade), EMPTY, strict=True)
     )
     top, bottom, _ = with_term((top, bottom, peak), k + bonus, v)
-    return top / bottom
+    return (top / bottom).astype(v.dtype)
 
 
 def nothing(like: Float[Array, "*axes"]) -> Sums:
-    """The sums over nothing, each of that shape."""
-    top, bottom, peak = (jnp.full_like(like, fill) for fill in EMPTY)
+    """The sums over nothing, each of that shape, in at least float32."""
+    top, bottom, peak = (jnp.full_like(in_statistics_dtype(like), fill) for fill in EMPTY)
     return top, bottom, peak
 
 
