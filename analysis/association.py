@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from minitf import aggregate
 from minitf.analysis.patching import Metric, Progress, patch
 from minitf.config import ModelConfig
+from minitf.layer import mixer_of
+from minitf.mixers import Softmax
 from minitf.model import walk
 from minitf.parameters import Parameters
 from minitf.record import record
@@ -29,13 +31,15 @@ Mask = Bool[Array, "layer head"]
 Replacement = Callable[[Walk, Walk, ModelConfig, Array], Pattern]
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NO_TARGET = -1
+MOST_HEAVIER = 10.0  # times: a row of which less is left is not made as heavy as it was
 # What replacements are made of, and what they are compared with.
 READ = ("layers.resid_pre", "layers.scores", "layers.pattern", "logits")
 
 
 @struct.dataclass
 class Quality:
-    """How well a model predicts, each a mean over sequences and positions.
+    """How well a model predicts, each a mean over all targets.
 
     ``loss`` in nats a token; ``accuracy`` of the most likely token; ``divergence`` in nats, of the intact model's
     prediction from this one's.
@@ -116,9 +120,12 @@ def shuffled(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""])
     pattern = intact.layers.pattern
     layers, _, heads, length, _ = pattern.shape
     noise = jax.random.uniform(key, (layers, 1, heads, length, length))
-    # What is not in sight comes last and in order, so it keeps its place.
-    order = jnp.argsort(jnp.where(_seen(length, config), noise, jnp.inf), axis=-1)
-    return jnp.take_along_axis(pattern, jnp.broadcast_to(order, pattern.shape), axis=-1)
+    # What is not in sight comes last and in order; what is in sight, at random, and as it stands.
+    seen = _seen(length, config)
+    order = jnp.argsort(jnp.where(seen, noise, jnp.inf), axis=-1)
+    places = jnp.argsort(jnp.argsort(jnp.where(seen, jnp.arange(length), jnp.inf), axis=-1), axis=-1)
+    mixed = jnp.take_along_axis(pattern, jnp.broadcast_to(order, pattern.shape), axis=-1)
+    return jnp.take_along_axis(mixed, jnp.broadcast_to(places, pattern.shape), axis=-1)
 
 
 def random(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
@@ -144,7 +151,8 @@ def top_k(count: int) -> Replacement:
 
 def low_rank(rank: int) -> Replacement:
     """The closest matrix of that rank; what is then out of sight, or negative in a head that never is, is cut off,
-    and the rest made as heavy as the rows were.
+    and the rest made as heavy as the rows were, but no more than ten times heavier: of some rows nearly nothing is
+    left, and what is are rounding errors.
     """
 
     def replacement(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
@@ -152,7 +160,7 @@ def low_rank(rank: int) -> Replacement:
         left, sizes, right = jnp.linalg.svd(pattern, full_matrices=False)
         close = (left[..., :rank] * sizes[..., None, :rank]) @ right[..., :rank, :]
         signed = jnp.any(pattern < 0, axis=(1, 3, 4), keepdims=True)
-        return _as_heavy(jnp.where(signed, close, jnp.maximum(close, 0.0)), pattern, config)
+        return _as_heavy(jnp.where(signed, close, jnp.maximum(close, 0.0)), pattern, config, MOST_HEAVIER)
 
     return replacement
 
@@ -188,27 +196,34 @@ REPLACEMENTS: dict[str, Replacement] = {
 OF_SCORES = ("positions only", "contents only")
 
 
+def next_tokens(tokens: Int[Array, "batch position"]) -> Int[Array, "batch position"]:
+    """What a model that predicts the next token should answer at each position; -1 at the last."""
+    return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=NO_TARGET)
+
+
 def quality(
     logits: Float[Array, "batch position vocabulary"],
-    tokens: Int[Array, "batch position"],
+    targets: Int[Array, "batch position"],
     intact: Float[Array, "batch position vocabulary"],
 ) -> Quality:
-    """Of the predictions at all positions but the last; ``intact`` are the logits that they are compared with."""
-    says, said = (jax.nn.log_softmax(x[:, :-1].astype(jnp.float32)) for x in (logits, intact))
-    target = tokens[:, 1:, None]
+    """Of the predictions where there is a target (not -1), compared with those of the logits ``intact``."""
+    says, said = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (logits, intact))
+    counts = targets != NO_TARGET
+    mean = lambda x: jnp.sum(jnp.where(counts, x, 0.0)) / jnp.sum(counts)
+    right = jnp.maximum(targets, 0)
     return Quality(
-        loss=-jnp.mean(jnp.take_along_axis(says, target, axis=-1)),
-        accuracy=jnp.mean(jnp.argmax(says, axis=-1) == target[..., 0]),
-        divergence=jnp.mean(jnp.sum(jnp.exp(said) * (said - says), axis=-1)),
+        loss=-mean(jnp.take_along_axis(says, right[..., None], axis=-1)[..., 0]),
+        accuracy=mean(jnp.argmax(says, axis=-1) == right),
+        divergence=mean(jnp.sum(jnp.exp(said) * (said - says), axis=-1)),
     )
 
 
-def metric(tokens: Int[Array, "batch position"], intact: Float[Array, "batch position vocabulary"]) -> Metric:
+def metric(targets: Int[Array, "batch position"], intact: Float[Array, "batch position vocabulary"]) -> Metric:
     """The quality as three numbers of logits, for what follows; made once, it is compiled once."""
 
     def three(logits: Array) -> Array:
         # Not to be worked out while compiling, as constants would be.
-        found = quality(logits, tokens, jax.lax.optimization_barrier(intact))
+        found = quality(logits, targets, jax.lax.optimization_barrier(intact))
         return jnp.stack([found.loss, found.accuracy, found.divergence])
 
     return three
@@ -255,8 +270,13 @@ def in_order(order: Int[np.ndarray, " place"], fraction: float, shape: tuple[int
     ``shape`` is how many layers and heads a mask has.
     """
     chosen = np.zeros(math.prod(shape), bool)
-    chosen[order[: round(fraction * len(order))]] = True
+    chosen[order[: replaced(fraction, len(order))]] = True
     return jnp.asarray(chosen.reshape(shape))
+
+
+def replaced(fraction: float, heads: int) -> int:
+    """How many of so many heads come nearest to a share of them; a half counts as one."""
+    return math.floor(fraction * heads + 0.5)
 
 
 def every_share(
@@ -337,17 +357,29 @@ def orders(
     return found
 
 
-def _seen(length: int, config: ModelConfig) -> Bool[Array, "query key"]:
-    return aggregate.allowed_pairs(length, config.causal, config.attend_self)
+def _seen(length: int, config: ModelConfig) -> Bool[Array, "#layer 1 1 query key"]:
+    """Which keys are in sight; a layer's window ends it."""
+    seen = aggregate.allowed_pairs(length, config.causal, config.attend_self)
+    lag = jnp.arange(length)[:, None] - jnp.arange(length)
+    mixers = [mixer_of(config.layer(number)) for number in range(config.layers)]
+    windows = [one.window if isinstance(one, Softmax) and one.window else length for one in mixers]
+    each = jnp.array(sorted(set(windows)) if len(set(windows)) == 1 else windows)
+    return (seen & (lag < each[:, None, None]))[:, None, None]
 
 
 def _as_heavy(
-    weights: Float[Array, "*axes query key"], rows: Float[Array, "*axes query key"], config: ModelConfig
-) -> Float[Array, "*axes query key"]:
-    """What is in sight, its sizes adding up to what they do in ``rows``: to one, where those are probabilities."""
+    weights: Float[Array, "layer batch head query key"],
+    rows: Float[Array, "layer batch head query key"],
+    config: ModelConfig,
+    most: float = jnp.inf,
+) -> Float[Array, "layer batch head query key"]:
+    """What is in sight, its sizes adding up to what they do in ``rows``: to one, where those are probabilities.
+
+    Nothing is made more than ``most`` times as large.
+    """
     weights = jnp.where(_seen(weights.shape[-1], config), weights, 0.0)
     size, aim = (jnp.sum(jnp.abs(x), axis=-1, keepdims=True) for x in (weights, rows))
-    return weights * (aim / jnp.where(size == 0, 1.0, size))
+    return weights * jnp.minimum(aim / jnp.where(size == 0, 1.0, size), most)
 
 
 def _total(data: Walk) -> Float[Array, "layer 1 head query 1"]:

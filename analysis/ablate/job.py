@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,12 @@ from minitf.files import write_atomically
 from minitf.model import walk
 from minitf.pretrained import Pretrained
 from minitf.train.kept_models import load
+from minitf.vocabulary import mask_token_of, vocabulary_of
 
 RANDOM_ORDERS = 2
+MEASURES = {"loss", "accuracy", "divergence"}
+CHARACTERS_A_TOKEN, LEAST_CHARACTERS = 40, 1 << 16  # of the text, what is surely enough at once
+MASKED = 0.15  # share of the tokens that a model which sees both ways is asked for (Devlin et al. 2019)
 LENGTH = 64  # of a window where nothing else is asked for
 
 
@@ -54,6 +59,8 @@ class AblateConfig:
         for name, least in (("length", 2 if self.length else 0), ("windows", 1), ("data", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed is {self.seed}; it must be below 2^31")
 
 
 def run(
@@ -78,9 +85,11 @@ def run(
             config = dataclasses.replace(config, length=min(LENGTH, model.config.length))
         elif config.length > model.config.length:
             raise Problem(f"length is {config.length}; this model reads at most {model.config.length} tokens")
-        measured, data = windows(tokens_of(config, model), config)
-        association.check(jax.eval_shape(lambda p: walk(p, measured, model.config), model.parameters))
-        settings = {**vars(config), "text": str(config.text), "tokens": _digest(measured, data)}
+        tokens = tokens_of(config, model)
+        cuts = windows(tokens, config)
+        association.check(jax.eval_shape(lambda p: walk(p, cuts[0], model.config), model.parameters))
+        measured, data = (asked(cut, model, config.seed) for cut in cuts)
+        settings = {**vars(config), "text": str(config.text), "tokens": _digest(measured.tokens, data.tokens)}
         open_run_folder(out, settings, overwrite=overwrite, resume=resume)
     path = out / "report.html"
     with writing_results(out):
@@ -89,25 +98,31 @@ def run(
         found = json.loads(script_json(measures, DIGITS))
         write_atomically(out / "ablate.json", (json.dumps(found, indent=1) + "\n").encode())
         shown = [(name, str(value)) for name, value in vars(config).items() if name != "model"]
+        shown.append(("tokens that windows were drawn from", f"{len(tokens):,}"))
         write_atomically(path, page(found, model, config.model, shown).encode())
     return path
 
 
 def tokens_of(config: AblateConfig, model: Pretrained) -> Int[np.ndarray, " token"]:
     """The file's tokens. Raises ValueError where there are none, or not of this model."""
-    text = config.text.read_text(encoding="utf-8")
+    text = _read(config.text)
     if config.ids:
-        try:
-            tokens = [int(number) for number in text.replace(",", " ").split()]
-        except ValueError as error:
-            raise Problem(f"{config.text} is to hold token ids: {error}") from None
+        words = text.replace(",", " ").split()
+        wrong = next((word for word in words if not re.fullmatch("-?[0-9]{1,18}", word)), None)
+        if wrong is not None:
+            raise Problem(
+                f"{config.text} is to hold token ids, and {wrong[:40]!r} is none: for text leave out --ids"
+            )
+        tokens = [int(word) for word in words]
     elif model.tokenizer is None:
         raise Problem("minitf has no tokenizer for this model: give a file of token ids, and --ids")
     else:
         needed, tokens = (config.windows + config.data) * config.length, []
-        # Line by line, and no more than is needed: some tokenizers take long over long texts.
-        for line in text.splitlines(keepends=True):
-            tokens += model.tokenizer.encode(line)
+        # No more than is needed, for some tokenizers take long over long texts; in pieces that are few, for some
+        # put a token of their own at the beginning of each.
+        piece = max(CHARACTERS_A_TOKEN * needed, LEAST_CHARACTERS)
+        for start in range(0, len(text), piece):
+            tokens += model.tokenizer.encode(text[start : start + piece])
             if len(tokens) >= 4 * needed:
                 break
     check_tokens(tokens, model.config)
@@ -115,7 +130,7 @@ def tokens_of(config: AblateConfig, model: Pretrained) -> Int[np.ndarray, " toke
 
 
 def windows(tokens: Int[np.ndarray, " token"], config: AblateConfig) -> tuple[Array, Array]:
-    """Windows to measure on and windows for means, drawn from the whole text, none in both."""
+    """Windows to measure on and windows for means, drawn from all of the tokens, none in both."""
     count = len(tokens) // config.length
     if count < config.windows + config.data:
         raise Problem(
@@ -127,28 +142,68 @@ def windows(tokens: Int[np.ndarray, " token"], config: AblateConfig) -> tuple[Ar
     return jnp.asarray(cut[chosen[: config.windows]]), jnp.asarray(cut[chosen[config.windows :]])
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Tokens ``[batch, position]`` as the model sees them, and what it should answer: -1 where nobody asks."""
+
+    tokens: Array
+    targets: Array
+
+
+def asked(tokens: Int[Array, "batch position"], model: Pretrained, seed: int) -> Asked:
+    """Every next token; of a model that sees both ways, what stood where a few tokens are masked.
+
+    Raises Problem for such a model whose mask is not known.
+    """
+    if model.config.causal:
+        return Asked(tokens, association.next_tokens(tokens))
+    mask = _mask_of(model)
+    if mask is None:
+        raise Problem(
+            "this model sees later positions too, so it is asked what stood under masked tokens, and it has no "
+            "tokenizer that says which token is the mask"
+        )
+    chosen = jax.random.uniform(jax.random.key(seed), tokens.shape) < MASKED
+    # At least one in each window, whatever its length.
+    chosen = chosen.at[:, tokens.shape[1] // 2].set(True)
+    return Asked(jnp.where(chosen, mask, tokens), jnp.where(chosen, tokens, association.NO_TARGET))
+
+
+def _mask_of(model: Pretrained) -> int | None:
+    """The token that stands for what is to be told: the tokenizer's own, or the one after all of its tokens."""
+    vocabulary = None if model.tokenizer is None else vocabulary_of(model.tokenizer)
+    if vocabulary is None:
+        return None
+    own = mask_token_of(vocabulary)
+    return vocabulary.size if own is None and model.config.vocabulary == vocabulary.size + 1 else own
+
+
 def measure(
     model: Pretrained,
-    tokens: Array,
-    data: Array,
+    measured: Asked,
+    data: Asked,
     seed: int,
     say: Callable[[str], None] = lambda text: None,
     kept_in: Path | None = None,
 ) -> dict[str, Any]:
     """Loss, accuracy and divergence: intact, for each head, and for shares of all heads in several orders.
 
-    What is found of a replacement is kept in the folder ``kept_in``, if any, and read where it is there.
+    Orders are by what heads cost on windows of ``data``, which nothing is measured on. What is found of a
+    replacement is kept in the folder ``kept_in``, if any, and read where it is there.
     """
     parameters, config = model.parameters, model.config
     kept = jax.jit(lambda p, t: association.kept(walk(p, t, config)))
     say("the intact model")
-    intact, of_data = kept(parameters, tokens), kept(parameters, data)
-    as_it_is = association.quality(intact.logits, tokens, intact.logits)
-    metric = association.metric(tokens, intact.logits)
+    intact, of_data = kept(parameters, measured.tokens), kept(parameters, data.tokens)
+    few = len(measured.tokens)
+    others = kept(parameters, data.tokens[:few])
+    as_it_is = association.quality(intact.logits, measured.targets, intact.logits)
+    metric = association.metric(measured.targets, intact.logits)
+    metric_of_others = association.metric(data.targets[:few], others.logits)
     found: dict[str, Any] = {
         "layers": config.layers,
         "heads": intact.layers.pattern.shape[2],
-        "fractions": FRACTIONS,
+        "asked": "the next token" if config.causal else "masked tokens",
         "intact": _plain(as_it_is),
         "replacements": {},
     }
@@ -161,10 +216,17 @@ def measure(
             key = jax.random.fold_in(jax.random.key(seed), number)
             pattern = jax.jit(replace, static_argnums=2)(intact, of_data, config, key)
             heads = association.as_quality(association.by_head(parameters, intact, pattern, metric, config))
-            one = {"heads": _plain(heads), "orders": _shares(model, tokens, pattern, metric, heads, seed)}
+            of_others = jax.jit(replace, static_argnums=2)(others, of_data, config, key)
+            costs = association.by_head(parameters, others, of_others, metric_of_others, config)
+            importance = np.asarray(association.as_quality(costs).loss)
+            shares = _shares(model, measured.tokens, pattern, metric, importance, seed)
+            one = {"heads": _plain(heads), "orders": shares}
             if file is not None:
                 write_atomically(file, script_json(one, DIGITS).encode())
         found["replacements"][name] = one
+        if "fractions" not in found:
+            heads_there = int(np.sum(np.isfinite(np.array(one["heads"]["loss"], float))))
+            found["fractions"] = [association.replaced(share, heads_there) / heads_there for share in FRACTIONS]
     return found
 
 
@@ -176,7 +238,21 @@ def _kept(file: Path | None) -> dict[str, Any] | None:
         found = json.loads(file.read_bytes())
     except ValueError:
         return None
-    return found if isinstance(found, dict) and set(found) == {"heads", "orders"} else None
+    try:
+        every = [found["heads"], *found["orders"].values()]
+        whole = len(every) == 3 + RANDOM_ORDERS and all(set(one) == MEASURES for one in every)
+        return found if whole and all(len(one["loss"]) == len(FRACTIONS) for one in every[1:]) else None
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Problem(f"The text {file} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise Problem(f"The text {file} is not UTF-8 ({error.reason} at byte {error.start}).") from error
 
 
 def _digest(*tokens: Array) -> str:
@@ -185,10 +261,9 @@ def _digest(*tokens: Array) -> str:
 
 
 def _shares(
-    model: Pretrained, tokens: Array, pattern: Array, metric: Metric, heads: Quality, seed: int
+    model: Pretrained, tokens: Array, pattern: Array, metric: Metric, importance: np.ndarray, seed: int
 ) -> dict[str, Any]:
     """For each order, the quality at every share of the heads."""
-    importance = np.asarray(heads.loss)
     orders = association.orders(importance, range(seed, seed + RANDOM_ORDERS))
     masks = association.every_share(orders, importance.shape)
     found = association.with_heads_replaced(model.parameters, tokens, pattern, masks, metric, model.config)

@@ -21,8 +21,28 @@ def page(data: Mapping[str, Any], model: Pretrained, name: str, settings: Sequen
         name,
         digits=DIGITS,
         conclusions=conclusions(data),
+        explained={name: EXPLAINED[name] for name in data["replacements"]},
+        asked=data["asked"],
         settings=settings,
     )
+
+
+# What stands in place of a head's association, for people.
+EXPLAINED = {
+    "uniform": "every key in sight counts the same",
+    "mean over data": "the head's mean over other windows, place by place: the text has no part in it",
+    "mean per lag": "that mean as a function of the distance alone",
+    "identity": "every position sees itself alone",
+    "rows shuffled": "each row's weights given to other keys in sight",
+    "random": "softmax of random scores, the same for every text",
+    "top 1": "the largest weight of each row alone, as heavy as the row was",
+    "top 4": "the four largest weights of each row, as heavy as the row was",
+    "rank 1": "the closest matrix of rank one; what is out of sight is cut off, and rows are made as heavy as "
+    "they were, but at most ten times heavier",
+    "rank 4": "the same of rank four",
+    "positions only": "softmax of the mean score over other windows: the part of the scores that places explain",
+    "contents only": "softmax of the scores less that mean: the part that they do not explain",
+}
 
 
 def conclusions(data: Mapping[str, Any]) -> list[str]:
@@ -31,10 +51,12 @@ def conclusions(data: Mapping[str, Any]) -> list[str]:
     order = "least important first"
 
     def lost(name: str, share: int) -> float:
-        return float(data["replacements"][name]["orders"][order]["loss"][share]) - intact
+        # Nothing has no sign.
+        return round(float(data["replacements"][name]["orders"][order]["loss"][share]) - intact, 3) + 0.0
 
+    asked = "" if data["asked"] == "the next token" else f", asked for {data['asked']}"
     found = [
-        f"As it is, the model loses {intact:.3f} nats a token.",
+        f"As it is, the model loses {intact:.3f} nats a token{asked}.",
         f"Every head's association replaced by its mean over data: {lost('mean over data', -1):+.3f} nats; half "
         f"of the heads, the least important first: {lost('mean over data', len(data['fractions']) // 2):+.3f}.",
         f"By a uniform average {lost('uniform', -1):+.3f}, by nothing but the position itself "
@@ -42,8 +64,8 @@ def conclusions(data: Mapping[str, Any]) -> list[str]:
     ]
     if "positions only" in data["replacements"]:
         found.append(
-            f"Places explain so much of the scores that their part alone costs {lost('positions only', -1):+.3f}; "
-            f"the rest alone costs {lost('contents only', -1):+.3f}."
+            f"The part of the scores that places explain, alone: {lost('positions only', -1):+.3f}; the rest "
+            f"alone: {lost('contents only', -1):+.3f}."
         )
-    cheapest = min((name for name in data["replacements"]), key=lambda name: lost(name, -1))
-    return [*found, f"The least is lost with: {cheapest} ({lost(cheapest, -1):+.3f})."]
+    best = min((name for name in data["replacements"]), key=lambda name: lost(name, -1))
+    return [*found, f"Of all replacements, {best} ends best ({lost(best, -1):+.3f})."]

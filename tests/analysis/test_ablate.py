@@ -2,6 +2,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ from full_disk import no_file_larger_than
 from walk_example import CONFIG, model, saved
 
 from minitf import initialize, mixers, walk
+from minitf.analysis import association
 from minitf.analysis.ablate import job
 from minitf.analysis.ablate.page import conclusions
-from minitf.analysis.association import REPLACEMENTS, quality
+from minitf.analysis.association import REPLACEMENTS, next_tokens, quality
 from minitf.analysis.run_folder import Problem
 from minitf.edits import set_to
 from minitf.pretrained import Pretrained, load, save
+from minitf.vocabulary import Characters, Tokenizer
 
 KEY = jax.random.key(0)
 
@@ -58,10 +61,12 @@ def test_the_numbers_are_those_of_edited_walks(given, done):
     intact = walk(loaded.parameters, tokens, CONFIG)
     found = done["found"]
     np.testing.assert_allclose(
-        found["intact"]["loss"], quality(intact.logits, tokens, intact.logits).loss, rtol=1e-5
+        found["intact"]["loss"], quality(intact.logits, next_tokens(tokens), intact.logits).loss, rtol=1e-5
     )
     edit = set_to(intact, "layers.pattern", jnp.eye(8))
-    expected = quality(walk(loaded.parameters, tokens, CONFIG, edit=edit).logits, tokens, intact.logits)
+    expected = quality(
+        walk(loaded.parameters, tokens, CONFIG, edit=edit).logits, next_tokens(tokens), intact.logits
+    )
     for order in found["replacements"]["identity"]["orders"].values():
         np.testing.assert_allclose(order["loss"][-1], expected.loss, rtol=1e-5)
         np.testing.assert_allclose(order["divergence"][-1], expected.divergence, rtol=1e-5)
@@ -115,6 +120,8 @@ def test_the_page_says_what_the_numbers_say(done):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"text": Path("nowhere.txt")}, "The text nowhere.txt cannot be read: No such file or directory."),
+        ({"text": Path()}, "The text . cannot be read: Is a directory."),
         ({"length": 0, "windows": 60}, "60 + 5 windows of 16 tokens need a text of"),
         ({"length": 17}, "length is 17; this model reads at most 16 tokens"),
         ({"windows": 60}, "60 + 5 windows of 8 tokens need a text of 520"),
@@ -130,7 +137,11 @@ def test_bad_input_is_told_in_a_sentence_and_leaves_nothing(given, tmp_path, cha
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("1 2 x", "is to hold token ids"), ("1 99", "there is no token 99")]
+    ("text", "message"),
+    [
+        ("1 2 x", "is to hold token ids, and 'x' is none: for text leave out --ids"),
+        ("1 99", "there is no token 99"),
+    ],
 )
 def test_a_file_that_holds_no_tokens_of_the_model_is_told(given, tmp_path, text, message):
     (tmp_path / "odd.txt").write_text(text)
@@ -148,7 +159,7 @@ def test_models_whose_layers_differ_are_ablated_as_far_as_they_associate(given, 
     assert found["heads"] == len(heads[0]) == len(heads[1]) == config.width
     assert None not in heads[0] and heads[1][config.heads :] == [None] * (config.width - config.heads)
     assert set(REPLACEMENTS) - set(found["replacements"]) == {"positions only", "contents only"}
-    assert "Places explain" not in report.read_text()
+    assert "that places explain, alone" not in report.read_text()
 
 
 def test_a_model_without_associations_is_refused(given, tmp_path):
@@ -159,16 +170,86 @@ def test_a_model_without_associations_is_refused(given, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_number_of_windows_that_cannot_be_is_told(given):
+def test_numbers_that_cannot_be_are_told(given):
     with pytest.raises(ValueError, match="^windows is 0; it must be at least 1$"):
         configured(given, windows=0)
+    with pytest.raises(ValueError, match="^seed is 2147483648; it must be below 2\\^31$"):
+        configured(given, seed=2**31)
 
 
-def test_text_is_read_by_the_models_tokenizer_line_by_line(given, tmp_path):
-    class ByCharacter:
-        def encode(self, text):
-            return [ord(c) % CONFIG.vocabulary for c in text]
+def test_what_is_no_text_is_told(given, tmp_path):
+    (tmp_path / "odd.txt").write_bytes(b"ab\xd1")
+    with pytest.raises(Problem, match=r"odd.txt is not UTF-8 \(unexpected end of data at byte 2\)"):
+        job.run(configured(given, ids=False, text=tmp_path / "odd.txt"), tmp_path / "run")
 
-    (tmp_path / "text.txt").write_text("ab\ncd\n")
-    found = job.tokens_of(configured(given, ids=False, text=tmp_path / "text.txt"), model(ByCharacter()))
-    assert found.tolist() == [ord(c) % CONFIG.vocabulary for c in "ab\ncd\n"]
+
+class Beginning:
+    """A tokenizer that puts a token of its own before every text."""
+
+    def encode(self, text):
+        return [1, *(ord(c) % CONFIG.vocabulary for c in text)]
+
+
+def test_a_text_begins_once(given, tmp_path):
+    text = "ab\ncd\n" * 50
+    (tmp_path / "text.txt").write_text(text)
+    found = job.tokens_of(configured(given, ids=False, text=tmp_path / "text.txt"), model(Beginning()))
+    assert found.tolist() == [1, *(ord(c) % CONFIG.vocabulary for c in text)]
+
+
+def test_a_long_text_is_read_as_far_as_is_needed(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "CHARACTERS_A_TOKEN", 1)
+    monkeypatch.setattr(job, "LEAST_CHARACTERS", 8)
+    (tmp_path / "text.txt").write_text("abc\n" * 5000)
+    found = job.tokens_of(configured(given, ids=False, text=tmp_path / "text.txt"), model(Beginning()))
+    assert 4 * 64 <= len(found) <= 5 * 65
+
+
+def test_orders_are_by_what_heads_cost_on_other_windows(given):
+    config = configured(given)
+    loaded = load(given["model"])
+    cuts = job.windows(job.tokens_of(config, loaded), config)
+    measured, data = (job.asked(cut, loaded, 0) for cut in cuts)
+    found = job.measure(loaded, measured, data, 0)["replacements"]["uniform"]
+    swapped = job.measure(loaded, job.asked(cuts[1][:3], loaded, 0), data, 0)["replacements"]["uniform"]
+    few = np.argsort(np.array(swapped["heads"]["loss"]).reshape(-1))
+    masks = association.every_share({"expected": few}, (CONFIG.layers, CONFIG.heads))
+    intact = association.kept(walk(loaded.parameters, cuts[0], CONFIG))
+    of_data = association.kept(walk(loaded.parameters, cuts[1], CONFIG))
+    pattern = REPLACEMENTS["uniform"](intact, of_data, CONFIG, KEY)
+    metric = association.metric(measured.targets, intact.logits)
+    expected = association.with_heads_replaced(loaded.parameters, cuts[0], pattern, masks, metric, CONFIG)
+    np.testing.assert_allclose(found["orders"]["least important first"]["loss"], expected[:, 0], rtol=1e-4)
+
+
+def test_a_model_that_sees_both_ways_is_asked_what_stood_under_the_mask(given, tmp_path):
+    vocabulary = Characters("abcdefghij")
+    config = replace(CONFIG, vocabulary=vocabulary.size + 1, causal=False)
+    both_ways = Pretrained("minitf", config, jax.jit(partial(initialize, config))(KEY), Tokenizer(vocabulary))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(10, size=(40, 8)))
+    found = job.asked(tokens, both_ways, 0)
+    chosen = np.asarray(found.tokens) == vocabulary.size
+    assert 0.1 < chosen.mean() < 0.35 and chosen.any(axis=1).all()
+    np.testing.assert_array_equal(np.where(chosen, found.targets, found.tokens), tokens)
+    assert np.all(np.asarray(found.targets)[~chosen] == -1)
+    unknown = replace(both_ways, tokenizer=None)
+    with pytest.raises(Problem, match="no tokenizer that says which token is the mask"):
+        job.asked(tokens, unknown, 0)
+    save(tmp_path / "model", both_ways)
+    (tmp_path / "text.txt").write_text("abcdefghij" * 40)
+    asked_of = configured(given, ids=False, text=tmp_path / "text.txt", model=str(tmp_path / "model"))
+    page = job.run(asked_of, tmp_path / "run").read_text()
+    assert "nats a token, asked for masked tokens." in page and "Asked for is masked tokens." in page
+
+
+def test_a_kept_row_with_nothing_in_it_is_made_anew(given, done, tmp_path):
+    shutil.copytree(done["out"], tmp_path / "run")
+    (tmp_path / "run" / "arrays" / "identity.json").write_text('{"heads": {}, "orders": {}}')
+    job.run(configured(given), tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "ablate.json").read_text()) == done["found"]
+
+
+def test_shares_are_those_that_were_replaced():
+    assert [association.replaced(share, 1) for share in association.FRACTIONS] == [0, 0, 1, 1, 1]
+    assert [association.replaced(share, 2) for share in association.FRACTIONS] == [0, 1, 1, 2, 2]
+    assert [association.replaced(share, 8) for share in association.FRACTIONS] == [0, 2, 4, 6, 8]

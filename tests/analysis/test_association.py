@@ -16,6 +16,7 @@ from minitf.analysis.association import (
     by_head,
     in_order,
     low_rank,
+    next_tokens,
     orders,
     quality,
     top_k,
@@ -41,7 +42,9 @@ def data_walk():
 def test_every_replacement_is_an_association_of_what_is_in_sight(name):
     found = np.asarray(REPLACEMENTS[name](intact_walk(), data_walk(), GPT2, KEY))
     assert found.shape == intact_walk().layers.pattern.shape
-    np.testing.assert_allclose(found.sum(axis=-1), 1, atol=1e-5)
+    # Of some rows a close matrix of small rank leaves less.
+    size = np.minimum(found.sum(axis=-1), 1) if name.startswith("rank") else found.sum(axis=-1)
+    np.testing.assert_allclose(np.median(size) if name.startswith("rank") else size, 1, atol=1e-5)
     assert found.min() >= 0 and not np.any(np.triu(found, 1))
 
 
@@ -95,6 +98,34 @@ def test_where_places_alone_make_the_scores_they_are_all_of_the_association():
     np.testing.assert_allclose(contents, association.uniform(intact, intact, config, KEY), atol=1e-6)
 
 
+def test_what_rounding_leaves_of_a_row_is_not_made_a_row():
+    """Of a close matrix, rows that are nearly gone depend on rounding: they grow ten times and no more."""
+    whole = np.zeros((1, 1, 1, 3, 3), np.float32)
+    whole[..., 0, 0], whole[..., 1, 0], whole[..., 2, :] = 1.0, 1.0, (0.004, 0.0, 0.996)
+    pattern = jnp.asarray(whole)
+    intact = intact_walk()
+    intact = dataclasses.replace(intact, layers=dataclasses.replace(intact.layers, pattern=pattern))
+    one_layer = dataclasses.replace(GPT2, layers=1)
+    found = np.asarray(low_rank(1)(intact, intact, one_layer, KEY))[0, 0, 0]
+    np.testing.assert_allclose(found[:2, 0], 1, rtol=1e-5)
+    left = np.linalg.svd(whole[0, 0, 0])
+    close = left[0][2, 0] * left[1][0] * left[2][0, 0]
+    np.testing.assert_allclose(found[2, 0], 10 * close, rtol=1e-3)
+
+
+def test_a_window_ends_what_is_in_sight():
+    config = dataclasses.replace(GPT2, mixer=(mixers.Softmax(window=3), mixers.Softmax()))
+    run, parameters = compiled(config), random_parameters(config)
+    intact = association.kept(run(parameters, TOKENS))
+    for name, replace in association.possible(intact).items():
+        found = np.asarray(replace(intact, intact, config, KEY))
+        assert not np.any(np.tril(found[0], -3)) and not np.any(np.triu(found, 1)), name
+        if name in ("uniform", "rows shuffled", "random"):
+            assert np.any(np.tril(found[1], -3)), name
+    uniform = np.asarray(association.uniform(intact, intact, config, KEY))
+    np.testing.assert_allclose(uniform[0, ..., 5, 3:6], 1 / 3, rtol=1e-6)
+
+
 @pytest.mark.parametrize("mixer", [mixers.Mamba(states=4), mixers.DeltaNet(), mixers.Gru(), mixers.Uniform()])
 def test_of_other_mixers_every_replacement_is_as_heavy_as_what_it_replaces(mixer):
     config = dataclasses.replace(GPT2, mixer=mixer)
@@ -113,11 +144,12 @@ def test_of_other_mixers_every_replacement_is_as_heavy_as_what_it_replaces(mixer
             expected = np.broadcast_to(np.abs(total).sum(axis=-1), pattern.shape[:-1])
             np.testing.assert_allclose(np.abs(found).sum(axis=-1), expected, rtol=1e-4, atol=1e-5)
         else:
-            expected = np.abs(pattern).sum(axis=-1)
-            if name.startswith("rank"):  # of which nothing is left where all was to be negative
-                expected = expected * np.any(found, axis=-1)
-                assert np.any(found, axis=-1).mean() > 0.99
-            np.testing.assert_allclose(np.abs(found).sum(axis=-1), expected, rtol=1e-4, atol=1e-5)
+            expected, size = np.abs(pattern).sum(axis=-1), np.abs(found).sum(axis=-1)
+            if name.startswith("rank"):  # which leaves less of some rows
+                assert np.all(size < expected * (1 + 1e-4) + 1e-5)
+                assert np.isclose(size, expected, rtol=1e-4, atol=1e-5).mean() > 0.3
+            else:
+                np.testing.assert_allclose(size, expected, rtol=1e-4, atol=1e-5)
     for whole in (top_k(7), low_rank(7)):
         rounding = 1e-5 * np.abs(pattern).max()  # of the largest number in a decomposed matrix
         np.testing.assert_allclose(whole(intact, data, config, KEY), pattern, atol=rounding)
@@ -125,7 +157,7 @@ def test_of_other_mixers_every_replacement_is_as_heavy_as_what_it_replaces(mixer
 
 def test_quality_is_that_of_numpy():
     logits, other = np.asarray(intact_walk().logits, np.float64), np.asarray(data_walk().logits[:3], np.float64)
-    found = quality(intact_walk().logits, TOKENS, data_walk().logits[:3])
+    found = quality(intact_walk().logits, next_tokens(TOKENS), data_walk().logits[:3])
     log = lambda x: (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))[:, :-1]
     target = np.asarray(TOKENS)[:, 1:]
     expected = -np.take_along_axis(log(logits), target[..., None], axis=-1).mean()
@@ -134,7 +166,7 @@ def test_quality_is_that_of_numpy():
     divergence = (np.exp(log(other)) * (log(other) - log(logits))).sum(axis=-1).mean()
     np.testing.assert_allclose(found.divergence, divergence, rtol=1e-4)
     np.testing.assert_allclose(
-        quality(intact_walk().logits, TOKENS, intact_walk().logits).divergence, 0, atol=1e-6
+        quality(intact_walk().logits, next_tokens(TOKENS), intact_walk().logits).divergence, 0, atol=1e-6
     )
 
 
@@ -143,11 +175,13 @@ def test_a_head_replaced_is_one_edited_walk(config):
     parameters, tokens = random_parameters(config), random_tokens(config, length=6)
     intact = walk(parameters, tokens, config)
     replacement = association.uniform(intact, intact, config, KEY)
-    found = as_quality(by_head(parameters, intact, replacement, association.metric(tokens, intact.logits), config))
+    found = as_quality(
+        by_head(parameters, intact, replacement, association.metric(next_tokens(tokens), intact.logits), config)
+    )
     assert found.loss.shape == (config.layers, config.heads)
     for layer, head in ((0, 1), (1, 0)):
         edit = set_to(intact, "layers.pattern", replacement[layer, :, head], layer=layer, head=head)
-        expected = quality(walk(parameters, tokens, config, edit=edit).logits, tokens, intact.logits)
+        expected = quality(walk(parameters, tokens, config, edit=edit).logits, next_tokens(tokens), intact.logits)
         for name in ("loss", "accuracy", "divergence"):
             np.testing.assert_allclose(
                 getattr(found, name)[layer, head], getattr(expected, name), rtol=1e-4, atol=1e-6
@@ -156,17 +190,19 @@ def test_a_head_replaced_is_one_edited_walk(config):
 
 def test_a_share_of_the_heads_is_replaced_together():
     replacement = association.shuffled(intact_walk(), data_walk(), GPT2, KEY)
-    metric = association.metric(TOKENS, intact_walk().logits)
+    metric = association.metric(next_tokens(TOKENS), intact_walk().logits)
     importance = as_quality(by_head(PARAMETERS, intact_walk(), replacement, metric, GPT2)).loss
     first = orders(np.asarray(importance), [0])["most important first"]
     masks = jnp.stack([in_order(first, fraction, (GPT2.layers, GPT2.heads)) for fraction in FRACTIONS])
-    assert masks.sum(axis=(1, 2)).tolist() == [0, 2, 3, 4, 6]
+    assert masks.sum(axis=(1, 2)).tolist() == [0, 2, 3, 5, 6]
     found = as_quality(with_heads_replaced(PARAMETERS, TOKENS, replacement, masks, metric, GPT2))
-    intact = quality(intact_walk().logits, TOKENS, intact_walk().logits)
+    intact = quality(intact_walk().logits, next_tokens(TOKENS), intact_walk().logits)
     np.testing.assert_allclose(found.loss[0], intact.loss, rtol=1e-5)
     every = set_to(intact_walk(), "layers.pattern", replacement)
     logits = walk(PARAMETERS, TOKENS, GPT2, edit=every).logits
-    np.testing.assert_allclose(found.loss[-1], quality(logits, TOKENS, intact_walk().logits).loss, rtol=1e-5)
+    np.testing.assert_allclose(
+        found.loss[-1], quality(logits, next_tokens(TOKENS), intact_walk().logits).loss, rtol=1e-5
+    )
     assert found.divergence[0] < 1e-6 < found.divergence[-1]
 
 

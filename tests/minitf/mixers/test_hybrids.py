@@ -195,7 +195,7 @@ def test_its_associations_are_replaced_head_by_head_and_together():
     assert set(association.REPLACEMENTS) - set(association.possible(intact)) == {"positions only", "contents only"}
     run = compiled(PAIR)
     walked = run(TWO, TOKENS)
-    intact, metric = association.kept(walked), association.metric(TOKENS, walked.logits)
+    intact, metric = association.kept(walked), association.metric(association.next_tokens(TOKENS), walked.logits)
     replacement = association.by_lag(intact, intact, PAIR, jax.random.key(0))
     alone = association.by_head(TWO, intact, replacement, metric, PAIR)
     for layer, head in ((0, 0), (1, 1)):
@@ -221,7 +221,7 @@ def test_layers_without_an_association_keep_what_they_have():
     walked = compiled(config)(parameters, TOKENS)
     intact = association.kept(walked)
     assert set(association.possible(intact)) == set(association.REPLACEMENTS)
-    metric = association.metric(TOKENS, walked.logits)
+    metric = association.metric(association.next_tokens(TOKENS), walked.logits)
     replacement = association.contents_only(intact, intact, config, jax.random.key(0))
     alone = association.by_head(parameters, intact, replacement, metric, config)
     assert np.isnan(alone[0]).all() and np.isfinite(alone[1]).all()
