@@ -294,7 +294,7 @@ class Mixers:
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
     """Replace the run that DIR already holds."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Go on with the run in DIR where it was interrupted; all other options must be as they were."""
+    """Go on with the run in DIR, also with other mixers and tasks; all other options must be as they were."""
     quiet: Annotated[bool, arg(help_behavior_hint="")] = False
     """Show no progress."""
 

@@ -38,6 +38,7 @@ FREE = ("mixers", "tasks", "rows")
 TASKS = ("text", "classification", "recall", "addition", "memorisation")
 RATES, QUICK_RATES = (3e-4, 1e-3, 3e-3), (1e-3,)
 SEEDS, QUICK_SEEDS = 5, 3
+MOST_SEEDS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,10 @@ class StudyConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+        if not 0 <= self.seed < 2**31 - MOST_SEEDS:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0, and below 2^31 - {MOST_SEEDS}")
+        if (self.seeds or 0) > MOST_SEEDS:
+            raise ValueError(f"seeds is {self.seeds}; it must be at most {MOST_SEEDS}")
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from minitf.analysis import association
 from minitf.analysis.association import FRACTIONS, REPLACEMENTS
@@ -17,13 +16,16 @@ from minitf.config import ModelConfig
 from minitf.model import walk
 from minitf.walk import Walk
 
-MEASURED = 64  # sequences; for means over data as many others
+OTHERS = 64  # sequences that are not measured on: for means over data, and for what heads cost alone
 RANDOM_ORDERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """For each replacement, the task's value with shares of the heads replaced, and with each alone."""
+    """For each replacement, the task's value with shares of the heads replaced, on all held-out sequences.
+
+    And with each head replaced alone, on others, by which heads are ordered.
+    """
 
     task: str
     names: tuple[str, ...]
@@ -51,16 +53,15 @@ def replace_all(
         seed: of data for means and of what is random.
         pause: called before each replacement; what it raises ends the work.
     """
-    measured = jax.tree.map(lambda x: x[:MEASURED], task.held_out)
-    data = task.draw(jax.random.fold_in(jax.random.key(seed), 1), MEASURED).tokens
-    metric = _metric(task, measured)
+    measured, others = task.held_out, task.draw(jax.random.fold_in(jax.random.key(seed), 1), OTHERS)
     kept = jax.jit(lambda p, t: association.kept(walk(p, t, config)))
+    metrics = _metric(task, measured), _metric(task, others)
     seeds = jax.tree.leaves(parameters)[0].shape[0]
     found = []
     for number in range(seeds):
         one = jax.tree.map(lambda x: x[number], parameters)  # noqa: B023
-        intact, of_data = kept(one, measured.tokens), kept(one, data)
-        found.append(_one_seed(one, config, task, measured.tokens, intact, of_data, metric, seed, pause))
+        walks = kept(one, measured.tokens), kept(one, others.tokens)
+        found.append(_one_seed(one, config, task, walks, metrics, seed, pause))
     values, heads, intact_values = (np.stack(x, axis=-1) for x in zip(*found, strict=True))
     return Replaced(
         task=task.name,
@@ -81,23 +82,27 @@ def _one_seed(
     parameters: Any,
     config: ModelConfig,
     task: Task,
-    tokens: Array,
-    intact: Walk,
-    data: Walk,
-    metric: Metric,
+    walks: tuple[Walk, Walk],
+    metrics: tuple[Metric, Metric],
     seed: int,
     pause: Callable[[], None],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values ``[replacement, order, fraction]``, of single heads ``[replacement, layer, head]``, and intact."""
+    """Values ``[replacement, order, fraction]``, of single heads ``[replacement, layer, head]``, and intact.
+
+    ``walks`` and ``metrics`` are of what is measured on, and of the others.
+    """
     values, alone = [], []
+    (intact, others), (metric, metric_of_others) = walks, metrics
     for number, replace in enumerate(REPLACEMENTS.values()):
         pause()
         key = jax.random.fold_in(jax.random.key(seed), number)
-        pattern = jax.jit(replace, static_argnums=2)(intact, data, config, key)
-        heads = np.asarray(association.by_head(parameters, intact, pattern, metric, config))
+        pattern, of_others = (jax.jit(replace, static_argnums=2)(x, others, config, key) for x in (intact, others))
+        heads = np.asarray(association.by_head(parameters, others, of_others, metric_of_others, config))
         harm = -heads if task.measure == "accuracy" else heads
         masks = association.every_share(association.orders(harm, range(RANDOM_ORDERS)), harm.shape)
-        together = association.with_heads_replaced(parameters, tokens, pattern, masks, metric, config)
+        together = association.with_heads_replaced(
+            parameters, task.held_out.tokens, pattern, masks, metric, config
+        )
         values.append(np.asarray(together).reshape(-1, len(FRACTIONS)))
         alone.append(heads)
     return np.stack(values), np.stack(alone), np.asarray(metric(intact.logits))
