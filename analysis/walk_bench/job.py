@@ -158,6 +158,7 @@ def _in_forwards(measured: dict[str, list[float]], size: Size, note: str) -> lis
     names = {
         "everything": "the whole walk kept",
         "sweep": f"sweep over {size.layers * size.heads} heads",
+        "ablation": f"associations of {size.layers * size.heads} heads made uniform, one by one",
         "gradient": "one gradient for every leaf",
     }
     rows = [
