@@ -108,13 +108,20 @@ def page(
         page_parts.drawn_by(HERE / "study.js"),
         {**found, "associations": shown},
         claims=claims,
-        settings=[(name, str(value)) for name, value in settings.items()],
+        settings=[(name, _in_words(value)) for name, value in settings.items()],
         tasks=found["tasks"],
         version=__version__,
         number=_number,
         asked=_asked,
         conclusion=conclusion(found),
     )
+
+
+def _in_words(value: Any) -> str:
+    """A setting for people: names one after another, nothing where nothing was given."""
+    if isinstance(value, list | tuple):
+        return "; ".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def conclusion(found: Mapping[str, Any]) -> str:

@@ -108,11 +108,14 @@
     const task = byId("frozen-task").value, found = data.replaced[task];
     if (!found) return;
     const order = found.orders.indexOf(byId("order").value);
-    const traces = found.names.map((name, i) => ({ type: "scatter", mode: "lines+markers", name, line: line(i), x: found.fractions, y: found.mean[i][order],
+    // No replacement stands out, as softmax attention does elsewhere; what all start from is a line.
+    const traces = found.names.map((name, i) => ({ type: "scatter", mode: "lines+markers", name, line: { ...line(i), width: 1.6 }, x: found.fractions, y: found.mean[i][order],
       error_y: { type: "data", array: found.high[i][order].map((h, j) => h - found.mean[i][order][j]), thickness: 0.7, width: 0, color: colors[i % colors.length] },
       hovertemplate: `${name}: %{y:.3f}<extra></extra>` }));
     const layout = { font, margin: { l: 60, r: 10, t: 10, b: 44 }, hovermode: "closest", legend: { font: { size: 12 } },
-      xaxis: { ...axis, title: { text: "share of heads replaced" }, tickvals: found.fractions }, yaxis: { ...axis, title: { text: label(task) } } };
+      xaxis: { ...axis, title: { text: "share of heads replaced" }, tickvals: found.fractions }, yaxis: { ...axis, title: { text: label(task) } },
+      shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: found.intact.mean[0], y1: found.intact.mean[0], line: { color: "#8a94a0", width: 1, dash: "dot" } }],
+      annotations: [{ text: "nothing replaced", xref: "paper", x: 1, xanchor: "right", y: found.intact.mean[0], yanchor: "bottom", showarrow: false, font: { size: 11, color: "#5a6470" } }] };
     Plotly.react("frozen", traces, layout, config);
   };
   const moves = () => {
@@ -122,16 +125,21 @@
     const steps = Array.from({ length: count }, (_, i) => `${i % 2 ? "feed-forward" : "mixer"} ${Math.floor(i / 2)}`);
     const traces = names.map((name, i) => ({ type: "scatter", mode: "lines+markers", name, line: line(i), x: steps, y: data.cells[task][name].geometry[which],
       hovertemplate: `${name}: %{y:.3f}<extra></extra>` }));
-    const layout = { font, margin: { l: 60, r: 10, t: 10, b: 44 }, hovermode: "closest", legend: { font: { size: 11.5 } }, xaxis: { ...axis }, yaxis: { ...axis } };
+    const layout = { font, margin: { l: 60, r: 10, t: 10, b: 44 }, hovermode: "closest", legend: { font: { size: 11.5 } }, xaxis: { ...axis }, yaxis: { ...axis, title: { text: byId("which").selectedOptions[0].textContent } } };
     Plotly.react("moves", traces, layout, config);
   };
   const costs = () => {
     const task = byId("cost-task").value;
     const ratio = (value) => value.toFixed(2);
+    const rate = (cell) => {
+      const tried = Object.keys(cell.by_rate).map(Number);
+      const end = tried.length < 2 ? "" : cell.rate === Math.max(...tried) ? " (largest tried)" : cell.rate === Math.min(...tried) ? " (smallest tried)" : "";
+      return cell.rate + end;
+    };
     const body = data.rows.filter((name) => data.cells[task][name]).map((name) => {
       const cell = data.cells[task][name];
       const depends = cell.data_dependence.map((v) => (v === null ? "-" : (Math.round(100 * v) / 100 || 0).toFixed(2))).join("  ");
-      return row([name, cell.parameters.toLocaleString("en"), String(cell.hidden), ratio(cell.flops), ratio(cell.seconds), ratio(cell.memory), String(cell.rate), depends]);
+      return row([name, cell.parameters.toLocaleString("en"), String(cell.hidden), ratio(cell.flops), ratio(cell.seconds), ratio(cell.memory), rate(cell), depends]);
     });
     const head = ["", "parameters", "hidden", "operations", "time", "memory", "learning rate", "data"];
     byId("cost").replaceChildren(make("thead", {}, row(head, "th")), make("tbody", {}, ...body));
@@ -147,7 +155,7 @@
   fill("frozen-task", replaced, replaced, frozen);
   fill("order", replaced.length ? data.replaced[replaced[0]].orders : [], replaced.length ? data.replaced[replaced[0]].orders : [], frozen);
   fill("walk-task", tasks, tasks, moves);
-  const measures = { relative_step: "length of a step, of the point it leaves", turning_angle: "angle to the next step", point_angle: "angle between points before and after", radial: "cosine with the point it leaves", efficiency: "straightness of the whole walk" };
+  const measures = { relative_step: "length of a step, of the point it leaves", turning_angle: "angle to the next step, radians", point_angle: "angle between points before and after, radians", radial: "cosine with the point it leaves", efficiency: "straightness of the whole walk" };
   fill("which", data.geometry.map((_, i) => i), data.geometry.map((name) => measures[name] || name), moves);
   fill("cost-task", tasks, tasks, costs);
   [table, curves, maps, frozen, moves, costs].forEach((draw) => draw());
