@@ -142,6 +142,25 @@ def mean_ci95(samples: Sequence[float] | np.ndarray) -> tuple[float, Interval | 
     return mean, (mean - half, mean + half)
 
 
+def is_settled(one: Claim) -> bool:
+    """Whether everything in the interval of a claim's value meets the threshold, or nothing: of several, each.
+
+    What has no interval is what it is.
+    """
+    if one.ci95 is None:
+        return True
+    values = np.atleast_1d(one.value)
+    intervals = np.reshape(one.ci95, (len(values), 2))
+    limits = np.broadcast_to(one.threshold, (len(values), 2) if one.direction == "within" else (len(values),))
+    ends = zip(values, intervals, limits, strict=True)
+    return all(
+        verdict(value, limit, one.direction)
+        == verdict(low, limit, one.direction)
+        == verdict(high, limit, one.direction)
+        for value, (low, high), limit in ends
+    )
+
+
 def unmet(claims: Iterable[Claim]) -> list[Claim]:
     """The claims that were expected to hold and do not."""
     return [c for c in claims if c.expected and not c.holds]

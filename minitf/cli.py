@@ -300,6 +300,7 @@ class Mixers:
 
     def run(self) -> int:
         """Run it; returns the exit code."""
+        from minitf.analysis.claims import is_settled
         from minitf.analysis.mixer_study import job
         from minitf.analysis.run_folder import told_to_people
 
@@ -310,7 +311,9 @@ class Mixers:
         with told_to_people():
             config = job.StudyConfig(**{k: v for k, v in vars(self).items() if k in names})
         claims = job.run(config, self.out, overwrite=self.overwrite, resume=self.resume, quiet=self.quiet)
-        holding = f"{sum(c.holds for c in claims)} of {len(claims)} published claims hold here."
+        unsettled = sum(not is_settled(c) for c in claims)
+        beyond = f" (of {unsettled} the interval over seeds reaches across what is asked)" if unsettled else ""
+        holding = f"{sum(c.holds for c in claims)} of {len(claims)} published claims hold here{beyond}."
         print(holding if claims else "No published claim is of these mixers and tasks.")
         print(f"Report: {(self.out / 'report.html').resolve()}")
         return 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from minitf import __version__
 from minitf.analysis import page_parts
-from minitf.analysis.claims import Claim, mean_ci95
+from minitf.analysis.claims import Claim, is_settled, mean_ci95
 from minitf.analysis.mixer_study.cell import GEOMETRY, SHOWN_POSITIONS, Cell
 from minitf.analysis.mixer_study.replaced import Replaced
 from minitf.analysis.mixer_study.rows import BLIND
@@ -114,6 +114,7 @@ def page(
         number=_number,
         asked=_asked,
         conclusion=conclusion(found),
+        settled=is_settled,
     )
 
 

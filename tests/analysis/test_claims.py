@@ -13,6 +13,7 @@ from minitf.analysis.claims import (
     Claim,
     as_json,
     claim,
+    is_settled,
     mean_ci95,
     save_claims,
     surprises,
@@ -176,3 +177,32 @@ def test_a_claim_is_plain_data():
     values = vars(made(value=np.float32(0.5), threshold=np.array(2.0)))
     assert list(values) == KEYS == [f.name for f in dataclasses.fields(Claim)]
     assert type(values["value"]) is float
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "direction", "threshold", "settled"),
+    [
+        (1.0, (0.8, 1.2), ">", 0.5, True),
+        (1.0, (0.4, 1.6), ">", 0.5, False),
+        (0.1, (0.0, 0.2), ">", 0.5, True),
+        (0.4, (0.2, 0.6), "<", 0.5, False),
+        (0.4, (0.2, 0.6), "within", (0.0, 1.0), True),
+        (0.4, (-0.2, 1.0), "within", (0.0, 1.0), False),
+        ([1.0, 2.0], [(0.9, 1.1), (1.9, 2.1)], ">", 0.5, True),
+        ([1.0, 2.0], [(0.4, 1.6), (1.9, 2.1)], ">", 0.5, False),
+        (1.0, None, ">", 0.5, True),
+    ],
+)
+def test_a_claim_is_open_where_its_interval_reaches_across(value, interval, direction, threshold, settled):
+    one = claim(
+        "x.y",
+        "It is.",
+        source="s",
+        statistic="t",
+        value=value,
+        direction=direction,
+        threshold=threshold,
+        n=3,
+        ci95=interval,
+    )
+    assert is_settled(one) == settled
