@@ -234,6 +234,8 @@ class Ablate:
     """Further windows, for means over data."""
     seed: int = 0
     """Of the choice of windows, and of what is random."""
+    mask: Annotated[int | None, arg(metavar="TOKEN", help_behavior_hint="(default: its tokenizer's)")] = None
+    """Of a model that sees both ways: the token that stands for what it is to tell."""
     quiet: Annotated[bool, arg(help_behavior_hint="")] = False
     """Print nothing but errors."""
 

@@ -44,7 +44,8 @@ class AblateConfig:
         length: tokens in a window; 0 for 64, or as many as the model reads.
         windows: windows on which the loss is measured.
         data: further windows, from which means are taken.
-        seed: of the choice of windows, of random replacements and orders.
+        seed: of the choice of windows, of random replacements and orders, and of what is masked.
+        mask: the token that stands for what is to be told, of a model that sees both ways; None: its tokenizer's.
     """
 
     model: str
@@ -54,6 +55,7 @@ class AblateConfig:
     windows: int = 16
     data: int = 32
     seed: int = 0
+    mask: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("length", 2 if self.length else 0), ("windows", 1), ("data", 1), ("seed", 0)):
@@ -88,7 +90,7 @@ def run(
         tokens = tokens_of(config, model)
         cuts = windows(tokens, config)
         association.check(jax.eval_shape(lambda p: walk(p, cuts[0], model.config), model.parameters))
-        measured, data = (asked(cut, model, config.seed) for cut in cuts)
+        measured, data = (asked(cut, model, config.seed, config.mask) for cut in cuts)
         settings = {**vars(config), "text": str(config.text), "tokens": _digest(measured.tokens, data.tokens)}
         open_run_folder(out, settings, overwrite=overwrite, resume=resume)
     path = out / "report.html"
@@ -150,19 +152,22 @@ class Asked:
     targets: Array
 
 
-def asked(tokens: Int[Array, "batch position"], model: Pretrained, seed: int) -> Asked:
+def asked(tokens: Int[Array, "batch position"], model: Pretrained, seed: int, mask: int | None = None) -> Asked:
     """Every next token; of a model that sees both ways, what stood where a few tokens are masked.
 
-    Raises Problem for such a model whose mask is not known.
+    Raises Problem for such a model whose mask is not known, and for a mask that has no use or is no token.
     """
     if model.config.causal:
+        if mask is not None:
+            raise Problem(f"mask is {mask}; this model predicts next tokens, so nothing is masked: leave it out")
         return Asked(tokens, association.next_tokens(tokens))
-    mask = _mask_of(model)
+    mask = _mask_of(model) if mask is None else mask
     if mask is None:
         raise Problem(
             "this model sees later positions too, so it is asked what stood under masked tokens, and it has no "
-            "tokenizer that says which token is the mask"
+            "tokenizer that says which token is the mask: say --mask TOKEN"
         )
+    check_tokens([mask], model.config)
     chosen = jax.random.uniform(jax.random.key(seed), tokens.shape) < MASKED
     # At least one in each window, whatever its length.
     chosen = chosen.at[:, tokens.shape[1] // 2].set(True)

@@ -233,8 +233,13 @@ def test_a_model_that_sees_both_ways_is_asked_what_stood_under_the_mask(given, t
     np.testing.assert_array_equal(np.where(chosen, found.targets, found.tokens), tokens)
     assert np.all(np.asarray(found.targets)[~chosen] == -1)
     unknown = replace(both_ways, tokenizer=None)
-    with pytest.raises(Problem, match="no tokenizer that says which token is the mask"):
+    with pytest.raises(Problem, match="no tokenizer that says which token is the mask: say --mask TOKEN"):
         job.asked(tokens, unknown, 0)
+    np.testing.assert_array_equal(job.asked(tokens, unknown, 0, mask=vocabulary.size).tokens, found.tokens)
+    with pytest.raises(ValueError, match="there is no token 11"):
+        job.asked(tokens, unknown, 0, mask=11)
+    with pytest.raises(Problem, match="mask is 3; this model predicts next tokens"):
+        job.asked(tokens, replace(unknown, config=replace(config, causal=True)), 0, mask=3)
     save(tmp_path / "model", both_ways)
     (tmp_path / "text.txt").write_text("abcdefghij" * 40)
     asked_of = configured(given, ids=False, text=tmp_path / "text.txt", model=str(tmp_path / "model"))
