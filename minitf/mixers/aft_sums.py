@@ -14,6 +14,7 @@ from minitf.mixers.contract import past
 from minitf.mixers.weighted_mean import EMPTY, Sums, together, weighted_sums
 
 FEW = 16  # positions among which every pair is looked at
+LEAST = 1e-30  # of what the largest product of two exponentials would be: less is nothing
 
 Blocks = Float[Array, "batch block position channel"]
 Places = Float[Array, "block group query key"]
@@ -84,7 +85,12 @@ def _of_all(k: Blocks, v: Blocks, w: Places) -> Sums:
         jnp.einsum("ngts,bnsgc->bntgc", bias, by_group(x)).reshape(batch, blocks, -1, channels)
         for x in (weight * v, weight)
     )
-    return top, bottom, highest + _of_channels(jnp.moveaxis(most, 1, 2), channels)
+    # The largest exponents of keys and of places may be of different keys: then little is left, or nothing.
+    left = bottom > LEAST
+    scale = jax.lax.stop_gradient(jnp.where(left, bottom, 1.0))
+    peak = highest + _of_channels(jnp.moveaxis(most, 1, 2), channels) + jnp.log(scale)
+    top, bottom = (jnp.where(left, x / scale, 0.0) for x in (top, bottom))
+    return top, bottom, jnp.where(left, peak, -jnp.inf)
 
 
 def _every_pair(k: Blocks, v: Blocks, w: Places) -> Sums:

@@ -200,6 +200,21 @@ def test_a_large_key_says_nothing_of_the_positions_before_it(name):
         np.testing.assert_allclose(large[:, place:], alone[:, place:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["aft full", "aft local", "aft conv"])
+def test_places_that_say_the_opposite_of_keys_leave_no_row_without_a_number(name):
+    config = model(name)
+    mixer, own = config.mixer, weights(config)
+    own = {**own, "places": 200 * own["places"]}
+
+    def out(own, x):
+        return jnp.sum(jnp.sin(mixer.aggregate(own, filtered(mixer, own, x, config), config)))
+
+    x = 100 * inputs(LONG)
+    assert np.isfinite(mixer.aggregate(own, filtered(mixer, own, x, config), config)).all()
+    for slope in jax.tree.leaves(jax.jit(jax.grad(out, (0, 1)))(own, x)):
+        assert np.isfinite(slope).all()
+
+
 @pytest.mark.parametrize("name", ["rwkv6", "mamba2", "mamba", "mingru"])
 def test_what_fades_at_once_leaves_what_comes_after_it_exact(name):
     """One position after which nothing is left: differences of sums that hold it would have no digits."""
