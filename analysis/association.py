@@ -24,6 +24,7 @@ from minitf.mixers import Softmax
 from minitf.model import walk
 from minitf.parameters import Parameters
 from minitf.record import record
+from minitf.train.batch import NO_TARGET
 from minitf.walk import Change, Walk, put, with_as_many_heads
 
 Pattern = Float[Array, "layer batch head query key"]
@@ -31,7 +32,6 @@ Mask = Bool[Array, "layer head"]
 Replacement = Callable[[Walk, Walk, ModelConfig, Array], Pattern]
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
-NO_TARGET = -1
 MOST_HEAVIER = 10.0  # times: a row of which less is left is not made as heavy as it was
 # What replacements are made of, and what they are compared with.
 READ = ("layers.resid_pre", "layers.scores", "layers.pattern", "logits")
@@ -363,7 +363,7 @@ def _seen(length: int, config: ModelConfig) -> Bool[Array, "#layer 1 1 query key
     lag = jnp.arange(length)[:, None] - jnp.arange(length)
     mixers = [mixer_of(config.layer(number)) for number in range(config.layers)]
     windows = [one.window if isinstance(one, Softmax) and one.window else length for one in mixers]
-    each = jnp.array(sorted(set(windows)) if len(set(windows)) == 1 else windows)
+    each = jnp.array(windows[:1] if len(set(windows)) == 1 else windows)
     return (seen & (lag < each[:, None, None]))[:, None, None]
 
 

@@ -46,6 +46,11 @@ class DataSettings:
             raise ValueError(f"delimiter is {self.delimiter!r}; it must be a single character")
         self._check_meaning()
 
+    @property
+    def told(self) -> str:
+        """The column of what is to be told of a row; none where rows are only read."""
+        return self.label or self.target
+
     def _check_meaning(self) -> None:
         for name in ("columns", "bins", "delimiter", "label", "target"):
             if getattr(self, name) and self.format != "csv":

@@ -157,9 +157,9 @@ def _documents(settings: DataSettings, files: list[Path], known: Vocabulary | No
         names = settings.encoding == "symbols" or isinstance(known, Names)
         numbered = bool(settings.bins) or isinstance(known, Bins)
         check = not_a_number if numbered else not_a_name if names else None
-        if told := settings.label or settings.target:
+        if settings.told:
             of_told = not_a_label if settings.label else not_a_number
-            return table_examples(files, settings.columns, told, settings.delimiter, check, of_told)
+            return table_examples(files, settings.columns, settings.told, settings.delimiter, check, of_told)
         return table_documents(files, settings.columns, settings.delimiter, check, series=numbered or names)
     return token_documents(files, settings.raw) if settings.format == "tokens" else text_documents(files)
 

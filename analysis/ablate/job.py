@@ -23,6 +23,7 @@ from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people,
 from minitf.files import write_atomically
 from minitf.model import walk
 from minitf.pretrained import Pretrained
+from minitf.train.batch import NO_TARGET, Batch
 from minitf.train.kept_models import load
 from minitf.vocabulary import mask_token_of, vocabulary_of
 
@@ -144,15 +145,7 @@ def windows(tokens: Int[np.ndarray, " token"], config: AblateConfig) -> tuple[Ar
     return jnp.asarray(cut[chosen[: config.windows]]), jnp.asarray(cut[chosen[config.windows :]])
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """Tokens ``[batch, position]`` as the model sees them, and what it should answer: -1 where nobody asks."""
-
-    tokens: Array
-    targets: Array
-
-
-def asked(tokens: Int[Array, "batch position"], model: Pretrained, seed: int, mask: int | None = None) -> Asked:
+def asked(tokens: Int[Array, "batch position"], model: Pretrained, seed: int, mask: int | None = None) -> Batch:
     """Every next token; of a model that sees both ways, what stood where a few tokens are masked.
 
     Raises Problem for such a model whose mask is not known, and for a mask that has no use or is no token.
@@ -160,7 +153,7 @@ def asked(tokens: Int[Array, "batch position"], model: Pretrained, seed: int, ma
     if model.config.causal:
         if mask is not None:
             raise Problem(f"mask is {mask}; this model predicts next tokens, so nothing is masked: leave it out")
-        return Asked(tokens, association.next_tokens(tokens))
+        return Batch(tokens, association.next_tokens(tokens))
     mask = _mask_of(model) if mask is None else mask
     if mask is None:
         raise Problem(
@@ -171,7 +164,7 @@ def asked(tokens: Int[Array, "batch position"], model: Pretrained, seed: int, ma
     chosen = jax.random.uniform(jax.random.key(seed), tokens.shape) < MASKED
     # At least one in each window, whatever its length.
     chosen = chosen.at[:, tokens.shape[1] // 2].set(True)
-    return Asked(jnp.where(chosen, mask, tokens), jnp.where(chosen, tokens, association.NO_TARGET))
+    return Batch(jnp.where(chosen, mask, tokens), jnp.where(chosen, tokens, NO_TARGET))
 
 
 def _mask_of(model: Pretrained) -> int | None:
@@ -185,8 +178,8 @@ def _mask_of(model: Pretrained) -> int | None:
 
 def measure(
     model: Pretrained,
-    measured: Asked,
-    data: Asked,
+    measured: Batch,
+    data: Batch,
     seed: int,
     say: Callable[[str], None] = lambda text: None,
     kept_in: Path | None = None,
@@ -229,9 +222,10 @@ def measure(
             if file is not None:
                 write_atomically(file, script_json(one, DIGITS).encode())
         found["replacements"][name] = one
-        if "fractions" not in found:
-            heads_there = int(np.sum(np.isfinite(np.array(one["heads"]["loss"], float))))
-            found["fractions"] = [association.replaced(share, heads_there) / heads_there for share in FRACTIONS]
+    # Where layers differ, some have fewer heads than there is room for; those are no numbers.
+    of_heads = found["replacements"]["uniform"]["heads"]["loss"]
+    heads_there = int(np.sum(np.isfinite(np.array(of_heads, float))))
+    found["fractions"] = [association.replaced(share, heads_there) / heads_there for share in FRACTIONS]
     return found
 
 

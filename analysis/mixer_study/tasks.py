@@ -15,10 +15,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
+from minitf.train.batch import NO_TARGET
 from minitf.train.corpus import Corpus
 from minitf.train.windows import on_device, random_batch
 
-NO_TARGET = -1
 TEXT_BYTES = 4_000_000
 HELD_OUT = 128  # sequences on which everything is measured
 REFERENCE = 5_000  # sequences for the reference classifiers

@@ -78,6 +78,7 @@ def walk_data(
         "attention": {name: values.T for name, values in numbers["attention"].items()},
         "feed_forward": {name: values.T for name, values in numbers["feed_forward"].items()},
         "efficiency": numbers["efficiency"],
+        "first_logits": numbers["first_logits"],
         "predicted_ids": numbers["predicted"],
         "predicted": [labels(int(token)) for token in numbers["predicted"]],
     }
@@ -114,6 +115,8 @@ def both_sides(
     if edit is not None:
         same = plain["predicted_ids"]
         edited = walk_data(model.parameters, tokens, model.config, labels, edit, predicted=same)
+    sides = [side for side in (plain, edited) if side is not None]
+    told = _told(model, [side.pop("first_logits") for side in sides])
     return {
         "tokens": [labels(int(t)) for t in tokens],
         "prompt": len(tokens) if prompt is None else prompt,
@@ -121,20 +124,16 @@ def both_sides(
         "heads": plain["pattern"].shape[1] if "pattern" in plain else 0,
         "before": plain,
         "after": edited,
-        **_told(model, tokens, edit),
+        **told,
     }
 
 
-def _told(model: Pretrained, tokens: Int[np.ndarray, " position"], edit: Edit | None) -> Numbers:
-    """Of a model that tells numbers of sequences: what is told, of the model as it is and with an edit."""
+def _told(model: Pretrained, first_logits: list[np.ndarray]) -> Numbers:
+    """Of a model that tells numbers of sequences: what each side's logits of the first token tell."""
     vocabulary = None if model.tokenizer is None else vocabulary_of(model.tokenizer)
     if not isinstance(vocabulary, Measured):
         return {}
-    runs = (None,) if edit is None else (None, edit)
-    each = [
-        walk(model.parameters, jnp.asarray(tokens)[None], model.config, edit=one).logits[0, :, 0] for one in runs
-    ]
-    ends = [logits[-1] if model.config.causal else jnp.mean(logits) for logits in each]
+    ends = [logits[-1] if model.config.causal else np.mean(logits) for logits in first_logits]
     return {"told": {"name": vocabulary.name, "numbers": [vocabulary.number(float(end)) for end in ends]}}
 
 
@@ -170,6 +169,7 @@ def _numbers(
         "target": target,
         "predicted": predicted,
         "efficiency": geometry.efficiency[0],
+        "first_logits": passed.logits[0, :, 0],
         **moves,
     }
     if passed.layers.pattern is not None:

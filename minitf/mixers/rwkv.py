@@ -242,7 +242,7 @@ def _inside(
     length = q.shape[1]
     earlier = (past(length) & ~jnp.eye(length, dtype=bool))[None, :, :, None, None]
     # What fades after s and before t, each summed by itself: differences of long sums would lose their digits.
-    fading = jnp.where(earlier, jax.lax.expand_dims(in_statistics_dtype(fade), (2,)), 0.0)
+    fading = jnp.where(earlier, jax.lax.expand_dims(fade, (2,)), 0.0)
     between = _before(fading)
     weight = jnp.exp(jnp.where(earlier, between, -jnp.inf))
     found = jnp.einsum("bthc,bshc,btshc->bhts", q, k, weight)

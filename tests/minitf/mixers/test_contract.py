@@ -173,15 +173,21 @@ def test_what_is_large_stays_finite_slopes_too_and_the_forms_agree(name):
         by_step = stepped(mixer, own, x, config) if name in ONE_WAY else None
         return mixer.aggregate(own, f, config), None if whole is None else under(whole, f.v), by_step
 
-    def out(own, x):
-        f = filtered(mixer, own, x, config)
-        return jnp.sum(jnp.sin(mixer.gate(own, mixer.aggregate(own, f, config), f, config)))
-
     z, by_association, by_step = run(own, x)
     assert np.isfinite(z).all()
     for other in (by_association, by_step):
         # Exponents of some 10^4, whose last digits are in the weights.
         assert other is None or relative_error(other, z) < 1e-4
+    assert_slopes_are_finite(config, own, x)
+
+
+def assert_slopes_are_finite(config, own, x):
+    mixer = config.mixer
+
+    def out(own, x):
+        f = filtered(mixer, own, x, config)
+        return jnp.sum(jnp.sin(mixer.gate(own, mixer.aggregate(own, f, config), f, config)))
+
     for slope in jax.tree.leaves(jax.jit(jax.grad(out, (0, 1)))(own, x)):
         assert np.isfinite(slope).all()
 
@@ -205,14 +211,9 @@ def test_places_that_say_the_opposite_of_keys_leave_no_row_without_a_number(name
     config = model(name)
     mixer, own = config.mixer, weights(config)
     own = {**own, "places": 200 * own["places"]}
-
-    def out(own, x):
-        return jnp.sum(jnp.sin(mixer.aggregate(own, filtered(mixer, own, x, config), config)))
-
     x = 100 * inputs(LONG)
     assert np.isfinite(mixer.aggregate(own, filtered(mixer, own, x, config), config)).all()
-    for slope in jax.tree.leaves(jax.jit(jax.grad(out, (0, 1)))(own, x)):
-        assert np.isfinite(slope).all()
+    assert_slopes_are_finite(config, own, x)
 
 
 @pytest.mark.parametrize("name", ["rwkv6", "mamba2", "mamba", "mingru"])
