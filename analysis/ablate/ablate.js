@@ -13,7 +13,9 @@
 
   const curves = () => {
     const measure = byId("measure").value, order = byId("order").value;
-    const traces = names.map((name, i) => ({ type: "scatter", mode: "lines+markers", name, x: data.fractions,
+    // Of the other measures no interval is known.
+    const bars = (name) => ({ type: "data", array: data.replacements[name].orders[order].margin, visible: measure === "loss", thickness: 1, width: 3 });
+    const traces = names.map((name, i) => ({ type: "scatter", mode: "lines+markers", name, x: data.fractions, error_y: bars(name),
       y: data.replacements[name].orders[order][measure], line: { color: colors[i % colors.length], dash: i < 7 ? "solid" : "dash" },
       hovertemplate: `${name}: %{y:.3f}<extra></extra>` }));
     const layout = { font, margin: { l: 60, r: 10, t: 10, b: 44 }, hovermode: "closest", legend: { font: { size: 12 } },
@@ -22,10 +24,12 @@
     Plotly.react("curves", traces, layout, config);
   };
   const map = () => {
-    const z = data.replacements[byId("replacement").value].heads.loss.map((row) => row.map((v) => v === null ? null : v - data.intact.loss));
+    const heads = data.replacements[byId("replacement").value].heads;
+    const z = heads.loss.map((row) => row.map((v) => v === null ? null : v - data.intact.loss));
+    const text = heads.margin.map((row) => row.map((v) => v === null ? "" : ` \u00b1 ${v.toFixed(4)}`));
     const most = Math.max(...z.flat().map(Math.abs), 1e-9);
-    const traces = [{ type: "heatmap", z, zmin: -most, zmax: most, colorscale: [[0, orange], [0.5, "#fff"], [1, blue]], colorbar: { thickness: 10 },
-      hovertemplate: "layer %{y}, head %{x}: %{z:.4f}<extra></extra>" }];
+    const traces = [{ type: "heatmap", z, text, zmin: -most, zmax: most, colorscale: [[0, orange], [0.5, "#fff"], [1, blue]], colorbar: { thickness: 10 },
+      hovertemplate: "layer %{y}, head %{x}: %{z:.4f}%{text}<extra></extra>" }];
     const layout = { font, margin: { l: 50, r: 10, t: 10, b: 44 }, xaxis: { ...axis, title: { text: "head" }, dtick: Math.ceil(data.heads / 24), showgrid: false },
       yaxis: { ...axis, title: { text: "layer" }, dtick: 1, autorange: "reversed", showgrid: false } };
     Plotly.react("map", traces, layout, config);
@@ -39,11 +43,11 @@
   fill("replacement", names, names, map);
   const last = data.fractions.length - 1;
   const rows = names.map((name) => [name, data.replacements[name].orders[orders[0]]])
-    .map(([name, q]) => [name, q.loss[last], q.loss[last] - data.intact.loss, q.accuracy[last], q.divergence[last]]);
+    .map(([name, q]) => [name, q.loss[last], q.loss[last] - data.intact.loss, q.margin[last], q.accuracy[last], q.divergence[last]]);
   rows.sort((a, b) => a[1] - b[1]);
-  for (const row of [["nothing replaced", data.intact.loss, 0, data.intact.accuracy, 0], ...rows]) {
+  for (const row of [["nothing replaced", data.intact.loss, 0, 0, data.intact.accuracy, 0], ...rows]) {
     const line = document.createElement("tr");
-    row.forEach((value, i) => line.appendChild(Object.assign(document.createElement("td"), { textContent: i ? Number(value).toFixed(3) : value })));
+    row.forEach((value, i) => line.appendChild(Object.assign(document.createElement("td"), { textContent: !i ? value : value === null ? "" : value.toFixed(3) })));
     byId("numbers").appendChild(line);
   }
   curves();

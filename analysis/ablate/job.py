@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from minitf.analysis import association
 from minitf.analysis.ablate.page import DIGITS, page
-from minitf.analysis.association import FRACTIONS, Quality
+from minitf.analysis.association import FRACTIONS
 from minitf.analysis.given import check_tokens
 from minitf.analysis.page_parts import script_json
-from minitf.analysis.patching import Metric
 from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people, writing_results
 from minitf.files import write_atomically
 from minitf.model import walk
@@ -28,7 +27,7 @@ from minitf.train.kept_models import load
 from minitf.vocabulary import mask_token_of, vocabulary_of
 
 RANDOM_ORDERS = 2
-MEASURES = {"loss", "accuracy", "divergence"}
+MEASURES = {"loss", "accuracy", "divergence", "margin"}
 CHARACTERS_A_TOKEN, LEAST_CHARACTERS = 40, 1 << 16  # of the text, what is surely enough at once
 MASKED = 0.15  # share of the tokens that a model which sees both ways is asked for (Devlin et al. 2019)
 LENGTH = 64  # of a window where nothing else is asked for
@@ -186,6 +185,9 @@ def measure(
 ) -> dict[str, Any]:
     """Loss, accuracy and divergence: intact, for each head, and for shares of all heads in several orders.
 
+    ``margin`` is half of the 95 % interval, over windows, of how much the loss grows; of the intact model, of the
+    loss itself.
+
     Orders are by what heads cost on windows of ``data``, which nothing is measured on. What is found of a
     replacement is kept in the folder ``kept_in``, if any, and read where it is there.
     """
@@ -195,14 +197,15 @@ def measure(
     intact, of_data = kept(parameters, measured.tokens), kept(parameters, data.tokens)
     few = len(measured.tokens)
     others = kept(parameters, data.tokens[:few])
-    as_it_is = association.quality(intact.logits, measured.targets, intact.logits)
-    metric = association.metric(measured.targets, intact.logits)
+    metric = association.metric_by_window(measured.targets, intact.logits)
+    as_it_is = jax.jit(metric)(intact.logits)
+    told = lambda numbers: _told(numbers, as_it_is, measured.targets)
     metric_of_others = association.metric(data.targets[:few], others.logits)
     found: dict[str, Any] = {
         "layers": config.layers,
         "heads": intact.layers.pattern.shape[2],
         "asked": "the next token" if config.causal else "masked tokens",
-        "intact": _plain(as_it_is),
+        "intact": _told(as_it_is, jnp.zeros_like(as_it_is), measured.targets),
         "replacements": {},
     }
     possible = association.possible(intact)
@@ -213,12 +216,15 @@ def measure(
         if one is None:
             key = jax.random.fold_in(jax.random.key(seed), number)
             pattern = jax.jit(replace, static_argnums=2)(intact, of_data, config, key)
-            heads = association.as_quality(association.by_head(parameters, intact, pattern, metric, config))
+            heads = told(association.by_head(parameters, intact, pattern, metric, config))
             of_others = jax.jit(replace, static_argnums=2)(others, of_data, config, key)
             costs = association.by_head(parameters, others, of_others, metric_of_others, config)
             importance = np.asarray(association.as_quality(costs).loss)
-            shares = _shares(model, measured.tokens, pattern, metric, importance, seed)
-            one = {"heads": _plain(heads), "orders": shares}
+            orders = association.orders(importance, range(seed, seed + RANDOM_ORDERS))
+            masks = association.every_share(orders, importance.shape)
+            shares = association.with_heads_replaced(parameters, measured.tokens, pattern, masks, metric, config)
+            by_order = shares.reshape(len(orders), len(FRACTIONS), *shares.shape[1:])
+            one = {"heads": heads, "orders": dict(zip(orders, map(told, by_order), strict=True))}
             if file is not None:
                 write_atomically(file, script_json(one, DIGITS).encode())
         found["replacements"][name] = one
@@ -259,17 +265,13 @@ def _digest(*tokens: Array) -> str:
     return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in tokens)).hexdigest()[:16]
 
 
-def _shares(
-    model: Pretrained, tokens: Array, pattern: Array, metric: Metric, importance: np.ndarray, seed: int
-) -> dict[str, Any]:
-    """For each order, the quality at every share of the heads."""
-    orders = association.orders(importance, range(seed, seed + RANDOM_ORDERS))
-    masks = association.every_share(orders, importance.shape)
-    found = association.with_heads_replaced(model.parameters, tokens, pattern, masks, metric, model.config)
-    together = association.as_quality(found)
-    shares = {name: np.asarray(value).reshape(len(orders), -1) for name, value in vars(together).items()}
-    return {order: {name: values[i] for name, values in shares.items()} for i, order in enumerate(orders)}
-
-
-def _plain(quality: Quality) -> Mapping[str, Any]:
-    return {name: np.asarray(value, float) for name, value in vars(quality).items()}
+def _told(
+    numbers: Float[Array, "*places window three"],
+    intact: Float[Array, "window three"],
+    targets: Int[Array, "window position"],
+) -> Mapping[str, Float[np.ndarray, "*places"]]:
+    """Means over windows by name, and the margin of the loss that is more than the intact one's."""
+    found = association.as_quality(numbers)
+    growth = np.asarray(found.loss, float) - np.asarray(intact[..., 0], float)
+    means = {name: np.asarray(np.mean(value, axis=-1), float) for name, value in vars(found).items()}
+    return {**means, "margin": association.margin(growth, targets)}

@@ -50,22 +50,26 @@ def conclusions(data: Mapping[str, Any]) -> list[str]:
     intact = float(data["intact"]["loss"])
     order = "least important first"
 
-    def lost(name: str, share: int) -> float:
+    def growth(name: str, share: int) -> float:
+        return float(data["replacements"][name]["orders"][order]["loss"][share]) - intact
+
+    def lost(name: str, share: int) -> str:
+        margin = data["replacements"][name]["orders"][order]["margin"][share]
         # Nothing has no sign.
-        return round(float(data["replacements"][name]["orders"][order]["loss"][share]) - intact, 3) + 0.0
+        told = f"{round(growth(name, share), 3) + 0.0:+.3f}"
+        return told if margin is None else f"{told} \u00b1 {margin:.3f}"
 
     asked = "" if data["asked"] == "the next token" else f", asked for {data['asked']}"
     found = [
         f"As it is, the model loses {intact:.3f} nats a token{asked}.",
-        f"Every head's association replaced by its mean over data: {lost('mean over data', -1):+.3f} nats; half "
-        f"of the heads, the least important first: {lost('mean over data', len(data['fractions']) // 2):+.3f}.",
-        f"By a uniform average {lost('uniform', -1):+.3f}, by nothing but the position itself "
-        f"{lost('identity', -1):+.3f}.",
+        f"Every head's association replaced by its mean over data: {lost('mean over data', -1)} nats; half "
+        f"of the heads, the least important first: {lost('mean over data', len(data['fractions']) // 2)}.",
+        f"By a uniform average {lost('uniform', -1)}, by nothing but the position itself {lost('identity', -1)}.",
     ]
     if "positions only" in data["replacements"]:
         found.append(
-            f"The part of the scores that places explain, alone: {lost('positions only', -1):+.3f}; the rest "
-            f"alone: {lost('contents only', -1):+.3f}."
+            f"The part of the scores that places explain, alone: {lost('positions only', -1)}; the rest "
+            f"alone: {lost('contents only', -1)}."
         )
-    best = min((name for name in data["replacements"]), key=lambda name: lost(name, -1))
-    return [*found, f"Of all replacements, {best} ends best ({lost(best, -1):+.3f})."]
+    best = min((name for name in data["replacements"]), key=lambda name: growth(name, -1))
+    return [*found, f"Of all replacements, {best} ends best ({lost(best, -1)})."]

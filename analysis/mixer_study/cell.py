@@ -22,6 +22,7 @@ from minitf.record import record
 from minitf.train import loop
 from minitf.train.loop import Report
 from minitf.train.optimizers import adamw, clipped
+from minitf.walk import stacked, with_as_many_heads
 
 WARM_UP = 50
 CLIP = 1.0
@@ -47,7 +48,7 @@ class Cell:
     flops: float  # of a training step
     softmax_flops: float
     rates: np.ndarray  # [rate]
-    best: int  # the rate whose mean value is best
+    best: int  # the rate whose mean value is best, on sequences that nothing else is measured on
     steps: int  # where parameters are matched, all rows are read after so many steps
     matched_steps: float  # where compute is matched, after so many
     record_steps: np.ndarray  # [record]
@@ -122,8 +123,8 @@ def train_cell(
     if not history.finished:
         raise KeyboardInterrupt  # half a cell is of no use
     seconds = time.perf_counter() - began
-    values = np.moveaxis(np.asarray(history.records), 1, 0)
-    best = best_rate(values[..., record_steps.index(steps)], task)
+    values, choosing = (np.moveaxis(np.asarray(x), 1, 0) for x in history.records)
+    best = best_rate(choosing[..., record_steps.index(steps)], task)
     chosen = jax.tree.map(lambda x: x[:, best], history.parameters)
     seen = look(chosen, config, task)
     return Cell(
@@ -146,7 +147,7 @@ def train_cell(
 
 
 def training(config: ModelConfig, task: Task) -> loop.Task:
-    """The task for the compiled loop: AdamW with a warm-up, gradients clipped; the held-out value is recorded."""
+    """The task for the compiled loop: AdamW with a warm-up, gradients clipped; held-out values are recorded."""
 
     def loss(parameters: Any, batch: Batch) -> Array:
         logits = walk(parameters, batch.tokens, config, association=False).logits
@@ -155,16 +156,16 @@ def training(config: ModelConfig, task: Task) -> loop.Task:
     def optimizer(rate: Array) -> optax.GradientTransformation:
         return clipped(adamw(lambda step: rate * jnp.minimum(1.0, (step + 1) / WARM_UP)), CLIP)
 
-    def held_out(parameters: Any) -> Array:
-        logits = walk(parameters, task.held_out.tokens, config, association=False).logits
-        return task.value(task.score(logits, task.held_out))
+    def value(parameters: Any, batch: Batch) -> Array:
+        logits = walk(parameters, batch.tokens, config, association=False).logits
+        return task.value(task.score(logits, batch))
 
     return loop.Task(
         initialize=lambda key: initialize(config, key),
         batch=lambda key, step: task.draw(key, task.batch),
         loss=loss,
         optimizer=optimizer,
-        record=held_out,
+        record=lambda parameters: (value(parameters, task.held_out), value(parameters, task.choosing)),
     )
 
 
@@ -197,7 +198,8 @@ def look(parameters: Any, config: ModelConfig, task: Task) -> dict[str, np.ndarr
             for x in means
         ]
         pattern = walked.layers.pattern
-        dependence = jnp.full(config.layers, jnp.nan) if pattern is None else data_dependence(pattern)
+        none = jnp.full(config.layers, jnp.nan)
+        dependence = none if pattern is None else data_dependence(with_as_many_heads(pattern, 1))
         return jnp.stack(padded), dependence
 
     geometry, dependence = jax.jit(jax.vmap(one))(parameters)
@@ -224,5 +226,5 @@ def shown_association(parameters: Any, config: ModelConfig, tokens: Array) -> np
     pattern = jax.jit(lambda p, t: walk(p, t, config).layers.pattern)(parameters, tokens[:, :SHOWN_POSITIONS])
     if pattern is None:
         return np.zeros((0, 0, 0, 0), np.float32)
-    heads = np.linspace(0, pattern.shape[2] - 1, min(SHOWN_HEADS, pattern.shape[2])).astype(int)
-    return np.asarray(pattern)[:, 0, heads]
+    few = lambda count: np.linspace(0, count - 1, min(SHOWN_HEADS, count)).astype(int)
+    return np.asarray(stacked([one[0, few(one.shape[1])] for one in pattern], (0,), 0.0))

@@ -16,6 +16,7 @@ from minitf.analysis.mixer_study.tasks import NO_RECALL, Task
 
 Cells = Mapping[tuple[str, str], Cell]
 SOFTMAX, UNIFORM, NOTHING = "softmax", "uniform", "nothing"
+ONCE = "softmax, then nothing"
 FIXED, TRAINED, DENSE = "synthesizer, fixed", "synthesizer, trained", "synthesizer, dense"
 FIXED_PAIRS = "softmax, fixed query and key"
 FIRST = "least important first"
@@ -25,6 +26,7 @@ SYNTHESIZER = "Tay et al. 2021 (Synthesizer)"
 MIXIT = "Dong et al. 2025 (Attention Retrieves, MLP Memorizes)"
 FNET = "Lee-Thorp et al. 2022 (FNet)"
 GMLP = "Liu et al. 2021 (gMLP)"
+PAR = "Mandava et al. 2020 (PAR)"
 AFT = "Zhai et al. 2021 (AFT), table of Peng et al. 2023 (RWKV)"
 SINGH = "Singh 2023"
 
@@ -163,6 +165,20 @@ def _text(cells: Cells) -> list[Claim]:
                 "bits a byte by which softmax attention is better, of each",
                 ">",
                 0.0,
+            )
+        )
+    if {SOFTMAX, ONCE} <= bits.keys():
+        found.append(
+            _seeds(
+                "attention_in_half_of_the_layers",
+                "A language model needs attention in few of its layers (published: at equal perplexity, 63 % of "
+                "the blocks are feed-forward): here, attention in the first of two layers alone costs at most 2 % "
+                "of the loss.",
+                PAR,
+                more(ONCE),
+                "relative growth of the loss",
+                "<",
+                0.02,
             )
         )
     if {SOFTMAX, "gMLP"} <= bits.keys():

@@ -24,7 +24,7 @@ from minitf.analysis.mixer_study.replaced import Replaced, replace_all
 from minitf.analysis.mixer_study.rows import QUICK, ROWS, model_for, possible
 from minitf.analysis.mixer_study.tasks import Task
 from minitf.analysis.page_parts import script_json
-from minitf.analysis.run_folder import open_run_folder, told_to_people, writing_results
+from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people, writing_results
 from minitf.analysis.stages import Stages, noticing_interrupts
 from minitf.cores import cores
 from minitf.files import write_atomically
@@ -113,8 +113,10 @@ def run(
     with Progress(quiet) as progress, noticing_interrupts() as interrupted:
         with progress.stage("tasks"), told_to_people():
             texts = corpus.read_paths(config.text) if config.text else corpus.python_documentation()
+            recorded = {**_plain(config), **corpus.identity(texts)}
+            # Told before the tasks are made, which takes a while; nothing is written before they are.
+            check_run_folder(out, recorded, overwrite=overwrite, resume=resume, changed=FREE)
             every = study_tasks.every_task(texts)
-        recorded = {**_plain(config), **corpus.identity(texts)}
         folder = open_run_folder(out, recorded, overwrite=overwrite, resume=resume, changed=FREE)
         stages = Stages(folder / "arrays", progress, interrupted, config.seed)
         with writing_results(folder):

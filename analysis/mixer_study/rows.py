@@ -12,12 +12,15 @@ from minitf.mixers import Mixer
 LAYERS, WIDTH, HEADS = 2, 64, 4
 WINDOW = 8
 # From scratch "frozen" is "uniform": what it is frozen at would have to come from another model.
-ROWS: Mapping[str, Mixer] = {
+NOTHING = mixers.Convolution(taps=1)
+ROWS: Mapping[str, Mixer | tuple[Mixer, ...]] = {
     "softmax": mixers.Softmax(),
     "softmax, fixed query and key": mixers.Softmax(trained=False),
     f"softmax, window {WINDOW}": mixers.Softmax(window=WINDOW),
     **{name: mixer for name, mixer in EVERY.items() if name not in ("softmax", "frozen")},
-    "nothing": mixers.Convolution(taps=1),
+    # Attention in the first layer alone.
+    "softmax, then nothing": (mixers.Softmax(), NOTHING),
+    "nothing": NOTHING,
 }
 # The data has no part in their association ("nothing" mixes nothing).
 BLIND = frozenset(
@@ -33,6 +36,7 @@ QUICK = (
     "synthesizer, fixed",
     "synthesizer, trained",
     "FNet",
+    "softmax, then nothing",
     "nothing",
 )
 

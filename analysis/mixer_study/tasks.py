@@ -53,6 +53,7 @@ class Task:
         steps: of training; ``quick_steps`` with the quick preset.
         draw: key, how many -> a batch of fresh sequences.
         held_out: what everything is measured on.
+        choosing: other held-out sequences, by which learning rates are chosen and nothing is measured.
         measure: ``accuracy``, or ``bits`` a symbol.
         pooled: one answer for the whole sequence, from the mean over positions of the logits.
         answers_inside: later tokens tell the answers to earlier ones, so no position may see what follows.
@@ -68,6 +69,7 @@ class Task:
     quick_steps: int
     draw: Callable[[Key[Array, ""], int], Batch]
     held_out: Batch
+    choosing: Batch
     measure: Literal["accuracy", "bits"]
     pooled: bool = False
     answers_inside: bool = True
@@ -99,9 +101,13 @@ def text(corpus: Corpus, length: int = 64) -> Task:
     tokens = on_device(stream, length)
     on_device(unseen, length)  # raises where it is too short
     starts = np.linspace(0, len(unseen) - length - 1, HELD_OUT).astype(int)
+    between = (starts[:-1] + starts[1:]) // 2
 
     def draw(key: Key[Array, ""], count: int) -> Batch:
         return _shifted(random_batch(tokens, key, 0, batch=count, length=length))
+
+    def windows(starts: Int[np.ndarray, " window"]) -> Batch:
+        return _shifted(jnp.asarray(unseen[starts[:, None] + np.arange(length + 1)], jnp.int32))
 
     shares = np.bincount(stream, minlength=256) / len(stream)
     return Task(
@@ -113,7 +119,8 @@ def text(corpus: Corpus, length: int = 64) -> Task:
         steps=3000,
         quick_steps=600,
         draw=draw,
-        held_out=_shifted(jnp.asarray(unseen[starts[:, None] + np.arange(length + 1)], jnp.int32)),
+        held_out=windows(starts),
+        choosing=windows(between),
         measure="bits",
         references={"frequencies alone": float(-np.sum(shares * np.log2(np.maximum(shares, 1e-12))))},
     )
@@ -165,6 +172,7 @@ def classification(
         quick_steps=400,
         draw=draw,
         held_out=_drawn(draw, "classification", 2 * HELD_OUT),
+        choosing=_drawn(draw, "choosing", 2 * HELD_OUT),
         measure="accuracy",
         pooled=True,
         answers_inside=False,
@@ -209,6 +217,7 @@ def recall(pairs: int = 6, keys: int = 16) -> Task:
         quick_steps=800,
         draw=draw,
         held_out=held_out,
+        choosing=_drawn(draw, "choosing", HELD_OUT),
         measure="accuracy",
         references={
             NO_RECALL: _by_elimination(np.asarray(held_out.tokens), pairs),
@@ -257,6 +266,7 @@ def addition(digits: int = 3) -> Task:
         quick_steps=800,
         draw=draw,
         held_out=_drawn(draw, "addition", 4 * HELD_OUT),
+        choosing=_drawn(draw, "choosing", 4 * HELD_OUT),
         measure="accuracy",
         references={"chance": 0.1},
     )
@@ -284,6 +294,7 @@ def memorisation(facts: int = 1024, symbols: int = 32, length: int = 4) -> Task:
         quick_steps=400,
         draw=draw,
         held_out=every,
+        choosing=every,  # there are no other facts
         measure="accuracy",
         answers_inside=False,
         references={"chance": 1 / symbols},

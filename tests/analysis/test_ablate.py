@@ -54,6 +54,24 @@ def test_every_replacement_is_measured_for_each_head_and_for_shares_of_all(done)
     assert done["said"][-1] == f"{len(REPLACEMENTS)} of {len(REPLACEMENTS)}: {list(REPLACEMENTS)[-1]}"
 
 
+def test_margins_are_of_the_growth_over_windows(done):
+    found = done["found"]
+    for measured in found["replacements"].values():
+        assert np.shape(measured["heads"]["margin"]) == (CONFIG.layers, CONFIG.heads)
+        for order in measured["orders"].values():
+            # With nothing replaced, no window loses more or less than another.
+            assert order["margin"][0] == pytest.approx(0, abs=1e-4)
+            assert (order["margin"][-1] > 0) == (order["loss"][-1] != order["loss"][0])
+    uniform = found["replacements"]["uniform"]["orders"]["least important first"]
+    assert f"\u00b1 {uniform['margin'][-1]:.3f}" in conclusions(found)[2]
+
+
+def test_of_one_window_no_margin_is_known(given, tmp_path):
+    page = job.run(configured(given, windows=1), tmp_path / "run").read_text()
+    found = json.loads((tmp_path / "run" / "ablate.json").read_text())
+    assert found["intact"]["margin"] is None and "\u00b1" not in conclusions(found)[1] and page
+
+
 def test_the_numbers_are_those_of_edited_walks(given, done):
     config = configured(given)
     loaded = load(given["model"])

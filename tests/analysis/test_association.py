@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from properties.models import GPT2, LLAMA, compiled, random_parameters, random_tokens
+from scipy import stats
 
 from minitf import mixers, walk
 from minitf.analysis import association
@@ -16,9 +17,11 @@ from minitf.analysis.association import (
     by_head,
     in_order,
     low_rank,
+    margin,
     next_tokens,
     orders,
     quality,
+    quality_by_window,
     top_k,
     with_heads_replaced,
 )
@@ -168,6 +171,36 @@ def test_quality_is_that_of_numpy():
     np.testing.assert_allclose(
         quality(intact_walk().logits, next_tokens(TOKENS), intact_walk().logits).divergence, 0, atol=1e-6
     )
+
+
+def test_the_margin_is_students_and_counts_windows_by_their_targets():
+    rng = np.random.default_rng(0)
+    growth, whole = rng.normal(size=(2, 12)), np.zeros((12, 5), int)
+    for each, found in zip(growth, margin(growth, whole), strict=True):
+        low, high = stats.t.interval(0.95, 11, loc=each.mean(), scale=stats.sem(each))
+        np.testing.assert_allclose(found, (high - low) / 2, rtol=1e-12)
+    assert np.isnan(margin(growth[:, :1], whole[:1])).all()
+    # Every target costs the same: however they lie, nothing is uncertain.
+    targets = np.where(np.arange(5) < rng.integers(1, 6, size=(12, 1)), 3, -1)
+    counts = (targets >= 0).sum(axis=1)
+    np.testing.assert_allclose(margin(0.3 * counts / counts.mean(), targets), 0, atol=1e-12)
+    # A mean over targets drawn again and again, window by window, deviates as much as is said.
+    sums = np.array([np.sum(rng.normal(size=count)) for count in counts]) + 0.3 * counts
+    drawn = rng.integers(12, size=(20_000, 12))
+    spread = np.std(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    expected = spread * stats.t.ppf(0.975, 11) * np.sqrt(12 / 11)
+    np.testing.assert_allclose(margin(sums / counts.mean(), targets), expected, rtol=0.1)
+
+
+def test_what_windows_add_is_the_quality():
+    logits, targets = intact_walk().logits, jnp.asarray(next_tokens(TOKENS)).at[0, :3].set(-1)
+    of = logits, targets, data_walk().logits[:3]
+    whole, each = quality(*of), quality_by_window(*of)
+    for name, value in vars(each).items():
+        np.testing.assert_allclose(np.mean(value), getattr(whole, name), rtol=1e-6)
+    own = quality(logits[:1], targets[:1], logits[:1]).loss
+    counts = np.sum(np.asarray(targets) >= 0, axis=1)
+    np.testing.assert_allclose(each.loss[0], own * counts[0] / counts.mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])

@@ -25,6 +25,7 @@ RECALL = tasks.recall(2, 5)
 CORPUS = Corpus(name="letters", train=("abcdefgh" * 60,), validation=("hgfedcba" * 60,), source="made up")
 TEXT = dataclasses.replace(FACTS, name="text", measure="bits")
 STEPS = 4
+RATES = [1e-5, 1e-2]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,27 @@ def test_a_cell_has_the_curve_of_each_seed_and_rate_and_looks_at_the_trained_mod
     assert np.isnan(found.geometry[1, :, -1]).all() and np.isfinite(found.geometry[0]).all()
 
 
+def test_the_rate_is_chosen_on_sequences_that_nothing_is_measured_on():
+    batch = FACTS.held_out
+    # What must not be told well: answers that the facts do not have.
+    wrong = tasks.Batch(batch.tokens, jnp.where(batch.targets >= 0, 7 - batch.targets, -1))
+    found = {}
+    for name, one in (("right", batch), ("wrong", wrong)):
+        task = dataclasses.replace(FACTS, measure="bits", choosing=one)
+        found[name], _ = train_cell("uniform", task, seeds=1, rates=RATES, steps=60)
+    assert (found["right"].best, found["wrong"].best) == (1, 0)
+    np.testing.assert_array_equal(found["right"].values, found["wrong"].values)
+
+
+def test_a_row_whose_layers_differ_is_looked_at_layer_by_layer():
+    found, _ = train_cell("softmax, then nothing", FACTS, seeds=2, rates=[1e-3], steps=2)
+    first, second = found.association
+    np.testing.assert_allclose(first.sum(axis=-1), 1, atol=1e-5)
+    # Nothing is mixed: each channel of a position is multiplied by a number of its own.
+    assert np.all(second[:, ~np.eye(FACTS.length, dtype=bool)] == 0) and np.any(second != 0)
+    assert np.all(found.data_dependence[:, 0] > 0) and np.allclose(found.data_dependence[:, 1], 0, atol=1e-5)
+
+
 def test_a_cheaper_mixer_trains_on_until_it_has_spent_as_much(trained):
     found = trained["uniform"][0]
     assert found.parameters == pytest.approx(trained["softmax"][0].parameters, rel=0.01)
@@ -200,7 +222,7 @@ def known(values=AS_PUBLISHED, half=0.89, every=0.85, recall=0.2, text=2.2, inta
 
 def test_every_claim_holds_where_everything_is_as_published():
     found = known()
-    assert len(found) == 17
+    assert len(found) == 18
     assert [name for name, one in found.items() if not one.holds] == []
     assert all(one.n == 3 and one.ci95 is not None and one.source for one in found.values())
 
@@ -213,6 +235,7 @@ def test_every_claim_holds_where_everything_is_as_published():
         ("uniform_share", {"values": AS_PUBLISHED | {("uniform", "text"): 2.01}}),
         ("fixed_pairs_text", {"values": AS_PUBLISHED | {("softmax, fixed query and key", "text"): 2.3}}),
         ("softmax_first", {"values": AS_PUBLISHED | {("linear attention", "text"): 1.9}}),
+        ("attention_in_half_of_the_layers", {"values": AS_PUBLISHED | {("softmax, then nothing", "text"): 2.1}}),
         ("gmlp_parity", {"values": AS_PUBLISHED | {("gMLP", "text"): 2.2}}),
         ("fixed_addition", {"values": AS_PUBLISHED | {("synthesizer, fixed", "addition"): 0.8}}),
         ("fixed_memorisation", {"values": AS_PUBLISHED | {("synthesizer, fixed", "memorisation"): 0.8}}),
@@ -278,6 +301,14 @@ def small(monkeypatch):
     return job.StudyConfig(mixers=("uniform",), tasks=("memorisation",), seeds=2, steps=STEPS)
 
 
+def test_a_folder_that_cannot_be_used_is_told_before_any_task_is_made(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(job.study_tasks, "every_task", lambda texts: pytest.fail("tasks were made"))
+    (tmp_path / "else.txt").write_text("mine")
+    with pytest.raises(Problem):
+        job.run(small, tmp_path, quiet=True)
+    assert [one.name for one in tmp_path.iterdir()] == ["else.txt"]
+
+
 def test_a_run_leaves_its_files_and_goes_on_where_it_was_interrupted(small, tmp_path, monkeypatch):
     train = job.train_cell
 
@@ -334,8 +365,8 @@ def test_a_finished_run_takes_more_rows_and_tasks_and_shows_all_that_it_has(
 def test_rows_are_blind_whose_association_is_of_places_alone():
     for row in ROWS:
         config = model_for(row, FACTS)
-        about = ROWS[row].about(config)
-        alone = not about.provenance and row not in ("nothing", "gMLP")
+        mixed = ROWS[row] if isinstance(ROWS[row], tuple) else (ROWS[row],)
+        alone = not any(one.about(config).provenance for one in mixed) and row not in ("nothing", "gMLP")
         assert (row in BLIND) == alone, row
 
 

@@ -49,6 +49,18 @@ def test_text_asks_for_the_next_byte_and_is_measured_on_what_is_not_trained_on()
     assert task.references["frequencies alone"] == pytest.approx(3.0)
 
 
+def test_rates_are_chosen_by_other_sequences_than_those_that_are_measured(classification):
+    letters = "".join(np.random.default_rng(0).choice(list("abcdefgh"), size=9000))
+    for task in (tasks.text(corpus(unseen=letters), length=16), classification, tasks.recall(), tasks.addition()):
+        measured, choosing = (
+            {tuple(row.tolist()) for row in one.tokens} for one in (task.held_out, task.choosing)
+        )
+        assert len(choosing & measured) <= 0.01 * len(measured), task.name
+        assert task.choosing.targets.shape[1:] == task.held_out.targets.shape[1:]
+    facts = tasks.memorisation(20)
+    assert facts.choosing is facts.held_out  # what is measured is what was learned: there is nothing else
+
+
 def test_a_text_that_is_too_short_is_told():
     with pytest.raises(ValueError, match="too short"):
         tasks.text(corpus(unseen="abc"), length=16)
