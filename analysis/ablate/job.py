@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minitf.analysis import association
+from minitf.analysis import association, prediction_quality
 from minitf.analysis.ablate.page import DIGITS, page
 from minitf.analysis.association import FRACTIONS
 from minitf.analysis.given import check_tokens
@@ -152,7 +152,7 @@ def asked(tokens: Int[Array, "batch position"], model: Pretrained, seed: int, ma
     if model.config.causal:
         if mask is not None:
             raise Problem(f"mask is {mask}; this model predicts next tokens, so nothing is masked: leave it out")
-        return Batch(tokens, association.next_tokens(tokens))
+        return Batch(tokens, prediction_quality.next_tokens(tokens))
     mask = _mask_of(model) if mask is None else mask
     if mask is None:
         raise Problem(
@@ -197,10 +197,10 @@ def measure(
     intact, of_data = kept(parameters, measured.tokens), kept(parameters, data.tokens)
     few = len(measured.tokens)
     others = kept(parameters, data.tokens[:few])
-    metric = association.metric_by_window(measured.targets, intact.logits)
+    metric = prediction_quality.metric_by_window(measured.targets, intact.logits)
     as_it_is = jax.jit(metric)(intact.logits)
     told = lambda numbers: _told(numbers, as_it_is, measured.targets)
-    metric_of_others = association.metric(data.targets[:few], others.logits)
+    metric_of_others = prediction_quality.metric(data.targets[:few], others.logits)
     found: dict[str, Any] = {
         "layers": config.layers,
         "heads": intact.layers.pattern.shape[2],
@@ -219,7 +219,7 @@ def measure(
             heads = told(association.by_head(parameters, intact, pattern, metric, config))
             of_others = jax.jit(replace, static_argnums=2)(others, of_data, config, key)
             costs = association.by_head(parameters, others, of_others, metric_of_others, config)
-            importance = np.asarray(association.as_quality(costs).loss)
+            importance = np.asarray(prediction_quality.as_quality(costs).loss)
             orders = association.orders(importance, range(seed, seed + RANDOM_ORDERS))
             masks = association.every_share(orders, importance.shape)
             shares = association.with_heads_replaced(parameters, measured.tokens, pattern, masks, metric, config)
@@ -271,7 +271,7 @@ def _told(
     targets: Int[Array, "window position"],
 ) -> Mapping[str, Float[np.ndarray, "*places"]]:
     """Means over windows by name, and the margin of the loss that is more than the intact one's."""
-    found = association.as_quality(numbers)
+    found = prediction_quality.as_quality(numbers)
     growth = np.asarray(found.loss, float) - np.asarray(intact[..., 0], float)
     means = {name: np.asarray(np.mean(value, axis=-1), float) for name, value in vars(found).items()}
-    return {**means, "margin": association.margin(growth, targets)}
+    return {**means, "margin": prediction_quality.margin(growth, targets)}

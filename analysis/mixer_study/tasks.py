@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from minitf.train.batch import NO_TARGET
+from minitf.train.batch import NO_TARGET, Batch, next_token
 from minitf.train.corpus import Corpus
 from minitf.train.windows import on_device, random_batch
 
@@ -23,14 +23,6 @@ TEXT_BYTES = 4_000_000
 HELD_OUT = 128  # sequences on which everything is measured
 REFERENCE = 5_000  # sequences for the reference classifiers
 DATA = 20_261_126  # what is the same for all seeds: classes, facts, held-out sequences
-
-
-@struct.dataclass
-class Batch:
-    """``tokens`` and ``targets``, both ``[batch, position]``; a target of -1 counts for nothing."""
-
-    tokens: Any
-    targets: Any
 
 
 @struct.dataclass
@@ -104,10 +96,10 @@ def text(corpus: Corpus, length: int = 64) -> Task:
     between = (starts[:-1] + starts[1:]) // 2
 
     def draw(key: Key[Array, ""], count: int) -> Batch:
-        return _shifted(random_batch(tokens, key, 0, batch=count, length=length))
+        return next_token(random_batch(tokens, key, 0, batch=count, length=length))
 
     def windows(starts: Int[np.ndarray, " window"]) -> Batch:
-        return _shifted(jnp.asarray(unseen[starts[:, None] + np.arange(length + 1)], jnp.int32))
+        return next_token(jnp.asarray(unseen[starts[:, None] + np.arange(length + 1)], jnp.int32))
 
     shares = np.bincount(stream, minlength=256) / len(stream)
     return Task(
@@ -252,7 +244,7 @@ def addition(digits: int = 3) -> Task:
         tokens = jnp.concatenate(
             [spelled(terms[:, 0], digits), mark(plus), spelled(terms[:, 1], digits), mark(equals), answer], axis=1
         )
-        batch = _shifted(tokens)
+        batch = next_token(tokens)
         asked = jnp.arange(batch.tokens.shape[1]) > 2 * digits
         return Batch(batch.tokens, jnp.where(asked, batch.targets, NO_TARGET))
 
@@ -305,10 +297,6 @@ def every_task(corpus: Corpus) -> dict[str, Task]:
     """All tasks, by name."""
     tasks = (text(corpus), classification(), recall(), addition(), memorisation())
     return {task.name: task for task in tasks}
-
-
-def _shifted(window: Int[Array, "batch length_plus_one"]) -> Batch:
-    return Batch(tokens=window[:, :-1], targets=window[:, 1:])
 
 
 def _bytes_of(documents: tuple[str, ...]) -> Int[np.ndarray, " byte"]:

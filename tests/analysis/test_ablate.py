@@ -12,10 +12,11 @@ from full_disk import no_file_larger_than
 from walk_example import CONFIG, model, saved
 
 from minitf import initialize, mixers, walk
-from minitf.analysis import association
+from minitf.analysis import association, prediction_quality
 from minitf.analysis.ablate import job
 from minitf.analysis.ablate.page import conclusions
-from minitf.analysis.association import REPLACEMENTS, next_tokens, quality
+from minitf.analysis.association import REPLACEMENTS
+from minitf.analysis.prediction_quality import next_tokens, quality
 from minitf.analysis.run_folder import Problem
 from minitf.edits import set_to
 from minitf.pretrained import Pretrained, load, save
@@ -235,7 +236,7 @@ def test_orders_are_by_what_heads_cost_on_other_windows(given):
     intact = association.kept(walk(loaded.parameters, cuts[0], CONFIG))
     of_data = association.kept(walk(loaded.parameters, cuts[1], CONFIG))
     pattern = REPLACEMENTS["uniform"](intact, of_data, CONFIG, KEY)
-    metric = association.metric(measured.targets, intact.logits)
+    metric = prediction_quality.metric(measured.targets, intact.logits)
     expected = association.with_heads_replaced(loaded.parameters, cuts[0], pattern, masks, metric, CONFIG)
     np.testing.assert_allclose(found["orders"]["least important first"]["loss"], expected[:, 0], rtol=1e-4)
 

@@ -6,25 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from properties.models import GPT2, LLAMA, compiled, random_parameters, random_tokens
-from scipy import stats
 
 from minitf import mixers, walk
-from minitf.analysis import association
+from minitf.analysis import association, prediction_quality
 from minitf.analysis.association import (
     FRACTIONS,
     REPLACEMENTS,
-    as_quality,
     by_head,
     in_order,
     low_rank,
-    margin,
-    next_tokens,
     orders,
-    quality,
-    quality_by_window,
     top_k,
     with_heads_replaced,
 )
+from minitf.analysis.prediction_quality import as_quality, next_tokens, quality
 from minitf.edits import set_to
 
 KEY = jax.random.key(0)
@@ -158,58 +153,15 @@ def test_of_other_mixers_every_replacement_is_as_heavy_as_what_it_replaces(mixer
         np.testing.assert_allclose(whole(intact, data, config, KEY), pattern, atol=rounding)
 
 
-def test_quality_is_that_of_numpy():
-    logits, other = np.asarray(intact_walk().logits, np.float64), np.asarray(data_walk().logits[:3], np.float64)
-    found = quality(intact_walk().logits, next_tokens(TOKENS), data_walk().logits[:3])
-    log = lambda x: (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))[:, :-1]
-    target = np.asarray(TOKENS)[:, 1:]
-    expected = -np.take_along_axis(log(logits), target[..., None], axis=-1).mean()
-    np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
-    np.testing.assert_allclose(found.accuracy, np.mean(log(logits).argmax(axis=-1) == target))
-    divergence = (np.exp(log(other)) * (log(other) - log(logits))).sum(axis=-1).mean()
-    np.testing.assert_allclose(found.divergence, divergence, rtol=1e-4)
-    np.testing.assert_allclose(
-        quality(intact_walk().logits, next_tokens(TOKENS), intact_walk().logits).divergence, 0, atol=1e-6
-    )
-
-
-def test_the_margin_is_students_and_counts_windows_by_their_targets():
-    rng = np.random.default_rng(0)
-    growth, whole = rng.normal(size=(2, 12)), np.zeros((12, 5), int)
-    for each, found in zip(growth, margin(growth, whole), strict=True):
-        low, high = stats.t.interval(0.95, 11, loc=each.mean(), scale=stats.sem(each))
-        np.testing.assert_allclose(found, (high - low) / 2, rtol=1e-12)
-    assert np.isnan(margin(growth[:, :1], whole[:1])).all()
-    # Every target costs the same: however they lie, nothing is uncertain.
-    targets = np.where(np.arange(5) < rng.integers(1, 6, size=(12, 1)), 3, -1)
-    counts = (targets >= 0).sum(axis=1)
-    np.testing.assert_allclose(margin(0.3 * counts / counts.mean(), targets), 0, atol=1e-12)
-    # A mean over targets drawn again and again, window by window, deviates as much as is said.
-    sums = np.array([np.sum(rng.normal(size=count)) for count in counts]) + 0.3 * counts
-    drawn = rng.integers(12, size=(20_000, 12))
-    spread = np.std(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    expected = spread * stats.t.ppf(0.975, 11) * np.sqrt(12 / 11)
-    np.testing.assert_allclose(margin(sums / counts.mean(), targets), expected, rtol=0.1)
-
-
-def test_what_windows_add_is_the_quality():
-    logits, targets = intact_walk().logits, jnp.asarray(next_tokens(TOKENS)).at[0, :3].set(-1)
-    of = logits, targets, data_walk().logits[:3]
-    whole, each = quality(*of), quality_by_window(*of)
-    for name, value in vars(each).items():
-        np.testing.assert_allclose(np.mean(value), getattr(whole, name), rtol=1e-6)
-    own = quality(logits[:1], targets[:1], logits[:1]).loss
-    counts = np.sum(np.asarray(targets) >= 0, axis=1)
-    np.testing.assert_allclose(each.loss[0], own * counts[0] / counts.mean(), rtol=1e-5)
-
-
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_a_head_replaced_is_one_edited_walk(config):
     parameters, tokens = random_parameters(config), random_tokens(config, length=6)
     intact = walk(parameters, tokens, config)
     replacement = association.uniform(intact, intact, config, KEY)
     found = as_quality(
-        by_head(parameters, intact, replacement, association.metric(next_tokens(tokens), intact.logits), config)
+        by_head(
+            parameters, intact, replacement, prediction_quality.metric(next_tokens(tokens), intact.logits), config
+        )
     )
     assert found.loss.shape == (config.layers, config.heads)
     for layer, head in ((0, 1), (1, 0)):
@@ -223,7 +175,7 @@ def test_a_head_replaced_is_one_edited_walk(config):
 
 def test_a_share_of_the_heads_is_replaced_together():
     replacement = association.shuffled(intact_walk(), data_walk(), GPT2, KEY)
-    metric = association.metric(next_tokens(TOKENS), intact_walk().logits)
+    metric = prediction_quality.metric(next_tokens(TOKENS), intact_walk().logits)
     importance = as_quality(by_head(PARAMETERS, intact_walk(), replacement, metric, GPT2)).loss
     first = orders(np.asarray(importance), [0])["most important first"]
     masks = jnp.stack([in_order(first, fraction, (GPT2.layers, GPT2.heads)) for fraction in FRACTIONS])

@@ -85,12 +85,17 @@ def test_addition_is_right_digit_by_digit():
         assert np.all(targets[:7] == NO_TARGET)
 
 
+def rows(batch):
+    """Each sequence with its targets."""
+    return zip(np.asarray(batch.tokens), np.asarray(batch.targets), strict=True)
+
+
 def test_facts_are_all_different_and_always_the_same():
     task = tasks.memorisation(facts=200, symbols=5, length=4)
-    facts = {tuple(t): int(a[-1]) for t, a in zip(*map(np.asarray, vars(task.held_out).values()), strict=True)}
+    facts = {tuple(t): int(a[-1]) for t, a in rows(task.held_out)}
     assert len(facts) == 200 and len(set(facts.values())) == 5
     batch = task.draw(KEY, 30)
-    assert all(facts[tuple(t)] == a[-1] for t, a in zip(*map(np.asarray, vars(batch).values()), strict=True))
+    assert all(facts[tuple(t)] == a[-1] for t, a in rows(batch))
 
 
 def test_classes_differ_as_much_as_the_references_say(classification):

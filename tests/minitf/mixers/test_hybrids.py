@@ -16,6 +16,8 @@ from minitf.analysis import association, edges, path_patching, patterns
 from minitf.analysis.attribution_patching import attribution_patching, summed
 from minitf.analysis.causal_scrubbing import Node, scrub
 from minitf.analysis.patching import patch
+from minitf.analysis.prediction_quality import metric as metric_of
+from minitf.analysis.prediction_quality import next_tokens
 from minitf.config import from_plain, to_plain
 from minitf.decode import empty_cache, generate
 from minitf.edits import ablate, freeze_association, mean_ablate, resample, set_to, steer
@@ -195,7 +197,7 @@ def test_its_associations_are_replaced_head_by_head_and_together():
     assert set(association.REPLACEMENTS) - set(association.possible(intact)) == {"positions only", "contents only"}
     run = compiled(PAIR)
     walked = run(TWO, TOKENS)
-    intact, metric = association.kept(walked), association.metric(association.next_tokens(TOKENS), walked.logits)
+    intact, metric = association.kept(walked), metric_of(next_tokens(TOKENS), walked.logits)
     replacement = association.by_lag(intact, intact, PAIR, jax.random.key(0))
     alone = association.by_head(TWO, intact, replacement, metric, PAIR)
     for layer, head in ((0, 0), (1, 1)):
@@ -221,7 +223,7 @@ def test_layers_without_an_association_keep_what_they_have():
     walked = compiled(config)(parameters, TOKENS)
     intact = association.kept(walked)
     assert set(association.possible(intact)) == set(association.REPLACEMENTS)
-    metric = association.metric(association.next_tokens(TOKENS), walked.logits)
+    metric = metric_of(next_tokens(TOKENS), walked.logits)
     replacement = association.contents_only(intact, intact, config, jax.random.key(0))
     alone = association.by_head(parameters, intact, replacement, metric, config)
     assert np.isnan(alone[0]).all() and np.isfinite(alone[1]).all()
