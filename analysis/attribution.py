@@ -62,6 +62,8 @@ def by_step(
     Raises:
         ValueError: the end of this model's walk is not the sum of its steps under one norm.
     """
+    steps = ["layers.attention_step", *(["layers.feed_forward_step"] if config.feed_forward != "none" else [])]
+    _check_held(walk, "start", *steps)
     toward, bias = direction(parameters, walk, config, target, against)
     layers = walk.layers
     return StepAttribution(
@@ -79,6 +81,7 @@ def by_head(
 
     Among layers that differ, those with fewer heads have zeros after their own.
     """
+    _check_held(walk, "layers.head_steps")
     toward, _ = direction(parameters, walk, config, target, against)
     steps = in_statistics_dtype(with_as_many_heads(walk.layers.head_steps, 2))
     parts = jnp.einsum("lbphw,bpw->lbph", steps, toward)
@@ -166,9 +169,13 @@ def _check(walk: Walk, config: ModelConfig, target: Targets, against: Targets | 
         raise ValueError("direct logit attribution needs a linear read-out; this model's has an activation in it")
     if not config.residual:
         raise ValueError("direct logit attribution needs residual=True: without it the end is the last step alone")
-    for name in ("start", "layers.attention_step"):
-        if get(walk, name) is None:
-            raise ValueError(f"direct logit attribution reads {name!r}, which this walk does not hold")
+    _check_held(walk, "start", *(["final_norm_scale"] if config.pre_norm else []))
     check_targets(target, walk.start, config)
     if against is not None:
         check_targets(against, walk.start, config, "against")
+
+
+def _check_held(walk: Walk, *names: str) -> None:
+    for name in names:
+        if get(walk, name) is None:
+            raise ValueError(f"direct logit attribution reads {name!r}, which this walk does not hold")

@@ -134,7 +134,7 @@ def end_along(
     if through_feed_forwards:
         before = lambda number, carried: one(number, base.layers.resid_pre[number], carried, Receivers())[1]
         begin, carried = (layer, jnp.zeros_like(difference)) if within else (layer + 1, difference)
-        carried = jax.lax.fori_loop(begin, first, before, carried)
+        carried = jax.lax.fori_loop(jnp.asarray(begin, first.dtype), first, before, carried)
     pre = base.layers.resid_pre[jnp.minimum(first, config.layers - 1)]
     stream = jnp.where(first < config.layers, pre, base.end)
     stream, carried = jax.lax.fori_loop(

@@ -176,7 +176,13 @@ def _patched(
             everyone = None if valid is None else jnp.tile(valid, (together, 1))
             end = end_from(parameters, end, config, layer + 1, valid=everyone, at=at)
         logits = read(parameters, end, config)
-        return jax.vmap(metric)(logits.reshape(together, batch, *logits.shape[1:]))
+        measured = jax.vmap(metric)(logits.reshape(together, batch, *logits.shape[1:]))
+        if not hasattr(measured, "shape"):
+            raise ValueError(
+                f"the metric gives a {type(measured).__name__}; it must give one array (of several numbers, "
+                "jnp.stack makes one)"
+            )
+        return measured
 
     found = jax.lax.map(some, numbers)
     return found.reshape(-1, *found.shape[2:])[:count].reshape(*shape, *found.shape[2:])
@@ -227,6 +233,8 @@ def place_shape(name: str, over: tuple[str, ...], shape: tuple[int, ...]) -> tup
 
 def fixed_positions(at: Sequence[int] | None, length: int) -> tuple[int, ...] | None:
     """The positions as a program's argument. Raises ValueError for one that the walk does not have."""
+    if at is not None and not len(at):
+        raise ValueError("at=[] leaves the metric no logits; give a position, or None for all")
     if at is not None and not all(-length <= i < length for i in at):
         raise ValueError(f"at={list(at)} leaves the {length} positions of the walk")
     return None if at is None else tuple(int(i) for i in at)
@@ -255,6 +263,8 @@ def _check_places(
         raise ValueError("the corrupted walk holds no 'layers.resid_pre', from which the patched runs start")
     axes = leaf_axes()[name][1:]
     allowed = [axis for axis in axes if axis != "batch"]
+    if len(set(over)) < len(over):
+        raise ValueError(f"{name!r} is patched place by place over {over}, in which an axis comes twice")
     for axis in over:
         if axis not in allowed:
             raise ValueError(f"{name!r} cannot be patched place by place over {axis!r}; choose from {allowed}")

@@ -21,7 +21,7 @@ except ImportError:  # not on Windows
 CONFIG = "config.json"
 FOLDERS = ("arrays", "figures", "checkpoints", "data", "start", "model", "models", "tensorboard", "wandb")
 FILES = (
-    *("report.html", "claims.json", "fig6.json", "ablate.json", "mixers.json", CONFIG),
+    *("report.html", "claims.json", "fig6.json", "ablate.json", "mixers.json", "walk.json", CONFIG),
     *("config.toml", "data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"),
 )
 

@@ -28,7 +28,8 @@ Metric = Callable[[Array], Array]
 class Reading:
     """A unit ``direction``, the ``center`` of the states it was read from, and how well it tells them apart.
 
-    ``agreement`` is the share of pairs whose positive member lies further along the direction, at least 1/2.
+    ``agreement`` is the share of pairs whose positive member lies further along the direction: at least 1/2,
+    unless members of some pairs lie equally far.
     """
 
     direction: Leaf = leaf("width")
@@ -92,11 +93,12 @@ def reading_vector(
     differences = order[:, None] * (positive - negative)
     centered = differences - jnp.mean(differences, axis=0)
     component = jnp.linalg.svd(centered, full_matrices=False)[2][0]
-    further = jnp.mean((positive - negative) @ component > 0)
+    along = (positive - negative) @ component
+    further, less_far = jnp.mean(along > 0), jnp.mean(along < 0)
     return Reading(
-        direction=jnp.where(further >= 0.5, component, -component),
+        direction=jnp.where(further >= less_far, component, -component),
         center=jnp.mean(jnp.concatenate([positive, negative]), axis=0),
-        agreement=jnp.maximum(further, 1 - further),
+        agreement=jnp.maximum(further, less_far),
     )
 
 

@@ -19,11 +19,16 @@ def apply(change: Change | None, x: Array) -> Array:
     if change is None:
         return x
     for part in map(jnp.shape, jax.tree.leaves(change)):
-        if len(part) > x.ndim or any(n not in (1, m) for n, m in zip(part[::-1], x.shape[::-1], strict=False)):
+        if not _fits(part, x.shape):
             raise ValueError(f"a change of shape {part} does not fit a leaf of shape {x.shape}")
     if change.keep is None:
         return jnp.broadcast_to(jnp.asarray(change.put, x.dtype), x.shape)
     return jnp.asarray(change.keep, x.dtype) * x + jnp.asarray(change.put, x.dtype)
+
+
+def _fits(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether an array of the one shape broadcasts to the other."""
+    return len(part) <= len(whole) and all(n in (1, m) for n, m in zip(part[::-1], whole[::-1], strict=False))
 
 
 def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index: Any) -> Edit:
@@ -60,6 +65,11 @@ def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index
         _places(name, axis, full, size, index.get(axis, slice(None)))
         for axis, full, size in zip(axes, like.shape, shape, strict=True)
     ]
+    chosen = tuple(np.size(p) for p in places if np.ndim(p))
+    for what, value in (("keep", keep), ("put", put)):
+        given = np.shape(value)
+        if not _fits(given, chosen):
+            raise ValueError(f"{what} has the shape {given}; the chosen part of {name!r} has {chosen}")
     return put_change(name, _placed(tuple(places), keep, put, shape, like.dtype))
 
 
@@ -114,6 +124,8 @@ def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array | 
     """
     if isinstance(chosen, jax.core.Tracer):
         return jnp.asarray(chosen)
+    if isinstance(chosen, bool):
+        raise ValueError(f"{axis}={chosen} is no place; say which by a number, a slice, a list or a mask")
     try:
         places = np.arange(full)[np.asarray(chosen) if not isinstance(chosen, slice) else chosen]
     except IndexError:
@@ -149,7 +161,9 @@ def compose(first: Edit, second: Edit) -> Edit:
             return tuple(map(after, _for_each(a, layers), _for_each(b, layers)))
         if b.keep is None:
             return b
-        return Change(keep=None if a.keep is None else b.keep * a.keep, put=b.keep * a.put + b.put)
+        # Of what is not kept nothing is left, were it infinite.
+        kept = jnp.where(jnp.asarray(b.keep) == 0, jnp.zeros_like(a.put), b.keep * a.put)
+        return Change(keep=None if a.keep is None else b.keep * a.keep, put=kept + b.put)
 
     return jax.tree.map(after, first, second, is_leaf=lambda x: x is None or isinstance(x, Change | tuple))
 

@@ -25,6 +25,7 @@ from minitf.walk import Edit, Walk
 
 Tree = Any
 
+COLDEST = 1e-30  # colder, float32 has no numbers; far above it the most likely token is chosen for certain
 DEEP = 48  # layers that are taken apart once, not in every step, and compiled one by one, at most
 
 
@@ -52,8 +53,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be a finite number of at least 0")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 0, which means all")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k is {self.top_k}; it must be a whole number of at least 0, which means all")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
@@ -90,11 +91,16 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.fl
 
 
 def likely(logits: Float[Array, "batch vocabulary"], sampling: Sampling) -> Float[Array, "batch vocabulary"]:
-    """Logits divided by the temperature, -inf where ``sampling`` forbids the token. Not for temperature 0."""
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    """Logits, less the largest, divided by the temperature; -inf where ``sampling`` forbids the token.
+
+    Not for temperature 0. Of tokens that are equally likely, ``top_k`` takes the first.
+    """
+    logits = logits.astype(jnp.float32)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / max(sampling.temperature, COLDEST)
     allowed = jnp.ones(logits.shape, bool)
     if 0 < sampling.top_k < logits.shape[-1]:
-        allowed &= logits >= jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        first = jax.lax.top_k(logits, int(sampling.top_k))[1]
+        allowed = (~allowed).at[jnp.arange(len(first))[:, None], first].set(True)
     if sampling.top_p < 1:
         order = jnp.argsort(-logits, axis=-1)
         probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
@@ -203,6 +209,8 @@ def _padded(
     prompts: Sequence[Sequence[int]], config: ModelConfig, steps: int
 ) -> tuple[Int[np.ndarray, "batch position"], Int[np.ndarray, " batch"]]:
     """The prompts as one array, zeros after the shorter ones, checked; and their lengths."""
+    if not isinstance(steps, int | np.integer):
+        raise ValueError(f"steps is {steps}; it must be a whole number")
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least one token must be generated")
     if not len(prompts):
@@ -210,7 +218,7 @@ def _padded(
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty; it must hold at least one token")
-        wrong = [t for t in prompt if not 0 <= t < config.vocabulary]
+        wrong = [t for t in prompt if not 0 <= t < config.vocabulary or t != int(t)]
         if wrong:
             raise ValueError(
                 f"prompt {i} holds the token {wrong[0]}; the vocabulary is 0 to {config.vocabulary - 1}"

@@ -118,7 +118,7 @@ def steer(
     sizes = (layers, 1, 1 if position is None else length, width)
     one = put(Walk(), name, jax.ShapeDtypeStruct(sizes, like.dtype))
     where = slice(None) if position is None else position
-    return change(one, name, put=coefficient * vector, layer=layer, position=where)
+    return change(one, name, put=coefficient * jnp.asarray(vector), layer=layer, position=where)
 
 
 def _is_single(chosen: Any) -> bool:

@@ -47,7 +47,15 @@ class Places:
 def places_from_start(
     length: int, config: ModelConfig, valid: Bool[Array, "batch position"] | None, association: bool = True
 ) -> Places:
-    """The places of a whole sequence; padding, where ``valid`` is False, meets no query."""
+    """The places of a whole sequence; padding, where ``valid`` is False, meets no query.
+
+    Raises ValueError for a mask that is not of booleans.
+    """
+    if valid is not None and not (hasattr(valid, "dtype") and jnp.issubdtype(valid.dtype, jnp.bool_)):
+        what = getattr(valid, "dtype", type(valid).__name__)
+        raise ValueError(
+            f"valid is {what}; it must be an array of booleans, True where there is a token (such as mask == 1)"
+        )
     forbidden = ~aggregate.allowed_pairs(length, config.causal, config.attend_self)[None, None]
     if valid is not None:
         forbidden = forbidden | ~valid[:, None, None, :]

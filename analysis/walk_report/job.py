@@ -25,6 +25,7 @@ from minitf.train.kept_models import load
 from minitf.walk import Edit, Walk
 
 # The page holds every head's association, so its size grows with the square of the text.
+FARTHEST = 1e18  # whose square is a float32
 LONGEST = 256
 
 
@@ -141,7 +142,14 @@ def _steering(option: str, model: Pretrained, like: Walk) -> Edit:
         passed = walk(model.parameters, jnp.array([tokens]), model.config)
         return passed.layers.resid_post[layer, 0, -1]
 
-    return steer(like, ending(towards) - ending(away), layer=layer, coefficient=coefficient)
+    vector = ending(towards) - ending(away)
+    length = abs(coefficient) * float(np.linalg.norm(np.asarray(vector, np.float64)))
+    if not length <= FARTHEST:
+        raise ValueError(
+            f"--steer {option}: the stream would be moved by {length:.2g}; it must be at most {FARTHEST:.0g}, or "
+            "lengths are no numbers"
+        )
+    return steer(like, vector, layer=layer, coefficient=coefficient)
 
 
 def _tokens(config: WalkConfig, model: Pretrained) -> np.ndarray:

@@ -204,20 +204,32 @@ def _go_on(
     counts = jnp.ones((batch, length), bool) if places.counts is None else places.counts
     positions = jnp.broadcast_to(places.query, (batch, length))
 
-    def one(state: State, at: tuple[Array, Array, Array]) -> tuple[State, tuple[Array, ...]]:
-        token, position, count = at
+    def one(state: State, at: tuple[Array, Array, Array, Array]) -> tuple[State, tuple[Array, ...]]:
+        token, position, count, number = at
+        here = _at(number, length, edit)
         window = jnp.concatenate([state["tail"], token[:, None]], axis=1)
-        f = _edited(mixer.filter(weights, window, config, position[:, None], state["own"]), edit)
+        f = _edited(mixer.filter(weights, window, config, position[:, None], state["own"]), here)
         z, own = mixer.step(weights, f, state["own"], position, config)
-        z = apply(edit.z, z.astype(f.v.dtype))
+        z = apply(here.z, z.astype(f.v.dtype))
         after = {"tail": window[:, 1:], "own": own}
         keep = lambda new, old: jnp.where(count.reshape(-1, *[1] * (new.ndim - 1)), new, old)
         return jax.tree.map(keep, after, state), (f.v[:, 0], z[:, 0], mixer.gate(weights, z, f, config)[:, 0])
 
-    by_time = (jnp.moveaxis(x, 1, 0), positions.T, counts.T)
+    by_time = (jnp.moveaxis(x, 1, 0), positions.T, counts.T, jnp.arange(length))
     state, found = jax.lax.scan(one, past, by_time)
     v, z, out = (jnp.moveaxis(y, 0, 1) for y in found)
     return Mixed(v=v, z=z, out=out, state=state)
+
+
+def _at(number: Array, length: int, edit: LayerWalk) -> LayerWalk:
+    """The changes of queries, keys, values and z at one of so many positions."""
+
+    def part(x: Any) -> Any:
+        if jnp.ndim(x) < 3 or x.shape[-3] != length:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, number, 1, axis=x.ndim - 3)
+
+    return jax.tree.map(part, LayerWalk(q=edit.q, k=edit.k, v=edit.v, z=edit.z))
 
 
 def check_least(mixer: Mixer, least: int, *names: str) -> None:

@@ -2,6 +2,8 @@
 
 In all three ``A[t, s] = (product of keep over s < j <= t) * write_s``. The cells' gates and candidates depend on
 the state before, so their filter is not position-local: it runs the cell, and the association is what it found.
+An edit of the values is mixed under the association that was found without it. Only from a cache do the gates of
+later positions see what the edit made, for there the cell goes on from it.
 """
 
 import dataclasses

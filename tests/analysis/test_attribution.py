@@ -24,6 +24,7 @@ from properties.models import (
 
 from minitf import Walk, change, walk
 from minitf.analysis.attribution import by_head, by_neuron, by_step, chosen_logit, direction
+from minitf.walk import put
 
 UNIT = 2.0**-24
 
@@ -152,5 +153,14 @@ def test_targets_of_another_shape_and_missing_leaves_are_refused():
         by_step(parameters, passed, GPT2, target, target.at[1, 2].set(20))
     with pytest.raises(ValueError, match="'start', which this walk does not hold"):
         by_step(parameters, Walk(), GPT2, target)
+    for question, name in (
+        (by_step, "layers.attention_step"),
+        (by_step, "layers.feed_forward_step"),
+        (by_step, "final_norm_scale"),
+        (by_head, "layers.head_steps"),
+        (by_neuron, "final_norm_scale"),
+    ):
+        with pytest.raises(ValueError, match=f"'{name}', which this walk does not hold"):
+            question(parameters, put(passed, name, None), GPT2, target)
     with pytest.raises(ValueError, match="no neurons"):
         by_neuron(parameters, passed.replace(layers=passed.layers.replace(post=None)), GPT2, target)

@@ -187,6 +187,10 @@ def test_attributions_of_leaves_with_forbidden_entries_are_numbers():
         assert np.asarray(found[name]).any()
 
 
+def two_leads(logits):
+    return lead(logits), lead(logits)
+
+
 def bad_calls():
     parameters, tokens, corrupt, clean = setting(GPT2)
     patch = lambda *a, **k: patching.patch(parameters, *a, **k)
@@ -199,6 +203,9 @@ def bad_calls():
         "holds no 'layers.gated'": lambda: patch(corrupt, clean, lead, GPT2, ("layers.gated", ())),
         "holds no 'layers.resid_pre'": lambda: patch(Walk(), clean, lead, GPT2),
         "2 and 2 layers; the model has 3": lambda: patch(corrupt, clean, lead, DEEP),
+        r"at=\[\] leaves the metric no logits": lambda: patch(corrupt, clean, lead, GPT2, at=[]),
+        "in which an axis comes twice": lambda: patch(corrupt, clean, lead, GPT2, ("layers.z", ("head", "head"))),
+        "the metric gives a tuple; it must give one array": lambda: patch(corrupt, clean, two_leads, GPT2),
         "4 on its position axis, the corrupted one 5": lambda: patch(corrupt, short, lead, GPT2),
         r"at=\[5\] leaves the 5 positions": lambda: patch(corrupt, clean, lead, GPT2, at=[5]),
         "have the same metric": lambda: patching.normalized(jnp.ones(2), jnp.ones(2), jnp.array([0.0, 1.0])),

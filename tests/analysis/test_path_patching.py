@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,6 +133,18 @@ def test_the_effects_are_those_of_the_three_passes_of_the_paper(through):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     shares = normalized(found, lead(source.logits), lead(base.logits))
     assert np.abs(shares[:2]).min() > 1e-4
+
+
+def test_paths_through_feed_forwards_are_the_same_in_float64():
+    parameters, base, source = setting(DEEP)
+    receivers = to_heads(base, "q", layer=2, head=1)
+    patch = lambda p, b, s: path_patching.patch(p, b, s, lead, DEEP, receivers, through_feed_forwards=True)
+    single = patch(parameters, base, source)
+    with jax.enable_x64(True):
+        double = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+        exact = patch(double(parameters), double(base), double(source))
+        assert exact.dtype == jnp.float64
+    np.testing.assert_allclose(single, exact, atol=1e-4)
 
 
 def test_a_sweep_is_one_program_and_later_senders_have_no_effect_at_all():

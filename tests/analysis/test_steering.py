@@ -50,6 +50,15 @@ def test_both_directions_find_a_planted_one_with_its_sign(seed):
     assert cosine(turned.direction, direction) < -0.99
 
 
+def test_pairs_that_do_not_differ_say_nothing_of_the_sign():
+    positive, negative = jnp.ones((5, 2)), jnp.ones((5, 2))
+    for sign in (1.0, -1.0):
+        reading = steering.reading_vector(positive.at[4, 1].add(sign), negative, jax.random.key(0))
+        np.testing.assert_allclose(reading.direction, [0, sign], atol=1e-6)
+        np.testing.assert_allclose(reading.agreement, 0.2)
+    assert steering.reading_vector(positive, negative, jax.random.key(0)).agreement == 0
+
+
 def test_differences_in_one_order_would_lose_the_concept_when_centered():
     # What the random order is for: the same computation on positive - negative finds noise.
     direction, positive, negative = planted()

@@ -108,6 +108,12 @@ def test_a_model_with_a_tokenizer_of_its_own_is_given_text_and_labelled_in_text(
     assert labels(399) == "⟨399⟩"
 
 
+def test_steering_further_than_a_number_goes_is_told():
+    for far in ("1e39", "-1e30", "1e200"):
+        with pytest.raises(ValueError, match="the stream would be moved by .*; it must be at most 1e\\+18"):
+            edit_of(WalkConfig("m", "abc", steer=f"1:{far}:abcd:ab"), model(EvilTokenizer()))
+
+
 def test_steering_moves_from_one_text_towards_the_other():
     steered = model(EvilTokenizer())
     edit = edit_of(WalkConfig("m", "abc", steer="1:2.0:abcd:ab"), steered)

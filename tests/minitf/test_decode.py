@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from properties.models import BERT, GPT2, LLAMA, NEOX, configs, examples, random_parameters
 
 from minitf import ModelConfig, change, walk
-from minitf.decode import Sampling, empty_cache, generate, likely, sample, stream
+from minitf.decode import Sampling, _padded, empty_cache, generate, likely, sample, stream
 from minitf.model import walk_on
 
 ALIBI = dataclasses.replace(GPT2, position="alibi")
@@ -121,6 +122,28 @@ def test_only_likely_tokens_may_be_chosen(sampling, allowed):
     assert sorted(shuffled[np.isfinite(found)].tolist()) == allowed
 
 
+def test_of_equally_likely_tokens_no_more_than_k_may_be_chosen():
+    found = likely(jnp.array([[0.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]]), Sampling(1.0, top_k=2))
+    assert np.isfinite(found).tolist() == [[False, True, True, False], [True, True, False, False]]
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-20, 1e-38, 1e-40, 1e-300])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    logits = jnp.array([[1.0, 2.0, 5.0, 4.999], [-3.0, -1.0, -1.001, -9.0]])
+    for sampling in (Sampling(temperature), Sampling(temperature, top_k=3, top_p=0.9, min_p=0.1)):
+        assert sample(logits, jax.random.key(0), sampling).tolist() == [2, 1]
+
+
+def test_numbers_that_are_not_whole_are_told():
+    untyped = lambda function: getattr(function, "__wrapped__", function)
+    with pytest.raises(ValueError, match="^top_k is 1.5; it must be a whole number of at least 0"):
+        untyped(Sampling.__post_init__)(SimpleNamespace(temperature=1.0, top_k=1.5))
+    with pytest.raises(ValueError, match="^steps is 2.0; it must be a whole number"):
+        untyped(_padded)([[1]], GPT2, 2.0)
+    with pytest.raises(ValueError, match="^prompt 0 holds the token 1.5; the vocabulary is 0 to"):
+        untyped(_padded)([[1.5]], GPT2, 2)
+
+
 def test_a_temperature_sharpens_the_choice_and_zero_is_greedy():
     keys = jax.random.split(jax.random.key(0), 4000)
     for temperature in (0.5, 1.0, 2.0):
@@ -133,7 +156,13 @@ def test_a_temperature_sharpens_the_choice_and_zero_is_greedy():
 
 @given(
     st.sampled_from(
-        [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 2.0}]
+        [
+            {"temperature": -1.0},
+            {"temperature": float("nan")},
+            {"top_k": -1},
+            {"top_p": 0.0},
+            {"min_p": 2.0},
+        ]
     )
 )
 def test_a_limit_out_of_range_is_refused_by_name(wrong):

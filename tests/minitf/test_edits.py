@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from properties.models import GPT2, LLAMA, random_parameters, random_tokens, shapes
+from properties.models import GPT2, LLAMA, compiled, random_parameters, random_tokens, shapes
 
-from minitf import compose, walk
+from minitf import change, compose, walk
 from minitf.edits import ablate, freeze_association, mean_ablate, patch, resample, scale, set_to, steer
 
 PARAMETERS = random_parameters(GPT2)
@@ -109,6 +109,30 @@ def test_what_cannot_be_is_said_in_a_sentence():
         steer(plain(), jnp.ones(3), layer=0)
     with pytest.raises(ValueError, match="^layer=2 is outside 'layers.resid_post', which has 2 on that axis$"):
         steer(plain(), jnp.ones(12), layer=2)
+    with pytest.raises(ValueError, match="^layer=True is no place; say which by a number, a slice, a list or a"):
+        ablate(plain(), "layers.z", layer=True)
+    short = compiled(GPT2)(random_parameters(GPT2), random_tokens(GPT2, length=3))
+    with pytest.raises(ValueError, match=r"^put has the shape \(2, 2, 3, 3, 4\); the chosen part of"):
+        patch(plain(), "layers.z", short)
+    with pytest.raises(ValueError, match=r"^keep has the shape \(3,\); the chosen part of"):
+        change(plain(), "layers.z", layer=0, keep=np.ones(3))
+
+
+def test_what_is_put_later_stands_whatever_was_put_before():
+    """Also where that was infinite, as scores are that cut an edge."""
+    cut = set_to(plain(), "layers.scores", -jnp.inf, layer=0, key=0)
+    level = set_to(plain(), "layers.scores", 0.0, layer=0)
+    scaled = change(plain(), "layers.scores", layer=0, keep=0.5)
+    of = lambda edit: walk(random_parameters(GPT2), random_tokens(GPT2), GPT2, edit=edit).logits
+    np.testing.assert_array_equal(of(compose(cut, level)), of(level))
+    np.testing.assert_allclose(of(compose(level, cut)), of(cut_of_level()), atol=1e-5)
+    assert np.isfinite(of(compose(cut, scaled))).all()
+
+
+def cut_of_level():
+    """Both at once: the first key of the first layer's scores is out of sight, the others count the same."""
+    put = jnp.where(jnp.arange(5) == 0, -jnp.inf, 0.0)
+    return change(plain(), "layers.scores", layer=0, keep=0.0, put=put)
 
 
 def test_a_resampled_place_holds_what_another_sequence_has_there_each_once():

@@ -23,6 +23,7 @@ from minitf.declaration import check_fit
 from minitf.edits import ablate
 from minitf.model import unembed
 from minitf.parameters import split_layers
+from minitf.places import places_from_start
 from minitf.walk import get, leaf_axes, put
 
 
@@ -93,6 +94,16 @@ def test_single_layers_are_of_the_model_and_other_sizes_are_not():
 def test_padding_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"^valid has the shape \(2, 4\); the tokens it is of have \(2, 5\)$"):
         untyped(walk)(random_parameters(GPT2), random_tokens(GPT2), GPT2, valid=jnp.ones((2, 4), bool))
+
+
+@pytest.mark.parametrize(
+    ("mask", "what"),
+    [(np.ones((2, 5), int), "int64"), (np.ones((2, 5)), "float64"), ([[True] * 5] * 2, "list")],
+    ids=["int", "float", "list"],
+)
+def test_padding_that_is_not_said_in_booleans_is_refused(mask, what):
+    with pytest.raises(ValueError, match=f"^valid is {what}; it must be an array of booleans, True where"):
+        untyped(places_from_start)(5, GPT2, mask)
 
 
 def test_an_edit_of_a_hybrid_is_refused_by_a_model_of_equal_layers():

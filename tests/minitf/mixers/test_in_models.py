@@ -8,11 +8,13 @@ import scipy.linalg
 from minitf_mixers import EVERY, ONE_WAY, filtered, inputs, model, stepped, weights
 from properties.models import compiled, compiled_logits, random_parameters, random_tokens, relative_error
 
-from minitf import ModelConfig, initialize, mixers, walk
+from minitf import ModelConfig, change, initialize, mixers, walk
 from minitf.decode import empty_cache, generate
+from minitf.edits import ablate
 from minitf.mixers.mamba import _in_turn, _together
 from minitf.mixers.products import inverse_of_unit_triangle
 from minitf.model import walk_on
+from minitf.walk import get
 
 
 def beyond_a_chunk(name):
@@ -64,6 +66,22 @@ def test_decoding_gives_the_full_passs_logits_at_every_position(name):
         found.append(logits)
     assert relative_error(np.concatenate(found, axis=1), whole) < 1e-4
     assert cache.filled.tolist() == [70, 70]
+
+
+@pytest.mark.parametrize("name", ["softmax", "aft simple", "rwkv6", "mamba", "delta", "mingru"])
+def test_an_edit_of_some_positions_is_the_same_from_a_cache(name):
+    config = model(name, length=6)
+    parameters, tokens = random_parameters(config), random_tokens(config, length=6)
+    like = compiled(config)(parameters, tokens)
+    on = jax.jit(
+        lambda edit: walk_on(parameters, tokens, empty_cache(config, len(tokens), 6), config, edit=edit)[0]
+    )
+    for leaf in ("layers.v", "layers.z"):
+        noise = jax.random.normal(jax.random.key(0), get(like, leaf).shape[2:])
+        for edit in (ablate(like, leaf, layer=0, position=2), change(like, leaf, layer=1, keep=0.5, put=noise)):
+            whole = compiled(config)(parameters, tokens, edit).logits
+            assert relative_error(on(edit).logits, whole) < 1e-4
+            assert relative_error(like.logits, whole) > 1e-3
 
 
 # One of each kind of state: which positions count is decided for all in one place.
