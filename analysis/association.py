@@ -17,9 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from minitf import aggregate
 from minitf.analysis.patching import Metric, Progress, patch
+from minitf.analysis.patterns import pairs_in_sight
 from minitf.config import ModelConfig
-from minitf.layer import mixer_of
-from minitf.mixers import Softmax
 from minitf.model import walk
 from minitf.parameters import Parameters
 from minitf.record import record
@@ -73,7 +72,7 @@ def possible(intact: Walk) -> dict[str, Replacement]:
 def uniform(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
     """Every key in sight counts the same; together as much as keys do on average over ``data``."""
     pattern = intact.layers.pattern
-    seen = _seen(pattern.shape[-1], config)
+    seen = pairs_in_sight(pattern.shape[-1], config)
     share = seen / jnp.maximum(jnp.sum(seen, axis=-1, keepdims=True), 1)
     return jnp.broadcast_to(share.astype(pattern.dtype) * _total(data), pattern.shape)
 
@@ -106,7 +105,7 @@ def shuffled(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""])
     layers, _, heads, length, _ = pattern.shape
     noise = jax.random.uniform(key, (layers, 1, heads, length, length))
     # What is not in sight comes last and in order; what is in sight, at random, and as it stands.
-    seen = _seen(length, config)
+    seen = pairs_in_sight(length, config)
     order = jnp.argsort(jnp.where(seen, noise, jnp.inf), axis=-1)
     places = jnp.argsort(jnp.argsort(jnp.where(seen, jnp.arange(length), jnp.inf), axis=-1), axis=-1)
     mixed = jnp.take_along_axis(pattern, jnp.broadcast_to(order, pattern.shape), axis=-1)
@@ -118,7 +117,7 @@ def random(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -
     pattern = intact.layers.pattern
     layers, _, heads, length, _ = pattern.shape
     scores = jax.random.normal(key, (layers, 1, heads, length, length), pattern.dtype)
-    fixed = aggregate.associate(jnp.where(_seen(length, config), scores, -jnp.inf))
+    fixed = aggregate.associate(jnp.where(pairs_in_sight(length, config), scores, -jnp.inf))
     return jnp.broadcast_to(fixed * _total(data), pattern.shape)
 
 
@@ -304,16 +303,6 @@ def orders(
     return found
 
 
-def _seen(length: int, config: ModelConfig) -> Bool[Array, "#layer 1 1 query key"]:
-    """Which keys are in sight; a layer's window ends it."""
-    seen = aggregate.allowed_pairs(length, config.causal, config.attend_self)
-    lag = jnp.arange(length)[:, None] - jnp.arange(length)
-    mixers = [mixer_of(config.layer(number)) for number in range(config.layers)]
-    windows = [one.window if isinstance(one, Softmax) and one.window else length for one in mixers]
-    each = jnp.array(windows[:1] if len(set(windows)) == 1 else windows)
-    return (seen & (lag < each[:, None, None]))[:, None, None]
-
-
 def _as_heavy(
     weights: Float[Array, "layer batch head query key"],
     rows: Float[Array, "layer batch head query key"],
@@ -324,7 +313,7 @@ def _as_heavy(
 
     Nothing is made more than ``most`` times as large.
     """
-    weights = jnp.where(_seen(weights.shape[-1], config), weights, 0.0)
+    weights = jnp.where(pairs_in_sight(weights.shape[-1], config), weights, 0.0)
     size, aim = (jnp.sum(jnp.abs(x), axis=-1, keepdims=True) for x in (weights, rows))
     return weights * jnp.minimum(aim / jnp.where(size == 0, 1.0, size), most)
 

@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from minitf import aggregate
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
+from minitf.layer import mixer_of
+from minitf.mixers import Softmax
 from minitf.walk import Leaf, leaf
 
 Pattern = Float[Array, "*rest query key"]
@@ -72,18 +74,19 @@ def statistics(
     config: ModelConfig,
     valid: Bool[Array, "batch position"] | None = None,
 ) -> AttentionStatistics:
-    """Every statistic, averaged over the batch's valid queries.
+    """Every statistic, averaged over the batch's valid queries. ``config`` is of these layers: of one alone,
+    ``config.layer(number)``.
 
     Raises ValueError for layers that differ in their heads: ask for each by itself.
     """
     if isinstance(pattern, tuple):
         raise ValueError(
-            "the layers differ in their heads; ask for one at a time: statistics(pattern[layer][None], ...)"
+            "the layers differ in their heads; ask for one at a time: statistics(pattern[layer][None], "
+            "config.layer(layer))"
         )
     batch, _, query, _ = pattern.shape[1:]
     valid = jnp.ones((batch, query), bool) if valid is None else valid
-    pairs = aggregate.allowed_pairs(query, config.causal, config.attend_self)
-    allowed = (pairs & valid[:, None, :])[None, :, None]
+    allowed = pairs_in_sight(query, config) & valid[None, :, None, None, :]
     weight = valid[None, :, None] / jnp.maximum(jnp.sum(valid), 1)
     mean = lambda x: jnp.sum(in_statistics_dtype(x) * weight, axis=(1, 3))
     return AttentionStatistics(
@@ -94,6 +97,16 @@ def statistics(
         itself=mean(mass_on_itself(pattern)),
         previous=mean(mass_on_previous(pattern)),
     )
+
+
+def pairs_in_sight(length: int, config: ModelConfig) -> Bool[Array, "#layer 1 1 query key"]:
+    """Which keys each query may see; a layer's window ends it."""
+    seen = aggregate.allowed_pairs(length, config.causal, config.attend_self)
+    lag = jnp.arange(length)[:, None] - jnp.arange(length)
+    mixers = [mixer_of(config.layer(number)) for number in range(config.layers)]
+    windows = [one.window if isinstance(one, Softmax) and one.window else length for one in mixers]
+    each = jnp.array(windows[:1] if len(set(windows)) == 1 else windows)
+    return (seen & (lag < each[:, None, None]))[:, None, None]
 
 
 def previous_token_template(tokens: Tokens) -> Template:

@@ -96,6 +96,8 @@ class ObjectiveSettings:
     def __post_init__(self) -> None:
         for name in ("label_smoothing", "mask_share", "dropout", "attention_dropout"):
             _within(self, name, 0.0, 1.0)
+        if self.mask_share == 0:
+            raise ValueError("mask_share is 0; it must be above 0, or nothing is asked")
         _at_least(self, 0, "z_loss", "chunk")
 
 
@@ -212,6 +214,11 @@ class TrainConfig:
         return "classification" if self.data.label else "regression" if self.data.target else "next_token"
 
     def __post_init__(self) -> None:
+        if self.task and self.data.paths:
+            raise ValueError(
+                f"there are both task.name={self.task.get('name', '')} and data.paths (--text), and a run learns "
+                "a task or files; for files choose a preset without a task"
+            )
         for name, values in self.sweep.items():
             group, _, number = name.partition(".")
             if not values:

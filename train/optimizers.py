@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from minitf import ModelConfig
 from minitf.declaration import Declaration, declare, is_declaration
@@ -92,7 +92,7 @@ def share_of_rate(count: Any, settings: OptimizerSettings, steps: int) -> Array:
 
 
 def from_settings(
-    settings: OptimizerSettings, config: ModelConfig, steps: int, seed: int = 0
+    settings: OptimizerSettings, config: ModelConfig, steps: int, seed: int | Key[Array, ""] = 0
 ) -> optax.GradientTransformation:
     """The optimizer that the settings describe, for a model's parameters and a number of steps.
 
@@ -198,7 +198,7 @@ def _muon(
 
 
 def _of_few_bits(
-    s: OptimizerSettings, rate: Callable[[Any], Any], mask: Callable[[Any], Any], seed: int
+    s: OptimizerSettings, rate: Callable[[Any], Any], mask: Callable[[Any], Any], seed: int | Key[Array, ""]
 ) -> optax.GradientTransformation:
     return adamw_4bit(
         rate,

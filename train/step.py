@@ -20,7 +20,7 @@ from minitf.train.objective import dropout, sums
 Tree = Any
 # Layers that are compiled one by one: faster than a loop, as long as there are few.
 FEW_LAYERS = 12
-INITIAL, DATA, NOISE = range(3)  # what a model's key is folded with
+INITIAL, DATA, NOISE, ROUNDING = range(4)  # what a model's key is folded with
 
 
 @struct.dataclass
@@ -75,6 +75,11 @@ class Program:
     stream: Any = None
 
     def __post_init__(self) -> None:
+        of_tokens = [name for name in ("label_smoothing", "z_loss") if self._asks_for(f"objective.{name}")]
+        if self.objective == "regression" and of_tokens:
+            raise ValueError(
+                f"objective.{of_tokens[0]} is for tokens that are told; this run tells numbers (regression)"
+            )
         # Of a task, numbers stand in the sequence that they are told of; of files, beside it.
         is_inside = self.objective == "next_token" or (self.objective == "regression" and self.draw is not None)
         if is_inside and not self.model.causal:
@@ -83,15 +88,20 @@ class Program:
                 f"{self.objective!r}). Choose model.causal=true, or of files objective.kind=masked_token"
             )
 
+    def _asks_for(self, name: str) -> bool:
+        group, _, field = name.partition(".")
+        return name in self.config.sweep or bool(getattr(getattr(self.config, group), field))
+
     @property
     def unroll(self) -> int | bool:
         """Layers per iteration of the loop over layers; True for all."""
         return self.config.training.unroll or (self.model.layers <= FEW_LAYERS or 1)
 
-    def optimizer(self, hyper: Mapping[str, Any]) -> optax.GradientTransformation:
-        """The optimizer, with a model's own numbers."""
+    def optimizer(self, hyper: Mapping[str, Any], key: Key[Array, ""]) -> optax.GradientTransformation:
+        """The optimizer, with a model's own numbers and the key of what it draws."""
         c = with_numbers(self.config, hyper)
-        return optimizers.from_settings(c.optimizer, self.model, c.training.steps, c.training.seed)
+        rounding = jax.random.fold_in(key, ROUNDING)
+        return optimizers.from_settings(c.optimizer, self.model, c.training.steps, rounding)
 
     def start(self, key: Key[Array, ""], hyper: Mapping[str, Any], parameters: Tree = None) -> State:
         """A model that took no step: fresh, or with the parameters given."""
@@ -100,7 +110,7 @@ class Program:
         return State(
             step=jnp.zeros((), jnp.int32),
             parameters=parameters,
-            moments=self.optimizer(hyper).init(parameters),
+            moments=self.optimizer(hyper, key).init(parameters),
             average=parameters if self.config.optimizer.average else None,
             skipped=jnp.zeros((), jnp.int32),
         )
@@ -134,7 +144,7 @@ class Program:
         noise = jax.random.fold_in(jax.random.fold_in(key, NOISE), step)
         loss, gradient = self.gradient(state.parameters, batch, hyper, noise)
         norm = optax.tree.norm(gradient)
-        updates, moments = self.optimizer(hyper).update(gradient, state.moments, state.parameters)
+        updates, moments = self.optimizer(hyper, key).update(gradient, state.moments, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         average = state.average
         if average is not None:

@@ -343,12 +343,17 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     )
 
 
+# Arrays as large as what is dropped, as measured on a CPU: masks, what they are drawn from, what is left.
+DROPOUT_KEPT, ATTENTION_DROPOUT_KEPT = 3, 5
+
+
 def dropout_bytes(run: Run, sequences: int, number: int) -> int:
-    """Masks of the start, of every step, and of patterns."""
+    """What dropout keeps: of the start, of every step, and of patterns, which it has whole, in sight or not."""
     o, m = run.config.objective, run.model
     steps = 1 + m.layers * (1 if m.feed_forward == "none" else 2)
     on_stream = steps * sequences * m.length * m.width * number if o.dropout else 0
-    return on_stream + (m.layers * sequences * m.heads * m.length**2 * number if o.attention_dropout else 0)
+    on_patterns = m.layers * sequences * m.heads * m.length**2 * number if o.attention_dropout else 0
+    return DROPOUT_KEPT * on_stream + ATTENTION_DROPOUT_KEPT * on_patterns
 
 
 def weights_of(model: ModelConfig) -> list[Declaration]:

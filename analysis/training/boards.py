@@ -105,13 +105,19 @@ def boards(
 
 
 def show(boards: Iterable[Board], lines: Iterable[Mapping[str, Any]]) -> None:
-    """Put lines of a log on all boards; of many models each number's mean."""
+    """Put lines of a log on all boards; of many models each number's mean over those that are not lost."""
     for line in lines:
         numbers = {
-            name: float(np.mean(value)) for name, value in line.items() if name not in ("step", "steps", "text")
+            name: _mean_of_finite(value) for name, value in line.items() if name not in ("step", "steps", "text")
         }
         for board in boards:
             board.add(line["step"], numbers)
+
+
+def _mean_of_finite(value: Any) -> float:
+    numbers = np.asarray(value, float)
+    finite = numbers[np.isfinite(numbers)]
+    return float(np.mean(finite if finite.size else numbers))
 
 
 def _its_own(file: Path) -> str:

@@ -87,13 +87,25 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def statistics_in(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file of statistics; none where there is no such file, or it is damaged."""
+    try:
+        arrays = safetensors.numpy.load_file(file)
+    except (FileNotFoundError, safetensors.SafetensorError):
+        return {}
+    return arrays if "step" in arrays else {}
+
+
 class Looks:
-    """Statistics at some steps, as arrays ``[record, ...]`` in a file; those after ``step`` are dropped."""
+    """Statistics at some steps, as arrays ``[record, ...]`` in a file; those after ``step`` are dropped.
+
+    Of a damaged file nothing is left, and those of later steps are kept anew: no run stops for them.
+    """
 
     def __init__(self, file: Path, step: int) -> None:
         self.file, self.steps, self.found = file, [], []
-        if file.exists() and step:
-            arrays = safetensors.numpy.load_file(file)
+        arrays = statistics_in(file) if step else {}
+        if arrays:
             self.steps = [one for one in arrays.pop("step").tolist() if one <= step]
             self.found = [{name: x[place] for name, x in arrays.items()} for place in range(len(self.steps))]
 

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from minitf import __version__
 from minitf.analysis import page_parts
-from minitf.analysis.training.log import read
+from minitf.analysis.training.log import read, statistics_in
 from minitf.analysis.training.prepared import Prepared
 from minitf.analysis.training.statistics import LABELS
 from minitf.declaration import count
@@ -82,16 +81,16 @@ def _curve(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """Steps, and values ``[model][step]``."""
     kept = [line for line in lines if name in line]
     # Of a long run some lines are enough to draw.
-    kept = kept[:: max(len(kept) // MOST_POINTS, 1)]
+    kept = kept[:: -max(len(kept) // MOST_POINTS, 1)][::-1]  # the last among them
     values = np.array([np.atleast_1d(np.array(line[name], np.float64)) for line in kept])
     return {"step": [line["step"] for line in kept], "values": values.T if kept else []}
 
 
 def _statistics(file: Path, batched: bool) -> dict[str, Any]:
     """By name: steps, label, axes, and the mean over models, ``[record, ...]``."""
-    if not file.exists():
+    arrays = statistics_in(file)
+    if not arrays:
         return {}
-    arrays = safetensors.numpy.load_file(file)
     steps = arrays.pop("step")
     found = {}
     for name, values in arrays.items():

@@ -69,7 +69,8 @@ def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prep
         ready = _of_task(config, start)
     else:
         data = prepare(config.data, out / "data", say, vocabulary=None if start is None else start.vocabulary)
-        if start is not None and config.data.told:
+        masked = config.objective_on_files == "masked_token" and mask_token_of(data.vocabulary) is None
+        if start is not None and (config.data.told or masked):
             start = start.with_room(data.vocabulary.size + 1)
         ready = _of_data(config, data, start)
     if start is None:

@@ -56,7 +56,7 @@ def _of_attention(pattern: ByLayer | None, config: ModelConfig) -> dict[str, Arr
         attention = patterns.statistics(pattern, config)
         return {"entropy": attention.entropy_share, "distance": attention.distance}
     own: Any = pattern  # a layer that has shares has a pattern
-    each = [patterns.statistics(own[i][None], config) if share else None for i, share in enumerate(shares)]
+    each = [patterns.statistics(own[i][None], layers[i]) if share else None for i, share in enumerate(shares)]
     joined = lambda name: stacked([None if x is None else getattr(x, name)[0] for x in each], (0,), jnp.nan)
     return {"entropy": joined("entropy_share"), "distance": joined("distance")}
 

@@ -106,6 +106,7 @@ class Training:
                 began = self.told(waiting, began, report)
                 waiting = None
                 self.due(taken.done, state, ending=bool(ending))
+                began = time.monotonic()  # what was due is no training
             if ending:
                 self.end(taken.done, ending)
         return state

@@ -116,7 +116,7 @@ def both_sides(
         same = plain["predicted_ids"]
         edited = walk_data(model.parameters, tokens, model.config, labels, edit, predicted=same)
     sides = [side for side in (plain, edited) if side is not None]
-    told = _told(model, [side.pop("first_logits") for side in sides])
+    told = _told(model, tokens, edit, [side.pop("first_logits") for side in sides])
     return {
         "tokens": [labels(int(t)) for t in tokens],
         "prompt": len(tokens) if prompt is None else prompt,
@@ -128,13 +128,32 @@ def both_sides(
     }
 
 
-def _told(model: Pretrained, first_logits: list[np.ndarray]) -> Numbers:
-    """Of a model that tells numbers of sequences: what each side's logits of the first token tell."""
+def _told(
+    model: Pretrained, tokens: Int[np.ndarray, " position"], edit: Edit | None, first_logits: list[np.ndarray]
+) -> Numbers:
+    """Of a model that tells numbers of sequences: what each side's logits of the first token tell.
+
+    One that sees both ways was trained on sequences filled up to its length, sees what fills them and tells the
+    mean over all positions; so it is asked in the same way.
+    """
     vocabulary = None if model.tokenizer is None else vocabulary_of(model.tokenizer)
     if not isinstance(vocabulary, Measured):
         return {}
-    ends = [logits[-1] if model.config.causal else np.mean(logits) for logits in first_logits]
+    if model.config.causal:
+        ends = [logits[-1] for logits in first_logits]
+    else:
+        full = np.full((1, model.config.length), vocabulary.size, np.int32)
+        full[0, : len(tokens)] = tokens
+        edits = [None, edit][: len(first_logits)]
+        ends = [_mean_told(model.parameters, jnp.asarray(full), model.config, one) for one in edits]
     return {"told": {"name": vocabulary.name, "numbers": [vocabulary.number(float(end)) for end in ends]}}
+
+
+@partial(jax.jit, static_argnames="config")
+def _mean_told(
+    parameters: Parameters, tokens: Int[Array, "1 position"], config: ModelConfig, edit: Edit | None
+) -> Float[Array, ""]:
+    return jnp.mean(walk(parameters, tokens, config, edit=edit).logits[..., 0])
 
 
 @partial(jax.jit, static_argnames="config")

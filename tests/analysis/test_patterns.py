@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties.models import BERT, GPT2, compiled, examples, random_parameters, random_tokens
 
-from minitf import walk
+from minitf import ModelConfig, mixers, walk
 from minitf.analysis import patterns
 
 
@@ -60,6 +60,21 @@ def test_uniform_attention_has_all_the_entropy_it_may_have():
         patterns.entropy_share(uniform, jnp.tri(6, dtype=bool)), [0, 1, 1, 1, 1, 1], atol=1e-6
     )
     np.testing.assert_allclose(patterns.mean_distance(uniform), np.arange(6) / 2, atol=1e-6)
+
+
+def test_what_a_window_hides_is_nothing_that_uniform_attention_lacks():
+    """In sight of a query are the keys of its layer's window, so their number is what entropy is a share of."""
+    narrow, wide = mixers.Softmax(window=3), mixers.Softmax()
+    for mixer, windows in ((narrow, (3,)), ((narrow, wide), (3, 6))):
+        config = ModelConfig(vocabulary=5, layers=2, width=8, heads=2, length=6, mixer=mixer)
+        lag = jnp.arange(6)[:, None] - jnp.arange(6)
+        seen = jnp.stack([(lag >= 0) & (lag < window) for window in windows]).astype(float)
+        uniform = jnp.broadcast_to((seen / seen.sum(-1, keepdims=True))[:, None, None], (len(windows), 1, 2, 6, 6))
+        uniform = jnp.broadcast_to(uniform, (2, 1, 2, 6, 6))
+        # The first query sees one key, and has no choice.
+        np.testing.assert_allclose(patterns.statistics(uniform, config).entropy_share, 5 / 6, atol=1e-6)
+        alone = patterns.statistics(uniform[1:], config.layer(1)).entropy_share
+        np.testing.assert_allclose(alone, 5 / 6, atol=1e-6)
 
 
 def test_one_hot_attention_has_no_entropy_and_its_gradient_is_finite():

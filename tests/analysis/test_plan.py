@@ -220,6 +220,7 @@ COMPILED = {
     "one by one": ({"unroll": 0}, FITTED),
     "many logits": ({"batch": 16}, {**FITTED, "vocabulary": 4096}),
     "many logits, in half precision": ({"batch": 16, "precision": "bfloat16"}, {**FITTED, "vocabulary": 4096}),
+    "dropout": ({"batch": 16}, {**FITTED, "layers": 2, "length": 128}),
     "more weights than activations": (
         {"batch": 4, "unroll": 0, "accumulate": 2},
         {"vocabulary": 1024, "layers": 2, "width": 128, "heads": 4, "length": 16, "tied": True, **LLAMA},
@@ -231,7 +232,8 @@ COMPILED = {
 def test_temporary_memory_is_what_the_compiler_says_within_a_fifth():
     found, planned = {}, {}
     for name, (training, model) in COMPILED.items():
-        config = config_of(model, training={"batch": 32, **training})
+        objective = {"dropout": 0.1, "attention_dropout": 0.1} if name == "dropout" else {}
+        config = config_of(model, training={"batch": 32, **training}, objective=objective)
         program, run = job.program_of(config), job.run_of(config)
         made = trainer.compiled(program, sharding.mesh_of(config.mesh), 1e9, program.model.length)
         memory = paper.memory(run, config.mesh, config.training.accumulate, made.most, None)

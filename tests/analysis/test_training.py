@@ -165,7 +165,14 @@ def test_results_that_cannot_be_written_are_a_sentence_and_what_was_kept_stays(t
         ({"model": {"mixer": "Mambo"}}, "model.mixer is 'Mambo'; choose one of AttentionFree, "),
         ({"objective": {"kind": "regression"}}, "objective.kind is 'regression'"),
         ({"mesh": {"data": 64}, "training": {"batch": 64}}, "the mesh needs 64"),
-        ({"mesh": {"data": 3}}, r"4 sequences \(training.batch\) cannot be divided among 3 x 1 devices"),
+        (
+            {"mesh": {"data": 3}},
+            r"4 sequences \(training.batch / training.accumulate\) cannot be divided among 3 x",
+        ),
+        (
+            {"mesh": {"data": 4}, "training": {"batch": 8, "accumulate": 4}},
+            r"2 sequences \(training.batch / training.accumulate\) cannot be divided among 4 x 1 devices",
+        ),
         ({"keep": {"wandb": "toys"}}, "keep.wandb needs the package wandb"),
     ],
 )
@@ -302,6 +309,12 @@ def test_statistics_go_on_where_their_checkpoint_was(tmp_path):
     again.add(7, {"entropy": np.full((2, 3), 7, np.float32)})
     again.write()
     assert Looks(file, 100).steps == [0, 5, 7]
+    file.write_bytes(file.read_bytes()[:40])
+    damaged = Looks(file, 100)
+    assert damaged.steps == []
+    damaged.add(101, {"entropy": np.zeros((2, 3), np.float32)})
+    damaged.write()
+    assert Looks(file, 101).steps == [101]
 
 
 def test_statistics_say_what_they_are():
@@ -411,7 +424,8 @@ def test_boards_get_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setitem(sys.modules, "wandb", Wandb(told))
     with boards(KeepSettings(tensorboard=True, wandb="toys"), tmp_path / "run", done=2) as found:
-        show(found, [{"step": 4, "steps": 2, "loss": np.array([1.0, 3.0])}])
+        # A model that is lost is none of those that the mean is of.
+        show(found, [{"step": 4, "steps": 2, "loss": np.array([1.0, np.nan, 3.0])}])
     assert told == [3, ("loss", 2.0, 4), "flushed", ({"loss": 2.0}, 4), "ended with 0", "closed"]
     told.clear()
     with pytest.raises(KeyboardInterrupt), boards(KeepSettings(wandb="toys"), tmp_path / "run"):
@@ -497,6 +511,22 @@ def test_numbers_are_told_of_sequences_by_a_fresh_model_and_by_one_that_had_read
     assert f"the share of this sequence is {told['numbers'][0]:.4g}. That is its first logit" in walked.read_text()
     page = (tmp_path / "fresh" / "report.html").read_text()
     assert "squared error" in page and "% right" not in page and "in deviations of" in page
+    # One that sees both ways is asked as it was trained, on sequences filled up to its length.
+    both_ways = {**tables, "data": {**data, "target": "share"}, "model": {**tables["model"], "causal": False}}
+    job.run(as_config(both_ways), tmp_path / "both", quiet=True)
+    asked = WalkConfig(str(tmp_path / "both" / "model"), "abbb", ablate=("0.1",))
+    walked = walk_job.run(asked, tmp_path / "walk-both")
+    told = json.loads(walked.with_name("walk.json").read_text())["told"]["numbers"]
+    assert abs(told[0] - 107.5) < 2 and abs(told[1] - told[0]) > 0.01
+    for name in ("label_smoothing", "z_loss"):
+        with pytest.raises(Problem, match=f"objective.{name} is for tokens that are told; this run tells numbers"):
+            job.run(as_config({**both_ways, "objective": {name: 0.1}}), tmp_path / "never", quiet=True)
+        with pytest.raises(Problem, match=f"objective.{name} is for tokens"):
+            job.run(
+                as_config({**both_ways, "sweep": {f"objective.{name}": [0.0, 0.1]}}),
+                tmp_path / "never",
+                quiet=True,
+            )
     # Pretrained on the sequences alone, whose tokens are fewer than those that a label and filling rows up need.
     short = {**tables["training"], "steps": 50}
     job.run(as_config({**tables, "training": short}), tmp_path / "read", quiet=True)

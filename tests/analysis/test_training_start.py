@@ -228,6 +228,14 @@ def test_a_model_that_was_masked_goes_on_with_its_own_mask(tmp_path):
     assert tokens.max() > mask
 
 
+def test_a_model_of_next_tokens_goes_on_with_masked_ones(begun, tmp_path):
+    text = {"data": {"paths": [str(begun[0].parent / "x.txt")]}, "objective": {"kind": "masked_token"}}
+    run(tmp_path / "run", begun[0], text)
+    went = load(tmp_path / "run" / "model")
+    assert went.config.vocabulary == CONFIG.vocabulary + 1
+    np.testing.assert_array_equal(went.parameters.embedding[:-1], load(begun[0]).parameters.embedding)
+
+
 def test_a_series_is_read_as_the_model_reads_it(tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{i % 7},{i % 3}\n" for i in range(40_000)))
     table = {"format": "csv", "paths": [str(tmp_path / "x.csv")]}

@@ -143,6 +143,11 @@ def test_a_sweep_is_even_in_the_logarithm():
         ({"training": {"batch": 10, "accumulate": 3}}, "3 parts"),
         ({"training": 3}, "training is 3; it must be a table"),
         ({"objective": {"dropout": 1.0}}, "dropout is 1.0"),
+        ({"objective": {"mask_share": 0.0}}, "objective.mask_share is 0; it must be above 0"),
+        (
+            {"task": {"name": "copy"}, "data": {"paths": ["x"]}},
+            r"both task.name=copy and data.paths \(--",
+        ),
         ({"mesh": {"data": 0}}, "mesh.data is 0; it must be at least 1"),
         ({"keep": {"last": 0}}, "keep.last is 0"),
         ({"sweep": {"model.width": [1.0]}}, "'model.width' cannot be swept"),

@@ -116,6 +116,33 @@ def test_models_that_train_together_are_those_that_train_alone():
         assert_alike(jax.tree.map(lambda x: x[number], together), alone, rtol=1e-4, atol=1e-5)  # noqa: B023
 
 
+def test_every_model_rounds_at_random_by_its_own_seed():
+    wide = dataclasses.replace(MODEL, width=64, hidden=128)
+    optimizer = {"name": "adamw_4bit", "stochastic": True}
+
+    def codes(**training):
+        config = config_of(training={"steps": 2, **training}, optimizer=optimizer)
+        state, _ = trained(Program(config, wide, "next_token", draw=draw), (2,))
+        return [np.asarray(x) for x in jax.tree.leaves(state.moments) if x.dtype == jnp.uint8]
+
+    together, first, second = codes(seeds=2), codes(), codes(seed=1)
+    assert sum(x.size for x in first) > 10_000
+    for both, *alone in zip(together, first, second, strict=True):
+        for one, other in zip(both, alone, strict=True):
+            # Sums in another order round a few otherwise.
+            assert np.mean(one == other) > 0.99
+    # The same moments are rounded otherwise under another key.
+    key = jax.random.key
+    program = Program(config_of(optimizer=optimizer), wide, "next_token", draw=draw)
+    parameters = initialize(wide, key(0))
+    of = lambda key: program.optimizer({}, key).update(
+        parameters, program.optimizer({}, key).init(parameters), parameters
+    )
+    one, same, other = (jax.tree.leaves(jax.jit(of)(key(seed))[1]) for seed in (0, 0, 1))
+    equal = lambda a, b: np.mean([np.mean(x == y) for x, y in zip(a, b, strict=True) if x.dtype == jnp.uint8])
+    assert equal(one, same) == 1 and equal(one, other) < 0.9
+
+
 def test_it_does_not_matter_how_many_models_are_side_by_side():
     some = program_of(training={"seeds": 3, "at_once": 2, "steps": 5})
     every = program_of(training={"seeds": 3, "at_once": 3, "steps": 5})
