@@ -15,7 +15,7 @@ from minitf.analysis.run_folder import Diverged
 from minitf.analysis.training.boards import Board, show
 from minitf.analysis.training.devices import peak
 from minitf.analysis.training.distributed import agreed, is_first
-from minitf.analysis.training.log import Log, Looks, lines_of
+from minitf.analysis.training.log import Log, Looks, lines_of, statistics_in
 from minitf.analysis.training.prepared import Prepared
 from minitf.analysis.training.statistics import looker
 from minitf.analysis.training.stopping import Terminated, noticing_signals
@@ -74,7 +74,12 @@ class Training:
             done, state = 0, self.programs.start()
         self.log = Log(self.out / "metrics.jsonl", done, is_first())
         self.samples = Log(self.out / "samples.jsonl", done, is_first())
-        self.looks = Looks(self.out / "statistics.safetensors", done)
+        kept = self.out / "statistics.safetensors"
+        self.looks = Looks(kept, done)
+        if done and kept.exists() and not statistics_in(kept):
+            self.progress.note(f"{kept.name} is damaged; statistics begin anew")
+        if self.config.keep.sample_every and not self.writes:
+            self.progress.note("keep.sample_every: there are no samples of what predicts no next tokens of a text")
         if not done:
             self.due(0, state)
         stops = [step for step in self.stops() if step > done]

@@ -131,6 +131,50 @@ def test_where_every_step_is_skipped_training_ends(tmp_path, monkeypatch):
         run(tmp_path / "run", optimizer=lost, training={"when_not_finite": "skip"})
 
 
+def test_no_run_stops_for_damaged_statistics(tmp_path, monkeypatch, capsys):
+    out, keep = tmp_path / "run", {"statistics_every": 2, "sample_every": 2}
+
+    def at_four(self, lines):
+        if any(line["step"] > 4 for line in lines):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Log, "add", at_four)
+        with pytest.raises(Problem, match="No space left"):
+            run(out, keep=keep)
+    file = out / "statistics.safetensors"
+    for size in (100, 0):
+        file.write_bytes(file.read_bytes()[:size])
+        job.run(as_config(laid_over(TINY, {"keep": keep})), out)
+    told = capsys.readouterr()
+    assert "statistics.safetensors is damaged; statistics begin anew" in told.out + told.err
+    assert "there are no samples of what predicts no next tokens" in told.out + told.err
+    assert "report.html" in {one.name for one in out.iterdir()}
+
+
+def test_rates_are_of_training_alone(tmp_path, monkeypatch):
+    clock, due = [0.0], under_way.Training.due
+
+    def slow(self, *arguments, **options):
+        due(self, *arguments, **options)
+        clock[0] += 1000
+
+    def call(*arguments, **options):
+        for taken in run_of(*arguments, **options):
+            clock[0] += 1
+            yield taken
+
+    run_of = under_way.trainer.run
+    monkeypatch.setattr(under_way.trainer, "run", call)
+    monkeypatch.setattr(under_way.Training, "due", slow)
+    monkeypatch.setattr(under_way, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    run(tmp_path / "run")
+    found = read(tmp_path / "run" / "metrics.jsonl")
+    rates = [line["tokens_per_second"] for line in found if "tokens_per_second" in line]
+    length = load(tmp_path / "run" / "model").config.length
+    assert rates and min(rates) >= 4 * length / 2 - 1
+
+
 def test_results_that_cannot_be_written_are_a_sentence_and_what_was_kept_stays(tmp_path, monkeypatch):
     out = tmp_path / "run"
     calls = []
