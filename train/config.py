@@ -133,6 +133,16 @@ class OptimizerSettings:
         _at_least(self, 0, "rate", "muon_rate", "epsilon", "weight_decay", "clip", "warm_up")
 
 
+def unread(settings: OptimizerSettings) -> list[str]:
+    """Names of settings that are not the usual ones, and make no difference to this optimizer."""
+    few_bits = settings.name in ("adamw_4bit", "adamw_4bit_factor", "adamw_8bit")
+    moot = [name for name, optimizers in NOT_READ.items() if settings.name in optimizers]
+    moot += [] if few_bits else ["signed_scale", "stochastic"]
+    moot += [] if settings.name == "adamw_4bit" else ["second"]
+    usual = OptimizerSettings()
+    return [name for name in moot if getattr(settings, name) != getattr(usual, name)]
+
+
 @dataclass(frozen=True)
 class KeepSettings:
     """What is measured, shown and kept on the way; 0 for never.

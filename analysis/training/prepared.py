@@ -44,6 +44,7 @@ class Prepared:
         source: one sentence on the data.
         identity: what the data is.
         references: losses that need no model, by name.
+        filler: the token after sequences that are shorter than others; None where there is none.
         initial: () -> parameters that every model starts from; None where each has its own.
     """
 
@@ -56,6 +57,7 @@ class Prepared:
     source: str
     identity: dict[str, Any]
     references: dict[str, float]
+    filler: int | None = None
     initial: Callable[[], Parameters] | None = None
 
 
@@ -185,6 +187,7 @@ def _of_examples(config: TrainConfig, data: Data, start: Start | None) -> Prepar
         source=f"{data.source}, {what}{cut}",
         identity=dict(data.identity),
         references=references,
+        filler=filler,
     )
 
 

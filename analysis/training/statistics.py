@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from minitf import ModelConfig, Parameters, walk
 from minitf.analysis import patterns
@@ -23,29 +23,35 @@ from minitf.walk import Edit, stacked
 NUMBERS_AT_ONCE = 2**28  # of walks, a GiB of float32
 
 
-def statistics(parameters: Parameters, batch: Batch, config: ModelConfig) -> dict[str, Array]:
+def statistics(
+    parameters: Parameters, batch: Batch, config: ModelConfig, filler: int | None = None
+) -> dict[str, Array]:
     """Means over a batch, each by its name; ``LABELS`` says what they are and which axes they have.
 
-    The attention's are of layers in which heads have shares of what they see; heads that a layer does not have are
+    Places of the token ``filler`` are left out; the attention of a model that sees both ways sees them, so there
+    they count. The attention's are of layers in which heads have shares of what they see; heads that a layer does not have are
     NaN, and without any such layer they are left out.
     """
     edit = with_inputs(Edit(), parameters, batch)
     walked = walk(parameters, batch.tokens, config, edit=edit)
     geometry = encoding_geometry(walked, config)
     streams = jnp.concatenate([walked.layers.resid_pre, walked.end[None]])
-    over_places = lambda x: jnp.mean(x, axis=(-2, -1))
+    counted = jnp.ones(batch.tokens.shape, bool) if filler is None else batch.tokens != filler
+    over_places = lambda x: jnp.mean(x, axis=(-2, -1), where=counted)
     found = {
         "stream_norm": over_places(jnp.linalg.norm(in_statistics_dtype(streams), axis=-1)),
-        "stream_rank": participation(streams.reshape(len(streams), -1, config.width)),
+        "stream_rank": participation(streams.reshape(len(streams), -1, config.width), counted.reshape(-1, 1)),
         "step": over_places(geometry.relative_step),
         "turn": over_places(geometry.turning_angle),
         "efficiency": over_places(geometry.efficiency),
         **weight_ranks(parameters, config),
     }
-    return found | _of_attention(walked.layers.pattern, config)
+    return found | _of_attention(walked.layers.pattern, config, counted if config.causal else None)
 
 
-def _of_attention(pattern: ByLayer | None, config: ModelConfig) -> dict[str, Array]:
+def _of_attention(
+    pattern: ByLayer | None, config: ModelConfig, valid: Bool[Array, "batch position"] | None
+) -> dict[str, Array]:
     """Entropy and distance ``[layer, head]``, of rows that sum to at most one: of others they mean nothing."""
     layers = [config.layer(number) for number in range(config.layers)]
     known = [mixer_of(layer).about(layer) for layer in layers]
@@ -53,20 +59,24 @@ def _of_attention(pattern: ByLayer | None, config: ModelConfig) -> dict[str, Arr
     if pattern is None or not any(shares):
         return {}
     if all(shares) and not isinstance(pattern, tuple):
-        attention = patterns.statistics(pattern, config)
+        attention = patterns.statistics(pattern, config, valid)
         return {"entropy": attention.entropy_share, "distance": attention.distance}
     own: Any = pattern  # a layer that has shares has a pattern
-    each = [patterns.statistics(own[i][None], layers[i]) if share else None for i, share in enumerate(shares)]
+    each = [
+        patterns.statistics(own[i][None], layers[i], valid) if share else None for i, share in enumerate(shares)
+    ]
     joined = lambda name: stacked([None if x is None else getattr(x, name)[0] for x in each], (0,), jnp.nan)
     return {"entropy": joined("entropy_share"), "distance": joined("distance")}
 
 
-def looker(batch: Batch, config: ModelConfig, batched: bool) -> Callable[[Parameters], dict[str, Array]]:
+def looker(
+    batch: Batch, config: ModelConfig, batched: bool, filler: int | None = None
+) -> Callable[[Parameters], dict[str, Array]]:
     """A compiled function of the parameters to the statistics of one model, or of many.
 
     On a CPU they come one after another, elsewhere as many at a time as have room for their walks.
     """
-    one = lambda parameters: statistics(parameters, batch, config)
+    one = lambda parameters: statistics(parameters, batch, config, filler)
     at_once = None if jax.default_backend() == "cpu" else walks_at_once(batch.tokens.size, config)
     return jax.jit(lambda many: jax.lax.map(one, many, batch_size=at_once) if batched else one(many))
 
@@ -77,13 +87,16 @@ def walks_at_once(tokens: int, config: ModelConfig) -> int:
     return max(NUMBERS_AT_ONCE // (tokens * config.layers * of_layer), 1)
 
 
-def participation(rows: Float[Array, "*axes row width"]) -> Float[Array, "*axes"]:
-    """The participation ratio ``(sum of l)^2 / sum of l^2`` of the eigenvalues l of the rows' covariance.
+def participation(
+    rows: Float[Array, "*axes row width"], counted: Bool[Array, "row 1"] | None = None
+) -> Float[Array, "*axes"]:
+    """The participation ratio ``(sum of l)^2 / sum of l^2`` of the eigenvalues l of the covariance of rows.
 
     It counts dimensions: n equal ones give n. (Without the eigenvalues: both sums are traces.)
     """
     x = in_statistics_dtype(rows)
-    x = x - jnp.mean(x, axis=-2, keepdims=True)
+    x = x - jnp.mean(x, axis=-2, keepdims=True, where=counted)
+    x = x if counted is None else x * counted
     return _spread(jnp.swapaxes(x, -1, -2) @ x)
 
 

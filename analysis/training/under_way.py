@@ -23,7 +23,7 @@ from minitf.decode import Sampling, generate
 from minitf.families import native
 from minitf.train import sharding, trainer
 from minitf.train.checkpoints import Checkpoints, dynamics_steps
-from minitf.train.config import TrainConfig
+from minitf.train.config import TrainConfig, unread
 from minitf.train.progress import Progress
 from minitf.train.step import State
 from minitf.train.trainer import Compiled, Taken
@@ -55,7 +55,7 @@ class Training:
         at_once = None if jax.default_backend() == "cpu" else programs.at_once
         self.evaluate = trainer.evaluator(ready.program, mesh, self.batched, at_once)
         self.norm = jax.jit(optax.tree.norm)
-        self.look = looker(ready.looked_at, ready.program.model, self.batched)
+        self.look = looker(ready.looked_at, ready.program.model, self.batched, ready.filler)
         self.tokens = len(models.seeds) * config.training.batch * ready.length  # of a step
         model = ready.program.model
         # What can write: with room for a token after the first.
@@ -78,6 +78,8 @@ class Training:
         self.looks = Looks(kept, done)
         if done and kept.exists() and not statistics_in(kept):
             self.progress.note(f"{kept.name} is damaged; statistics begin anew")
+        for name in unread(self.config.optimizer):
+            self.progress.note(f"optimizer.{name} is not read by {self.config.optimizer.name}")
         if self.config.keep.sample_every and not self.writes:
             self.progress.note("keep.sample_every: there are no samples of what predicts no next tokens of a text")
         if not done:

@@ -25,7 +25,7 @@ from minitf.analysis.training.statistics import LABELS, looker, participation, s
 from minitf.analysis.walk_report import job as walk_job
 from minitf.analysis.walk_report.job import WalkConfig
 from minitf.pretrained import load
-from minitf.train.batch import next_token
+from minitf.train.batch import Batch, next_token
 from minitf.train.config import KeepSettings
 from minitf.train.settings import as_config, laid_over
 
@@ -379,6 +379,24 @@ def test_statistics_say_what_they_are():
     output = np.asarray(parameters.layers.attention.output)[0].reshape(8, 8)
     singular = np.linalg.svd(output, compute_uv=False) ** 2
     np.testing.assert_allclose(found["rank_output"][0], singular.sum() ** 2 / (singular**2).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_fills_sequences_up_is_not_looked_at(causal):
+    config = ModelConfig(vocabulary=10, layers=2, width=8, heads=2, length=9, causal=causal)
+    parameters = random_parameters(config)
+    tokens = jax.random.randint(jax.random.key(1), (4, 9), 0, 9)
+    whole = Batch(tokens[:, :6], tokens[:, :6])
+    full = Batch(tokens.at[:, 6:].set(9), tokens)
+    found = jax.jit(lambda p: statistics(p, full, config, filler=9))(parameters)
+    if causal:  # what comes later changes nothing
+        for name, value in jax.jit(lambda p: statistics(p, whole, config))(parameters).items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-3, err_msg=name)
+    ends = np.asarray(walk(parameters, full.tokens, config).end)[:, :6].reshape(-1, 8)
+    np.testing.assert_allclose(found["stream_norm"][-1], np.linalg.norm(ends, axis=1).mean(), rtol=1e-5)
+    values = np.linalg.eigvalsh(np.cov(ends.T))
+    np.testing.assert_allclose(found["stream_rank"][-1], values.sum() ** 2 / (values**2).sum(), rtol=1e-4)
+    assert (found["entropy"] <= 1).all()
 
 
 def test_attention_is_looked_at_where_heads_have_shares_of_what_they_see():

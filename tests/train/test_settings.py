@@ -14,6 +14,7 @@ from minitf.train.config import (
     OptimizerSettings,
     TrainConfig,
     TrainingSettings,
+    unread,
 )
 from minitf.train.settings import (
     about_preset,
@@ -123,6 +124,24 @@ def test_a_sweep_is_even_in_the_logarithm():
         "optimizer.rate": (1e-4, 1e-3, 1e-2),
         "optimizer.weight_decay": (0.0, 0.1),
     }
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "names"),
+    [
+        ({"name": "adam", "weight_decay": 0.5}, ["weight_decay"]),
+        (
+            {"name": "adamw", "weight_decay": 0.5, "stochastic": True, "second": "block_de0"},
+            ["stochastic", "second"],
+        ),
+        ({"name": "adamw_8bit", "stochastic": True, "signed_scale": True}, []),
+        ({"name": "adamw_4bit", "second": "block_de0"}, []),
+        ({"name": "sgd", "momentum": 0.5, "muon_rate": 1.0}, ["muon_rate"]),
+        ({"name": "adam"}, []),
+    ],
+)
+def test_what_an_optimizer_does_not_read_is_known(optimizer, names):
+    assert unread(as_config({"optimizer": optimizer}).optimizer) == names
 
 
 @pytest.mark.parametrize(
