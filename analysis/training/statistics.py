@@ -29,8 +29,8 @@ def statistics(
     """Means over a batch, each by its name; ``LABELS`` says what they are and which axes they have.
 
     Places of the token ``filler`` are left out; the attention of a model that sees both ways sees them, so there
-    they count. The attention's are of layers in which heads have shares of what they see; heads that a layer does not have are
-    NaN, and without any such layer they are left out.
+    they count. The attention's numbers are of layers in which heads have shares of what they see; heads that a
+    layer does not have are NaN, and without any such layer they are left out.
     """
     edit = with_inputs(Edit(), parameters, batch)
     walked = walk(parameters, batch.tokens, config, edit=edit)
