@@ -60,7 +60,8 @@ def masked(
     mask_token: int,
     size: int | None = None,
 ) -> Batch:
-    """Each position is chosen with probability ``share``; the targets are the true tokens of the chosen ones.
+    """Each position is chosen with probability ``share``, and one where chance chooses none of a sequence; the
+    targets are the true tokens of the chosen ones.
 
     Of the chosen positions 80 % show ``mask_token``, 10 % a uniformly random token below ``size``, and 10 % what
     they held (Devlin et al. 2019, BERT). ``mask_token`` is the first id after those of the data, unless they have
@@ -73,7 +74,8 @@ def masked(
     if mask_token < 1:
         raise ValueError(f"mask_token is {mask_token}; it must be the first id after the data's, so at least 1")
     of_choice, of_fate, of_token = jax.random.split(key, 3)
-    chosen = jax.random.bernoulli(of_choice, share, tokens.shape)
+    chance = jax.random.uniform(of_choice, tokens.shape)
+    chosen = (chance < share) | (chance == jnp.min(chance, axis=1, keepdims=True))
     fate = jax.random.uniform(of_fate, tokens.shape)
     random = jax.random.randint(of_token, tokens.shape, 0, mask_token if size is None else size)
     instead = jnp.where(fate < SHOWN_MASKED + SHOWN_RANDOM, random, tokens)

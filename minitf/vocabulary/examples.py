@@ -31,7 +31,11 @@ class Labelled:
     def example(self, text: str, label: str) -> Int32[np.ndarray, " token"]:
         """The tokens of a sequence, then that of its label. Raises ValueError for a label that there is not."""
         if label not in self.labels:
-            raise ValueError(f"{label!r} is none of the labels {', '.join(map(repr, self.labels[:10]))}")
+            known = ", ".join(map(repr, self.labels[:10]))
+            raise ValueError(
+                f"{label!r} is none of the labels {known}. A model that tells labels goes on with its own: for "
+                "others start from one of the sequences alone, or from none"
+            )
         return np.append(self.inner.encode(text), np.int32(self.inner.size + self.labels.index(label)))
 
     def decode(self, ids: Iterable[Any]) -> str:

@@ -543,6 +543,10 @@ def test_a_table_with_labels_is_learned_and_told_where_a_sequence_ends(tmp_path)
     assert "the labels&#39; frequencies" in (tmp_path / "run" / "report.html").read_text()
     started = {**tables, "training": {"steps": 1, "batch": 4, "start_from": str(tmp_path / "run" / "model")}}
     job.run(as_config({**started, "model": {}}), tmp_path / "again", quiet=True)
+    (tmp_path / "others.csv").write_text("s,kind\n" + rows.replace("ends b", "stops"))
+    others = {**started, "model": {}, "data": {**data, "paths": [str(tmp_path / "others.csv")]}}
+    with pytest.raises(Problem, match="'stops' is none of the labels 'ends a', 'ends b'. A model that tells labe"):
+        job.run(as_config(others), tmp_path / "others", quiet=True)
     with pytest.raises(Problem, match="or tables with a column data.label for classification, or data.target"):
         job.run(as_config({**tables, "objective": {"kind": "next_token"}}), tmp_path / "other", quiet=True)
 

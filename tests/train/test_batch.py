@@ -23,6 +23,16 @@ def test_targets_are_the_true_tokens_and_what_was_not_chosen_is_shown():
     assert np.array_equal(np.asarray(batch.tokens)[~asked], np.asarray(tokens)[~asked])
 
 
+def test_every_sequence_is_asked_for_something_and_chance_decides_the_rest():
+    short = tokens.reshape(-1, 4)
+    asked = np.asarray(masked(short, jax.random.key(1), 0.15, MASK).targets) != NO_TARGET
+    many = asked.sum(axis=1)
+    # Of four positions, chance would choose none in .85^4 of the sequences, and one in 4 x .15 x .85^3.
+    shares = np.array([0.0, 0.85**4 + 4 * 0.15 * 0.85**3, 6 * 0.15**2 * 0.85**2])
+    np.testing.assert_allclose(np.bincount(many, minlength=5)[:3] / len(many), shares, atol=0.02)
+    np.testing.assert_allclose(asked.mean(axis=0), asked.mean(), atol=0.03)
+
+
 def test_of_the_chosen_80_percent_are_masked_10_random_and_10_as_they_were():
     batch = masked(tokens, jax.random.key(2), 0.15, MASK)
     shown, true = np.asarray(batch.tokens), np.asarray(tokens)
