@@ -62,9 +62,9 @@ def by_step(
     Raises:
         ValueError: the end of this model's walk is not the sum of its steps under one norm.
     """
-    steps = ["layers.attention_step", *(["layers.feed_forward_step"] if config.feed_forward != "none" else [])]
-    _check_held(walk, "start", *steps)
     toward, bias = direction(parameters, walk, config, target, against)
+    steps = ["layers.attention_step", *(["layers.feed_forward_step"] if config.feed_forward != "none" else [])]
+    _check_held(walk, *steps)
     layers = walk.layers
     return StepAttribution(
         start=_along(walk.start, toward),
@@ -81,8 +81,8 @@ def by_head(
 
     Among layers that differ, those with fewer heads have zeros after their own.
     """
-    _check_held(walk, "layers.head_steps")
     toward, _ = direction(parameters, walk, config, target, against)
+    _check_held(walk, "layers.head_steps")
     steps = in_statistics_dtype(with_as_many_heads(walk.layers.head_steps, 2))
     parts = jnp.einsum("lbphw,bpw->lbph", steps, toward)
     return PartAttribution(

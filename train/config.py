@@ -17,12 +17,22 @@ OptimizerName = Literal[
     "sgd", "adam", "adamw", "lion", "muon", "adafactor", "adamw_8bit", "adamw_4bit", "adamw_4bit_factor"
 ]
 
-# Numbers that some optimizers do not read: models that differ in one of them alone would be the same.
+FEW_BITS = ("adamw_8bit", "adamw_4bit", "adamw_4bit_factor")
+
+
+def _all_but(*names: str) -> tuple[OptimizerName, ...]:
+    return tuple(name for name in get_args(OptimizerName) if name not in names)
+
+
+# What some optimizers do not read: models that differ in one of these alone would be the same.
 NOT_READ: Mapping[str, tuple[OptimizerName, ...]] = {
     "second_momentum": ("sgd", "adafactor"),
     "epsilon": ("sgd", "lion", "adafactor"),
     "weight_decay": ("adam",),
-    "muon_rate": tuple(name for name in get_args(OptimizerName) if name != "muon"),
+    "muon_rate": _all_but("muon"),
+    "signed_scale": _all_but(*FEW_BITS),
+    "stochastic": _all_but(*FEW_BITS),
+    "second": _all_but("adamw_4bit"),
 }
 
 
@@ -135,12 +145,9 @@ class OptimizerSettings:
 
 def unread(settings: OptimizerSettings) -> list[str]:
     """Names of settings that are not the usual ones, and make no difference to this optimizer."""
-    few_bits = settings.name in ("adamw_4bit", "adamw_4bit_factor", "adamw_8bit")
-    moot = [name for name, optimizers in NOT_READ.items() if settings.name in optimizers]
-    moot += [] if few_bits else ["signed_scale", "stochastic"]
-    moot += [] if settings.name == "adamw_4bit" else ["second"]
     usual = OptimizerSettings()
-    return [name for name in moot if getattr(settings, name) != getattr(usual, name)]
+    own = lambda name: getattr(settings, name) != getattr(usual, name)
+    return [name for name, optimizers in NOT_READ.items() if settings.name in optimizers and own(name)]
 
 
 @dataclass(frozen=True)

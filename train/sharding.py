@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from minitf import ModelConfig
 from minitf.declaration import Declaration, declared
 from minitf.parameters import path_name
-from minitf.train.config import MeshSettings
+from minitf.train.config import MeshSettings, TrainingSettings
 
 Tree = Any
 DIVIDED = {
@@ -45,13 +45,13 @@ def mesh_of(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mes
     )
 
 
-def check_divides(sequences: int, mesh: MeshSettings, name: str) -> None:
-    """Raise ValueError for a mesh whose devices cannot have as many of the sequences each; ``name`` says whose."""
-    over = mesh.data * mesh.fsdp
+def check_divides(training: TrainingSettings, mesh: MeshSettings) -> None:
+    """Raise ValueError for a mesh whose devices cannot have as many sequences each of a part of the batch."""
+    sequences, over = training.batch // training.accumulate, mesh.data * mesh.fsdp
     if sequences % over:
         raise ValueError(
-            f"{sequences} sequences ({name}) cannot be divided among {mesh.data} x {mesh.fsdp} devices "
-            f"(mesh.data x mesh.fsdp); choose a multiple of {over}"
+            f"{sequences} sequences (training.batch / training.accumulate) cannot be divided among {mesh.data} x "
+            f"{mesh.fsdp} devices (mesh.data x mesh.fsdp); choose a multiple of {over}"
         )
 
 

@@ -112,8 +112,7 @@ def plan(config: TrainConfig, device: str, devices: int | None = None, utilizati
     steps = trainer.steps_per_call(config, run.operations * run.models, on.kind)
     found = {many: options(run, on, many, steps, utilization) for many in counts}
     if own.devices == first:
-        part = config.training.batch // config.training.accumulate
-        sharding.check_divides(part, own, "training.batch / training.accumulate")
+        sharding.check_divides(config.training, own)
         chosen: Option | None = option(run, on, own, config.training.accumulate, steps, utilization)
     else:
         chosen = next(iter(found[first]), None)

@@ -59,8 +59,7 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
         KeyboardInterrupt: Ctrl-C; everything is kept.
     """
     with told_to_people():
-        part = config.training.batch // config.training.accumulate
-        sharding.check_divides(part, config.mesh, "training.batch / training.accumulate")
+        sharding.check_divides(config.training, config.mesh)
         mesh = sharding.mesh_of(config.mesh)
     held = _held(config)
     silent = quiet or not is_first()

@@ -99,12 +99,13 @@ def statistics_in(file: Path) -> dict[str, np.ndarray]:
 class Looks:
     """Statistics at some steps, as arrays ``[record, ...]`` in a file; those after ``step`` are dropped.
 
-    Of a damaged file nothing is left, and those of later steps are kept anew: no run stops for them.
+    Of a ``damaged`` file nothing is left, and those of later steps are kept anew: no run stops for them.
     """
 
     def __init__(self, file: Path, step: int) -> None:
         self.file, self.steps, self.found = file, [], []
         arrays = statistics_in(file) if step else {}
+        self.damaged = bool(step) and file.exists() and not arrays
         if arrays:
             self.steps = [one for one in arrays.pop("step").tolist() if one <= step]
             self.found = [{name: x[place] for name, x in arrays.items()} for place in range(len(self.steps))]

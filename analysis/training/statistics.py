@@ -36,11 +36,11 @@ def statistics(
     walked = walk(parameters, batch.tokens, config, edit=edit)
     geometry = encoding_geometry(walked, config)
     streams = jnp.concatenate([walked.layers.resid_pre, walked.end[None]])
-    counted = jnp.ones(batch.tokens.shape, bool) if filler is None else batch.tokens != filler
+    counted = None if filler is None else batch.tokens != filler
     over_places = lambda x: jnp.mean(x, axis=(-2, -1), where=counted)
     found = {
         "stream_norm": over_places(jnp.linalg.norm(in_statistics_dtype(streams), axis=-1)),
-        "stream_rank": participation(streams.reshape(len(streams), -1, config.width), counted.reshape(-1, 1)),
+        "stream_rank": participation(streams.reshape(len(streams), -1, config.width), counted),
         "step": over_places(geometry.relative_step),
         "turn": over_places(geometry.turning_angle),
         "efficiency": over_places(geometry.efficiency),
@@ -88,15 +88,17 @@ def walks_at_once(tokens: int, config: ModelConfig) -> int:
 
 
 def participation(
-    rows: Float[Array, "*axes row width"], counted: Bool[Array, "row 1"] | None = None
+    rows: Float[Array, "*axes row width"], counted: Bool[Array, "*places"] | None = None
 ) -> Float[Array, "*axes"]:
     """The participation ratio ``(sum of l)^2 / sum of l^2`` of the eigenvalues l of the covariance of rows.
 
+    ``counted`` says which rows count, over as many places as there are rows; all if None.
     It counts dimensions: n equal ones give n. (Without the eigenvalues: both sums are traces.)
     """
     x = in_statistics_dtype(rows)
-    x = x - jnp.mean(x, axis=-2, keepdims=True, where=counted)
-    x = x if counted is None else x * counted
+    which = None if counted is None else counted.reshape(-1, 1)
+    x = x - jnp.mean(x, axis=-2, keepdims=True, where=which)
+    x = x if which is None else x * which
     return _spread(jnp.swapaxes(x, -1, -2) @ x)
 
 

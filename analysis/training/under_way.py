@@ -15,7 +15,7 @@ from minitf.analysis.run_folder import Diverged
 from minitf.analysis.training.boards import Board, show
 from minitf.analysis.training.devices import peak
 from minitf.analysis.training.distributed import agreed, is_first
-from minitf.analysis.training.log import Log, Looks, lines_of, statistics_in
+from minitf.analysis.training.log import Log, Looks, lines_of
 from minitf.analysis.training.prepared import Prepared
 from minitf.analysis.training.statistics import looker
 from minitf.analysis.training.stopping import Terminated, noticing_signals
@@ -74,10 +74,9 @@ class Training:
             done, state = 0, self.programs.start()
         self.log = Log(self.out / "metrics.jsonl", done, is_first())
         self.samples = Log(self.out / "samples.jsonl", done, is_first())
-        kept = self.out / "statistics.safetensors"
-        self.looks = Looks(kept, done)
-        if done and kept.exists() and not statistics_in(kept):
-            self.progress.note(f"{kept.name} is damaged; statistics begin anew")
+        self.looks = Looks(self.out / "statistics.safetensors", done)
+        if self.looks.damaged:
+            self.progress.note(f"{self.looks.file.name} is damaged; statistics begin anew")
         for name in unread(self.config.optimizer):
             self.progress.note(f"optimizer.{name} is not read by {self.config.optimizer.name}")
         if self.config.keep.sample_every and not self.writes:

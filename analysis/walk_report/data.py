@@ -144,8 +144,8 @@ def _told(
     else:
         full = np.full((1, model.config.length), vocabulary.size, np.int32)
         full[0, : len(tokens)] = tokens
-        edits = [None, edit][: len(first_logits)]
-        ends = [_mean_told(model.parameters, jnp.asarray(full), model.config, one) for one in edits]
+        runs = (None,) if edit is None else (None, edit)
+        ends = [_mean_told(model.parameters, jnp.asarray(full), model.config, one) for one in runs]
     return {"told": {"name": vocabulary.name, "numbers": [vocabulary.number(float(end)) for end in ends]}}
 
 

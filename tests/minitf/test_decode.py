@@ -156,13 +156,7 @@ def test_a_temperature_sharpens_the_choice_and_zero_is_greedy():
 
 @given(
     st.sampled_from(
-        [
-            {"temperature": -1.0},
-            {"temperature": float("nan")},
-            {"top_k": -1},
-            {"top_p": 0.0},
-            {"min_p": 2.0},
-        ]
+        [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 2.0}]
     )
 )
 def test_a_limit_out_of_range_is_refused_by_name(wrong):
