@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from minitf import __version__
+from minitf.analysis.claims import Claim, is_settled
 from minitf.declaration import count
 from minitf.pretrained import Pretrained
 
@@ -31,14 +32,14 @@ def render(
     """The page of a template, which gets ``style``, ``scripts``, ``script_hashes``, ``data`` and ``values``.
 
     Args:
-        template: its file; templates beside it can be included.
+        template: its file; templates beside it, and beside this file, can be included.
         scripts: of :func:`script`, by name, to be inlined as they are.
         data: what the scripts read: numbers, text, arrays, lists and mappings.
         digits: that a number has, significant ones.
         **values: what the template shows; text is escaped.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
+        loader=jinja2.FileSystemLoader([template.parent, HERE]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -70,6 +71,32 @@ def page_of_model(template: Path, report: Path, data: Any, model: Pretrained, na
         version=__version__,
         **values,
     )
+
+
+def claim_rows(claims: Iterable[Claim]) -> list[dict[str, Any]]:
+    """What ``claims.html.j2`` shows of claims."""
+    return [
+        {
+            "statement": one.statement,
+            "about": f"{one.source}; {one.statistic}, n = {one.n}" + (f". {one.note}" if one.note else ""),
+            "value": _numbers(one.value),
+            "interval": "-" if one.ci95 is None else "; ".join(map(_interval, np.reshape(one.ci95, (-1, 2)))),
+            "asked": _interval(np.ravel(one.threshold)[:2])
+            if one.direction == "within"
+            else f"{one.direction} {_numbers(one.threshold)}",
+            "verdict": "holds" if one.holds else "does not hold",
+            "settled": is_settled(one),
+        }
+        for one in claims
+    ]
+
+
+def _numbers(value: Any) -> str:
+    return ", ".join(f"{x:.3g}" for x in np.ravel(value))
+
+
+def _interval(ends: np.ndarray) -> str:
+    return " to ".join(f"{x:.3g}" for x in ends)
 
 
 def drawn_by(report: Path) -> dict[str, Markup]:

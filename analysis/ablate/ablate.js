@@ -13,8 +13,7 @@
 
   const curves = () => {
     const measure = byId("measure").value, order = byId("order").value;
-    // Of the other measures no interval is known.
-    const bars = (name) => ({ type: "data", array: data.replacements[name].orders[order].margin, visible: measure === "loss", thickness: 1, width: 3 });
+    const bars = (name) => ({ type: "data", array: data.replacements[name].orders[order].margins[measure], thickness: 1, width: 3 });
     const traces = names.map((name, i) => ({ type: "scatter", mode: "lines+markers", name, x: data.fractions, error_y: bars(name),
       y: data.replacements[name].orders[order][measure], line: { color: colors[i % colors.length], dash: i < 7 ? "solid" : "dash" },
       hovertemplate: `${name}: %{y:.3f}<extra></extra>` }));
@@ -26,7 +25,7 @@
   const map = () => {
     const heads = data.replacements[byId("replacement").value].heads;
     const z = heads.loss.map((row) => row.map((v) => v === null ? null : v - data.intact.loss));
-    const text = heads.margin.map((row) => row.map((v) => v === null ? "" : ` \u00b1 ${v.toFixed(4)}`));
+    const text = heads.margins.loss.map((row) => row.map((v) => v === null ? "" : ` \u00b1 ${v.toFixed(4)}`));
     const most = Math.max(...z.flat().map(Math.abs), 1e-9);
     const traces = [{ type: "heatmap", z, text, zmin: -most, zmax: most, colorscale: [[0, orange], [0.5, "#fff"], [1, blue]], colorbar: { thickness: 10 },
       hovertemplate: "layer %{y}, head %{x}: %{z:.4f}%{text}<extra></extra>" }];
@@ -43,7 +42,7 @@
   fill("replacement", names, names, map);
   const last = data.fractions.length - 1;
   const rows = names.map((name) => [name, data.replacements[name].orders[orders[0]]])
-    .map(([name, q]) => [name, q.loss[last], q.loss[last] - data.intact.loss, q.margin[last], q.accuracy[last], q.divergence[last]]);
+    .map(([name, q]) => [name, q.loss[last], q.loss[last] - data.intact.loss, q.margins.loss[last], q.accuracy[last], q.divergence[last]]);
   rows.sort((a, b) => a[1] - b[1]);
   for (const row of [["nothing replaced", data.intact.loss, 0, 0, data.intact.accuracy, 0], ...rows]) {
     const line = document.createElement("tr");

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from minitf.analysis import association, prediction_quality
 from minitf.analysis.ablate.page import DIGITS, page
+from minitf.analysis.ablate.published import NEXT, published
 from minitf.analysis.association import FRACTIONS
+from minitf.analysis.claims import save_claims
 from minitf.analysis.given import check_tokens
 from minitf.analysis.page_parts import script_json
 from minitf.analysis.run_folder import Problem, open_run_folder, told_to_people, writing_results
@@ -27,7 +29,7 @@ from minitf.train.kept_models import load
 from minitf.vocabulary import mask_token_of, vocabulary_of
 
 RANDOM_ORDERS = 2
-MEASURES = {"loss", "accuracy", "divergence", "margin"}
+MEASURES = {"loss", "accuracy", "divergence", "margins"}
 CHARACTERS_A_TOKEN, LEAST_CHARACTERS = 40, 1 << 16  # of the text, what is surely enough at once
 MASKED = 0.15  # share of the tokens that a model which sees both ways is asked for (Devlin et al. 2019)
 LENGTH = 64  # of a window where nothing else is asked for
@@ -73,7 +75,7 @@ def run(
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Measure every replacement; write ``report.html`` and ``ablate.json`` to ``out``; returns the report's path.
+    """Measure every replacement; write ``report.html``, numbers and claims; returns the path of the report.
 
     Each replacement is kept in ``out/arrays`` when it is done; ``resume`` goes on with the next.
 
@@ -99,9 +101,11 @@ def run(
         measures = measure(model, measured, data, config.seed, say, out / "arrays")
         found = json.loads(script_json(measures, DIGITS))
         write_atomically(out / "ablate.json", (json.dumps(found, indent=1) + "\n").encode())
+        claims = published(found)
+        save_claims(out / "claims.json", claims)
         shown = [(name, str(value)) for name, value in vars(config).items() if name != "model"]
         shown.append(("tokens that windows were drawn from", f"{len(tokens):,}"))
-        write_atomically(path, page(found, model, config.model, shown).encode())
+        write_atomically(path, page(found, claims, model, config.model, shown).encode())
     return path
 
 
@@ -185,8 +189,8 @@ def measure(
 ) -> dict[str, Any]:
     """Loss, accuracy and divergence: intact, for each head, and for shares of all heads in several orders.
 
-    ``margin`` is half of the 95 % interval, over windows, of how much the loss grows; of the intact model, of the
-    loss itself.
+    ``margins`` are half of the 95 % intervals, over windows, of how much each of the three changes; of the intact
+    model, of the measure itself.
 
     Orders are by what heads cost on windows of ``data``, which nothing is measured on. What is found of a
     replacement is kept in the folder ``kept_in``, if any, and read where it is there.
@@ -204,7 +208,8 @@ def measure(
     found: dict[str, Any] = {
         "layers": config.layers,
         "heads": intact.layers.pattern.shape[2],
-        "asked": "the next token" if config.causal else "masked tokens",
+        "asked": NEXT if config.causal else "masked tokens",
+        "windows": len(measured.tokens),
         "intact": _told(as_it_is, jnp.zeros_like(as_it_is), measured.targets),
         "replacements": {},
     }
@@ -269,9 +274,9 @@ def _told(
     numbers: Float[Array, "*places window three"],
     intact: Float[Array, "window three"],
     targets: Int[Array, "window position"],
-) -> Mapping[str, Float[np.ndarray, "*places"]]:
-    """Means over windows by name, and the margin of the loss that is more than the intact one's."""
-    found = prediction_quality.as_quality(numbers)
-    growth = np.asarray(found.loss, float) - np.asarray(intact[..., 0], float)
-    means = {name: np.asarray(np.mean(value, axis=-1), float) for name, value in vars(found).items()}
-    return {**means, "margin": prediction_quality.margin(growth, targets)}
+) -> dict[str, Any]:
+    """Means over windows by name, and the margins of what they differ by from the intact ones."""
+    found, base = (vars(prediction_quality.as_quality(x)) for x in (numbers, intact))
+    means = {name: np.asarray(np.mean(value, axis=-1), float) for name, value in found.items()}
+    changes = {name: np.asarray(value, float) - np.asarray(base[name], float) for name, value in found.items()}
+    return {**means, "margins": {name: prediction_quality.margin(x, targets) for name, x in changes.items()}}

@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from minitf.analysis import page_parts
+from minitf.analysis.claims import Claim
 from minitf.pretrained import Pretrained
 
 HERE = Path(__file__).parent
 DIGITS = 7  # what a head costs is a small difference of losses
 
 
-def page(data: Mapping[str, Any], model: Pretrained, name: str, settings: Sequence[tuple[str, str]] = ()) -> str:
+def page(
+    data: Mapping[str, Any],
+    claims: Sequence[Claim],
+    model: Pretrained,
+    name: str,
+    settings: Sequence[tuple[str, str]] = (),
+) -> str:
     """The whole report as HTML text; ``data`` as :func:`minitf.analysis.ablate.job.measure` makes it."""
     return page_parts.page_of_model(
         HERE / "ablate.html.j2",
@@ -21,6 +28,7 @@ def page(data: Mapping[str, Any], model: Pretrained, name: str, settings: Sequen
         name,
         digits=DIGITS,
         conclusions=conclusions(data),
+        claims=page_parts.claim_rows(claims),
         explained={name: EXPLAINED[name] for name in data["replacements"]},
         asked=data["asked"],
         settings=settings,
@@ -54,7 +62,7 @@ def conclusions(data: Mapping[str, Any]) -> list[str]:
         return float(data["replacements"][name]["orders"][order]["loss"][share]) - intact
 
     def lost(name: str, share: int) -> str:
-        margin = data["replacements"][name]["orders"][order]["margin"][share]
+        margin = data["replacements"][name]["orders"][order]["margins"]["loss"][share]
         # Nothing has no sign.
         told = f"{round(growth(name, share), 3) + 0.0:+.3f}"
         return told if margin is None else f"{told} \u00b1 {margin:.3f}"

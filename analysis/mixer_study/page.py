@@ -9,7 +9,7 @@ import numpy as np
 
 from minitf import __version__
 from minitf.analysis import page_parts
-from minitf.analysis.claims import Claim, is_settled, mean_ci95
+from minitf.analysis.claims import Claim, mean_ci95
 from minitf.analysis.mixer_study.cell import GEOMETRY, SHOWN_POSITIONS, Cell
 from minitf.analysis.mixer_study.replaced import Replaced
 from minitf.analysis.mixer_study.rows import BLIND
@@ -107,14 +107,11 @@ def page(
         HERE / "study.html.j2",
         page_parts.drawn_by(HERE / "study.js"),
         {**found, "associations": shown},
-        claims=claims,
+        claims=page_parts.claim_rows(claims),
         settings=[(name, _in_words(value)) for name, value in settings.items()],
         tasks=found["tasks"],
         version=__version__,
-        number=_number,
-        asked=_asked,
         conclusion=conclusion(found),
-        settled=is_settled,
     )
 
 
@@ -164,17 +161,3 @@ def _picture(association: np.ndarray) -> dict[str, Any]:
         "most": most,
         "levels": base64.b64encode(levels.astype(np.uint8).tobytes()).decode(),
     }
-
-
-def _asked(claim: Claim) -> str:
-    """What the measured numbers were to be, for people."""
-    if claim.direction == "within":
-        return " to ".join(_number(x) for x in np.ravel(claim.threshold)[:2])
-    return f"{claim.direction} {_number(claim.threshold)}"
-
-
-def _number(value: Any) -> str:
-    """For people: a number, or several."""
-    if isinstance(value, tuple):
-        return ", ".join(_number(x) for x in value)
-    return f"{value:.3g}"

@@ -58,19 +58,31 @@ def test_every_replacement_is_measured_for_each_head_and_for_shares_of_all(done)
 def test_margins_are_of_the_growth_over_windows(done):
     found = done["found"]
     for measured in found["replacements"].values():
-        assert np.shape(measured["heads"]["margin"]) == (CONFIG.layers, CONFIG.heads)
-        for order in measured["orders"].values():
-            # With nothing replaced, no window loses more or less than another.
-            assert order["margin"][0] == pytest.approx(0, abs=1e-4)
-            assert (order["margin"][-1] > 0) == (order["loss"][-1] != order["loss"][0])
+        for name, of_heads in measured["heads"]["margins"].items():
+            assert np.shape(of_heads) == (CONFIG.layers, CONFIG.heads)
+            for order in measured["orders"].values():
+                # With nothing replaced, no window loses more or less than another.
+                assert order["margins"][name][0] == pytest.approx(0, abs=1e-4)
+                assert (order["margins"][name][-1] > 0) >= (order[name][-1] != order[name][0])
     uniform = found["replacements"]["uniform"]["orders"]["least important first"]
-    assert f"\u00b1 {uniform['margin'][-1]:.3f}" in conclusions(found)[2]
+    assert f"\u00b1 {uniform['margins']['loss'][-1]:.3f}" in conclusions(found)[2]
+
+
+def test_what_was_published_stands_beside_what_was_measured(done):
+    claims = json.loads((done["out"] / "claims.json").read_text())
+    assert [one["id"] for one in claims] == ["ablate.constant", "ablate.half_constant"]
+    constant = done["found"]["replacements"]["mean over data"]["orders"]["least important first"]
+    growth = constant["loss"][-1] - done["found"]["intact"]["loss"]
+    assert claims[0]["value"] == pytest.approx(np.expm1(growth)) and claims[0]["n"] == 3
+    assert np.log1p(claims[0]["ci95"][1]) == pytest.approx(growth + constant["margins"]["loss"][-1])
+    page = done["report"].read_text()
+    assert all(one["statement"].replace("'", "&#39;") in page for one in claims)
 
 
 def test_of_one_window_no_margin_is_known(given, tmp_path):
     page = job.run(configured(given, windows=1), tmp_path / "run").read_text()
     found = json.loads((tmp_path / "run" / "ablate.json").read_text())
-    assert found["intact"]["margin"] is None and "\u00b1" not in conclusions(found)[1] and page
+    assert found["intact"]["margins"]["loss"] is None and "\u00b1" not in conclusions(found)[1] and page
 
 
 def test_the_numbers_are_those_of_edited_walks(given, done):

@@ -23,7 +23,9 @@ def out(tmp_path_factory):
 
 
 def test_it_leaves_a_report_its_numbers_and_what_ran(out):
-    assert {file.name for file in out.iterdir()} == {"report.html", "ablate.json", "config.json", "arrays"}
+    assert {file.name for file in out.iterdir()} == {
+        *("report.html", "ablate.json", "claims.json", "config.json", "arrays")
+    }
 
 
 def test_its_page_opens_without_errors_or_requests_and_the_choices_change_the_pictures(browser, out):

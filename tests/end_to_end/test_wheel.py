@@ -109,8 +109,8 @@ def test_the_reports_find_their_templates_there(python):
         "if p.suffix in ('.j2', '.css', '.js')))"
     )
     assert done.returncode == 0, done.stderr
-    found = ["report.css", "scan_snap/report.html.j2", "scan_snap/report.js", "walk_report/walk.html.j2"]
-    found.append("walk_report/walk.js")
+    found = ["claims.html.j2", "report.css", "scan_snap/report.html.j2", "scan_snap/report.js"]
+    found += ["walk_report/walk.html.j2", "walk_report/walk.js"]
     assert done.stdout.split() == [str(installed / "minitf" / "analysis" / name) for name in found]
 
 
