@@ -111,17 +111,21 @@ def open_run_folder(
     return out
 
 
-def hold(out: Path, until: ExitStack) -> bool:
-    """Hold a folder that is there, ``until`` the end of a context or of this process, so that no other one does.
+def hold(out: Path, until: ExitStack) -> None:
+    """Make a folder and hold it, ``until`` the end of a context or of this process, so that no other one does.
 
-    Where the system or the file system has no locks, nothing is held. Returns whether the folder is there.
+    Where the system or the file system has no locks, or there is no such folder but a file, nothing is held.
 
     Raises:
-        Problem: another process holds it.
+        Problem: another process holds it, or it cannot be made.
     """
-    if not out.is_dir():
-        return False
-    if fcntl is not None:
+    if not out.exists():
+        check_writable(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(out, error) from error
+    if fcntl is not None and out.is_dir():
         descriptor = os.open(out, os.O_RDONLY)
         until.callback(os.close, descriptor)
         try:
@@ -132,7 +136,6 @@ def hold(out: Path, until: ExitStack) -> bool:
             ) from None
         except OSError:
             pass
-    return True
 
 
 def recorded(out: Path) -> dict[str, Any]:

@@ -120,8 +120,8 @@ class Plan:
     """A TOML file with settings, over those of the preset."""
     device: str = "H100"
     """What it is to run on."""
-    devices: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: several numbers)")] = None
-    """How many of them; without it, powers of two up to thousands."""
+    devices: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: as the mesh)")] = None
+    """How many of them; the best splits of more, up to thousands, are told too."""
     utilization: float = 0.4
     """The share of what a device can multiply at most that is assumed."""
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/plan")

@@ -294,16 +294,29 @@ def _as_text(data: bytes) -> tuple[str, str]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Ordinary files under a folder, not the hidden ones, in sorted order, files before subfolders."""
+    """Ordinary files under a folder, not the hidden ones, in sorted order, files before subfolders.
+
+    Subfolders that a command of minitf made are passed over: what it writes is not what it reads.
+    """
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"The folder {error.filename} cannot be read: {error.strerror or error}.") from error
 
     for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not _is_run(Path(place, name))
+        )
         for name in sorted(files):
             if not name.startswith(".") and Path(place, name).is_file():
                 yield Path(place, name)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a command of minitf keeps what it made in this folder."""
+    try:
+        return json.loads((folder / "config.json").read_bytes()).get("made_by") == "minitf"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _cut(text: str, separators: list[str], limit: int) -> Iterator[str]:

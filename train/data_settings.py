@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from minitf.train.table_files import Dialect
+
 # Encodings that follow from the data, or need nothing; "": one of them.
 LEARNED = ("", "bytes", "characters", "bpe", "symbols")
 MOST_NAMES = 65_536
@@ -25,6 +27,7 @@ class DataSettings:
     columns: tuple[str, ...] = ()  # csv: which are read, by their header; none: the only one
     bins: int = 0  # csv: columns are numbers, cut in so many bins with as many rows in each; 0: they are text
     delimiter: str = ""  # csv: between cells; "" for a comma, and a tab in files named .tsv
+    quotes: bool = True  # csv: cells may stand in quotes, as they must around delimiters and line ends
     raw: Literal["uint16", "uint32"] = "uint16"  # tokens: the numbers in files other than .npy, little-endian
     validation: float = 0.1  # share of the documents that is not trained on
     validation_paths: tuple[str, ...] = ()  # files for validation alone; then all of ``paths`` is trained on
@@ -47,6 +50,11 @@ class DataSettings:
         self._check_meaning()
 
     @property
+    def dialect(self) -> Dialect:
+        """How tables are written."""
+        return Dialect(self.delimiter, self.quotes)
+
+    @property
     def told(self) -> str:
         """The column of what is to be told of a row; none where rows are only read."""
         return self.label or self.target
@@ -55,6 +63,8 @@ class DataSettings:
         for name in ("columns", "bins", "delimiter", "label", "target"):
             if getattr(self, name) and self.format != "csv":
                 raise ValueError(f"{name} is {getattr(self, name)!r}, which only csv has, not {self.format}")
+        if not self.quotes and self.format != "csv":
+            raise ValueError(f"quotes is False; only csv has cells in quotes, not {self.format}")
         if self.encoding == "symbols" and self.format != "csv":
             raise ValueError("encoding is 'symbols', which only csv has: try 'characters'")
         if self.label and self.target:

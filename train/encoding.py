@@ -11,7 +11,8 @@ import numpy as np
 from minitf.tokenizer import gpt2_encoding, load_encoding, train_encoding
 from minitf.tokenizer_file import NAMES, load_tokenizer_file
 from minitf.train.data_settings import LEARNED, MOST_NAMES, DataSettings
-from minitf.train.symbol_files import Document, Example, Sided, table_columns, token_array
+from minitf.train.symbol_files import Document, Example, Sided, token_array
+from minitf.train.table_files import table_columns
 from minitf.vocabulary import (
     FILE,
     Bytes,
@@ -52,7 +53,7 @@ def learned(settings: DataSettings, files: list[Path], read: Callable[[str], Ite
     training = lambda: _texts(_training(read("Learning the encoding"), settings))
     encoding = settings.encoding or {"text": "bytes", "tokens": "ids"}.get(settings.format, "characters")
     if settings.bins:
-        columns = table_columns(files[0], settings.columns, settings.delimiter)
+        columns = table_columns(files[0], settings.columns, settings.dialect)
         return bins_of(columns, _first_rows(training(), len(columns)), settings.bins)
     if encoding == "ids":
         return Ids(settings.vocabulary or 1 + max(int(token_array(file, settings.raw).max()) for file in files))

@@ -1,4 +1,4 @@
-"""Files of symbols as documents, read piece by piece: text, FASTA, tables and tokens.
+"""Files of symbols as documents, read piece by piece: text, FASTA and tokens (tables: ``table_files``).
 
 A document is a text (or, of token files, an array of tokens) that is small enough to be held in memory, whatever
 the size of its file; one after another they are the file, less what is no data. Each is wholly on one side of the
@@ -6,9 +6,8 @@ split into training and validation, so their sizes are a compromise, which each 
 """
 
 import codecs
-import csv
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from jaxtyping import Integer
 
 from minitf.train.corpus import files_below
 from minitf.train.token_file import description_of, open_tokens
-from minitf.vocabulary import is_number
 
 SNIFFED_BYTES = 1 << 16
 UNDECODABLE_SHARE = 0.1
@@ -31,8 +29,6 @@ LEAST_RECORD = 1024
 BEGINNING = 4096
 LARGEST_TOKEN = 2**24
 
-Check = Callable[[str], str]
-
 
 @dataclass(frozen=True)
 class Example:
@@ -45,25 +41,33 @@ class Example:
         return len(self.text)
 
 
+# By its name, which files of a folder are of a format; of text those that are not tokens, if they can be read.
+NAMED = {
+    "fasta": (".fa", ".fasta", ".fas", ".fna", ".ffn", ".faa", ".frn"),
+    "csv": (".csv", ".tsv", ".tab"),
+    "tokens": (".npy", ".bin", ".tokens"),
+}
+
+
 Document = str | Integer[np.ndarray, " token"] | Example
 # What is trained on, False, and what only measures, True.
 Sided = tuple[bool, Document]
 
 
-def source_files(paths: Iterable[str]) -> list[Path]:
+def source_files(paths: Iterable[str], form: str = "text") -> list[Path]:
     """All files that are named, and those in folders that are, all the way down, each once, in sorted order.
 
-    In a folder hidden, empty and binary files are passed over (but token files, .npy, .bin and .tokens, count).
+    In a folder those count whose names are of the format ``form`` (``NAMED``); of text all but hidden, empty and
+    binary ones, and token files with what describes them. What runs left in folders of their own is no data.
     Raises ValueError naming the path: missing, unreadable, or a folder without a file that counts.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for file in files_below(path) if is_token_file(file) or not text_problem(file)]
+            inside = [file for file in files_below(path) if _is_of(file, form)]
             if not inside:
-                raise ValueError(
-                    f"The folder {path} holds no file to read (hidden, empty, binary ones do not count)."
-                )
+                which = f"of {form}, by its name: {', '.join(NAMED[form])}" if form in NAMED else "of text"
+                raise ValueError(f"The folder {path} holds no file {which} (hidden and empty ones do not count).")
         elif path.is_file():
             inside = [path]
         elif path.exists():
@@ -75,9 +79,12 @@ def source_files(paths: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-def is_token_file(file: Path) -> bool:
-    """Whether its name says that it holds tokens."""
-    return file.suffix in (".npy", ".bin", ".tokens")
+def _is_of(file: Path, form: str) -> bool:
+    """Whether a file in a folder is of a format."""
+    if form in NAMED:
+        return file.suffix.lower() in NAMED[form] and file.stat().st_size > 0
+    described = file.suffix == ".json" and file.with_suffix("").suffix == ".tokens"
+    return file.suffix.lower() not in NAMED["tokens"] and not described and not text_problem(file)
 
 
 def text_problem(file: Path) -> str:
@@ -105,7 +112,7 @@ def text_documents(files: Sequence[Path]) -> Iterator[str]:
     Without a blank line it is cut at the end of a line once it has four times as many, and inside a line longer
     than that. UTF-8; wrong bytes are replaced by U+FFFD, line ends become "\\n", and a file ends with one.
     """
-    size = _document_size(files, 1, TEXT_CHARACTERS)
+    size = document_size(files, 1, TEXT_CHARACTERS)
     for file in files:
         last = ""
         for document in _cut_text(file, size):
@@ -135,7 +142,7 @@ def fasta_documents(files: Sequence[Path]) -> Iterator[str]:
 
     Raises ValueError naming file and line for what is neither a letter, nor one of "*", "-" and ".".
     """
-    size = _document_size(files, LEAST_RECORD, SERIES_CHARACTERS)
+    size = document_size(files, LEAST_RECORD, SERIES_CHARACTERS)
     for file in files:
         held = ""
         number, starts_line, skipping = 1, True, False
@@ -159,75 +166,6 @@ def fasta_documents(files: Sequence[Path]) -> Iterator[str]:
             yield held + "\n"
 
 
-def table_documents(
-    files: Sequence[Path], columns: Sequence[str], delimiter: str, check: Check | None, *, series: bool
-) -> Iterator[str]:
-    """Columns of tables (CSV with a header line; tab-separated when a file's name ends with .tsv or .tab).
-
-    A row is a line of its cells: with ``series`` separated by commas or, when they are no numbers, by line ends,
-    and a document is many rows (about 65 536 characters of the file, of a small one fewer); else separated by
-    tabs, and every row is a document. ``check`` says what is wrong with a cell, or nothing.
-
-    Raises ValueError naming file and line: a column that is not there, a row without it, a cell that is refused.
-    """
-    size = _document_size(files, 1, SERIES_CHARACTERS) if series else 0
-    between = "," if check is not_a_number else "\n" if series else "\t"
-    for file in files:
-        held, length = [], 0
-        for row, read in _rows(file, columns, delimiter, lambda name: check):
-            held.append(between.join(row) + "\n")
-            length += read
-            if length >= size:
-                yield "".join(held)
-                held, length = [], 0
-        if held:
-            yield "".join(held)
-
-
-def table_examples(
-    files: Sequence[Path], columns: Sequence[str], told: str, delimiter: str, check: Check | None, of_told: Check
-) -> Iterator[Example]:
-    """Rows of tables as sequences, and the cell of the column ``told`` of each, with a check of its own.
-
-    A sequence is its cells: of numbers with commas between, of symbols a line each, else with tabs between.
-    Raises ValueError naming file and line as :func:`table_documents`.
-    """
-    between, end = (",", "\n") if check is not_a_number else ("\n", "\n") if check else ("\t", "")
-    for file in files:
-        for row, _ in _rows(file, [*columns, told], delimiter, lambda name: of_told if name == told else check):
-            yield Example(between.join(row[:-1]) + end, row[-1])
-
-
-def table_columns(file: Path, columns: Sequence[str], delimiter: str) -> tuple[str, ...]:
-    """The columns that are read: those named, or the only one. Raises ValueError naming those that there are."""
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
-        header = next(csv.reader(opened, delimiter=_delimiter(file, delimiter)), [])
-    names = [name.strip() for name in header]
-    chosen = tuple(columns) or tuple(names if len(names) == 1 else ())
-    missing = [name for name in chosen if name not in names]
-    if missing or not chosen:
-        asked = f"has no column {missing[0]!r}" if missing else "has several columns: say which to read"
-        raise ValueError(f"The table {file} {asked}. Its columns are {', '.join(map(repr, names))}.")
-    return chosen
-
-
-def not_a_number(cell: str) -> str:
-    """What is wrong with a cell of numbers."""
-    return "" if is_number(cell) else "is not a finite number"
-
-
-def not_a_label(cell: str) -> str:
-    """What is wrong with a cell that is a label."""
-    return "" if cell else "is empty"
-
-
-def not_a_name(cell: str) -> str:
-    """What is wrong with a cell that is one symbol."""
-    return (
-        "is empty, or has several lines: it must be a symbol" if not cell or "\n" in cell or "\r" in cell else ""
-    )
-
-
 def token_documents(files: Sequence[Path], raw: str) -> Iterator[Integer[np.ndarray, " token"]]:
     """Tokens of .npy files, of our own .tokens files, and of others as little-endian numbers of type ``raw``.
 
@@ -248,7 +186,7 @@ def token_array(file: Path, raw: str) -> Integer[np.ndarray, " token"]:
     if description_of(file).exists():
         return open_tokens(file).ids
     try:
-        array = np.load(file, "r", allow_pickle=False) if file.suffix == ".npy" else _raw(file, np.dtype(raw))
+        array = _numpys(file) if file.suffix == ".npy" else _raw(file, np.dtype(raw))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"The tokens in {file} cannot be read: {error}.") from error
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or not array.size:
@@ -256,6 +194,13 @@ def token_array(file: Path, raw: str) -> Integer[np.ndarray, " token"]:
             f"{file} holds {array.dtype} of shape {array.shape}; tokens are one row of integers, at least one"
         )
     return array
+
+
+def _numpys(file: Path) -> np.ndarray:
+    with open(file, "rb") as opened:
+        if opened.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+            raise ValueError("it does not begin as a file that numpy.save writes")
+    return np.load(file, "r", allow_pickle=False)
 
 
 def _raw(file: Path, dtype: np.dtype) -> np.ndarray:
@@ -275,7 +220,8 @@ def _raw(file: Path, dtype: np.dtype) -> np.ndarray:
     return found
 
 
-def _document_size(files: Sequence[Path], least: int, most: int) -> int:
+def document_size(files: Sequence[Path], least: int, most: int) -> int:
+    """Of a document of these files, in bytes: so that there are enough of them, within limits."""
     return min(max(sum(file.stat().st_size for file in files) // DOCUMENTS, least), most)
 
 
@@ -287,32 +233,3 @@ def _lines(file: Path, most: int) -> Iterator[str]:
     with open(file, encoding="utf-8-sig", errors="replace") as opened:
         while line := opened.readline(most):
             yield line
-
-
-def _rows(
-    file: Path, columns: Sequence[str], delimiter: str, check_of: Callable[[str], Check | None]
-) -> Iterator[tuple[list[str], int]]:
-    """The chosen cells of every row, and how many characters the row has; columns have checks by their names."""
-    problem = text_problem(file)
-    if problem:
-        raise ValueError(f"The file {file} {problem}.")
-    chosen = table_columns(file, columns, delimiter)
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
-        reader = csv.reader(opened, delimiter=_delimiter(file, delimiter))
-        try:
-            names = [name.strip() for name in next(reader)]
-            places = [names.index(name) for name in chosen]
-            for row in filter(None, reader):
-                if len(row) <= max(places):
-                    raise ValueError(f"{file}, line {reader.line_num}: there are only {len(row)} cells.")
-                cells = [row[place].strip() for place in places]
-                for name, cell in zip(chosen, cells, strict=True):
-                    if (check := check_of(name)) and (wrong := check(cell)):
-                        raise ValueError(f"{file}, line {reader.line_num}: the {name} {cell[:60]!r} {wrong}.")
-                yield cells, sum(map(len, row)) + len(row)
-        except csv.Error as error:
-            raise ValueError(f"{file}, line {reader.line_num}: this is not a table ({error}).") from error
-
-
-def _delimiter(file: Path, delimiter: str) -> str:
-    return delimiter or ("\t" if file.suffix in (".tsv", ".tab") else ",")

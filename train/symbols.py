@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,15 +23,11 @@ from minitf.train.symbol_files import (
     Example,
     Sided,
     fasta_documents,
-    not_a_label,
-    not_a_name,
-    not_a_number,
     source_files,
-    table_documents,
-    table_examples,
     text_documents,
     token_documents,
 )
+from minitf.train.table_files import not_a_label, not_a_name, not_a_number, table_documents, table_examples
 from minitf.train.token_file import Tokens, open_tokens, sha256_of, token_writer
 from minitf.vocabulary import FILES, Bins, Labelled, Measured, Names, Vocabulary, load_vocabulary
 
@@ -38,7 +36,10 @@ PREPARED_FORMAT = "minitf data 2"
 CHARACTERS_BETWEEN_SENTENCES = 100_000_000
 SIDES = ("train", "validation")
 
+WHAT = {"text": "text", "fasta": "sequence", "csv": "row", "tokens": "token"}
+
 Say = Callable[[str], None]
+Check = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,23 @@ class Data:
     numbers: Mapping[str, Float64[np.ndarray, " example"]]
 
 
-def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabulary: Path | None = None) -> Data:
+def prepare(
+    settings: DataSettings,
+    folder: Path,
+    say: Say | None = None,
+    vocabulary: Path | None = None,
+    check: Check | None = None,
+) -> Data:
     """The data of these settings, from ``folder`` when it is there already, else read, encoded and written there.
 
     The files are read once or twice (for labels and numbers once more), a document at a time. Each document is on
-    the side that its SHA-256 says, so equal ones are on the same, or where its file is. A folder that was made of
-    the same files (by name, size and time of change) with the same settings is used again when its tokens are as
-    they were written; so is one whose files are gone, as where a run was moved without them. ``say`` is told what
-    takes its time. Where the folder of a ``vocabulary`` is given, that of a model to start from, its tokens are
-    those of the data.
+    the side that its SHA-256 says, so equal ones are on the same, or where its file is; a file that is for
+    validation is not trained on, also where ``paths`` have it. A folder that was made of the same files (by name,
+    size and time of change) with the same settings is used again when its tokens are as they were written; so is
+    one whose files are gone, as where a run was moved without them. ``say`` is told what takes its time. Where the
+    folder of a ``vocabulary`` is given, that of a model to start from, its tokens are those of the data.
+    ``check`` is given the identity of what was made anew, before that takes the place of what is there: where it
+    raises an error, all stays as it was.
 
     The usual encoding: of text bytes; of FASTA and cells of tables characters; of tokens what they are. Alphabets
     and symbols are found in all of the data; a BPE and bins are made from the training documents, of which the
@@ -79,7 +88,8 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
     """
     say = say or (lambda sentence: None)
     try:
-        files, for_validation = source_files(settings.paths), source_files(settings.validation_paths)
+        for_validation = source_files(settings.validation_paths, settings.format)
+        files = _others(source_files(settings.paths, settings.format), for_validation, say)
     except ValueError as error:
         kept = _without_sources(folder, settings, say)
         if kept is None:
@@ -103,30 +113,53 @@ def prepare(settings: DataSettings, folder: Path, say: Say | None = None, vocabu
         symbols = measured(symbols, settings, read)
     elif isinstance(symbols, Measured):
         symbols = symbols.inner
-    folder.mkdir(parents=True, exist_ok=True)
-    # What is half made, or half replaced, is no data: this file is written last.
-    for name in ("data.json", *FILES, *map(_numbers_file, SIDES)):
-        (folder / name).unlink(missing_ok=True)
-    for unfinished in folder.glob(".*.tokens.*"):
-        unfinished.unlink(missing_ok=True)
-    symbols.save(folder)
-    source = _sentence(settings, files, symbols)
-    made_from = {"source": source, "settings": dataclasses.asdict(settings)}
-    _write(folder, symbols, read("Encoding"), settings, made_from)
-    told = {"recipe": recipe, "source": source, "identity": _identity(folder)}
-    write_atomically(folder / "data.json", (json.dumps(told, indent=2) + "\n").encode())
+    making = folder / ".making"
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        symbols.save(making)
+        source = _sentence(settings, files, symbols)
+        made_from = {"source": source, "settings": dataclasses.asdict(settings)}
+        _write(making, symbols, read("Encoding"), settings, made_from)
+        made_identity = _identity(making)
+        if check is not None:
+            check(made_identity)
+        # What is half replaced is no data: this file is written last.
+        for name in ("data.json", *FILES, *map(_numbers_file, SIDES)):
+            (folder / name).unlink(missing_ok=True)
+        for file in making.iterdir():
+            os.replace(file, folder / file.name)
+        told = {"recipe": recipe, "source": source, "identity": made_identity}
+        write_atomically(folder / "data.json", (json.dumps(told, indent=2) + "\n").encode())
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
     made = _kept(folder, recipe, say)
     if made is None:
         raise ValueError(f"The data in {folder} changed while it was made: let one program at a time write there.")
     return made
 
 
+def _others(files: list[Path], for_validation: list[Path], say: Say) -> list[Path]:
+    """Those that are not for validation. Raises ValueError where all are."""
+    taken = {file.resolve() for file in for_validation}
+    others = [file for file in files if file.resolve() not in taken]
+    if len(others) < len(files):
+        told = f"{len(files) - len(others)} of the files of data.paths are for validation"
+        if not others:
+            raise ValueError(f"{told} (data.validation_paths): there is none to train on")
+        say(f"{told}, and are not trained on")
+    return others
+
+
 def _sided(
     settings: DataSettings, files: list[Path], for_validation: list[Path], known: Vocabulary | None
 ) -> Iterator[Sided]:
     """Every document, and whether it is for validation: of files of its own, or else by its hash."""
+    document = None
     for document in _documents(settings, files, known):
         yield not for_validation and on_validation_side(document, settings.validation), document
+    if document is None:
+        raise ValueError(f"there is nothing in {', '.join(settings.paths)}: no {WHAT[settings.format]}")
     if for_validation:
         yield from ((True, document) for document in _documents(settings, for_validation, known))
 
@@ -159,8 +192,8 @@ def _documents(settings: DataSettings, files: list[Path], known: Vocabulary | No
         check = not_a_number if numbered else not_a_name if names else None
         if settings.told:
             of_told = not_a_label if settings.label else not_a_number
-            return table_examples(files, settings.columns, settings.told, settings.delimiter, check, of_told)
-        return table_documents(files, settings.columns, settings.delimiter, check, series=numbered or names)
+            return table_examples(files, settings.columns, settings.told, settings.dialect, check, of_told)
+        return table_documents(files, settings.columns, settings.dialect, check, series=numbered or names)
     return token_documents(files, settings.raw) if settings.format == "tokens" else text_documents(files)
 
 
@@ -263,7 +296,9 @@ def _without_sources(folder: Path, settings: DataSettings, say: Say) -> Data | N
     """The data in a folder, made with these settings and not damaged, whatever became of its files."""
     try:
         recipe = json.loads((folder / "data.json").read_bytes())["recipe"]
-        same = (recipe["format"], recipe["settings"]) == (PREPARED_FORMAT, _plain(settings))
+        # What was made before there was a setting had what is usual.
+        made_with = {**_plain(DataSettings()), **recipe["settings"]}
+        same = (recipe["format"], made_with) == (PREPARED_FORMAT, _plain(settings))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return _kept(folder, recipe, say) if same else None

@@ -29,7 +29,7 @@ from minitf.analysis.training.boards import Board, boards
 from minitf.analysis.training.distributed import first_alone, is_first
 from minitf.analysis.training.log import read
 from minitf.analysis.training.page import page
-from minitf.analysis.training.prepared import Prepared, prepared
+from minitf.analysis.training.prepared import DATA, Prepared, check_data, prepared
 from minitf.analysis.training.under_way import Training, model_folders
 from minitf.declaration import count
 from minitf.files import write_atomically
@@ -43,6 +43,7 @@ from minitf.train.settings import as_tables, as_toml, by_name
 
 # What may change when a run goes on: where it runs and what it keeps, not what it computes.
 FREE = ("mesh", "keep")
+STEPS = "training.steps"
 LESS_MEMORY = (
     "A smaller training.batch needs less, or training.accumulate=4, training.rematerialize=true, or "
     "training.at_once=1 where many models train; minitf plan says how much."
@@ -72,18 +73,14 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
         with first_alone("data"):
             if is_first():
                 start.check_elsewhere(config, out)
-                is_held = hold(out, held_until)
-                changed = () if overwrite else _may_change(config, held, out)
-                # A run that was begun before there was a setting had what is usual, and did not record it.
-                usual = _held(TrainConfig())
-                open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed, usual=usual)
-                if not is_held:
-                    hold(out, held_until)
-                write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
+                hold(out, held_until)
+                _open(config, held, out, overwrite)
             ready = prepared(config, out, progress.note)
-            _check_data(out, ready)
-        if not _finished(config, out):
-            _train(config, ready, mesh, out, progress, quiet)
+            if is_first():
+                _keep_identity(out, ready)
+            longer = recorded(out).get(STEPS) != held[STEPS]
+        if longer or not _finished(config, out):
+            _train(config, ready, mesh, out, progress, quiet, longer)
         report = out / "report.html"
         if is_first():
             write_atomically(report, page(out, config, ready).encode())
@@ -95,13 +92,26 @@ def _held(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in by_name(config).items() if name.partition(".")[0] not in FREE}
 
 
-def _may_change(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[str, ...]:
-    """Settings that may differ from those that the run in ``out`` began with: all, where it was refused for them
-    and did nothing yet; else the number of steps, where that has grown.
+def _open(config: TrainConfig, held: dict[str, Any], out: Path, overwrite: bool) -> None:
+    """Make the folder that of this run, or refuse.
+
+    A run that is made longer stays what it was until it trains on: so far all that it has is read alone.
 
     Raises:
-        Problem: another setting has changed too.
+        Problem: it cannot be.
     """
+    # A run that was begun before there was a setting had what is usual, and did not record it.
+    usual = _held(TrainConfig())
+    if not overwrite and _made_longer(config, held, out, usual):
+        return
+    changed = () if overwrite else _may_change(held, out)
+    open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed, usual=usual)
+    write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
+
+
+def _may_change(held: dict[str, Any], out: Path) -> tuple[str, ...]:
+    """Settings that may differ from those that the run in ``out`` began with: all, where it was refused for them
+    and did nothing yet."""
     if _nothing_done(out):
         for name in ("data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"):
             (out / name).unlink(missing_ok=True)
@@ -110,7 +120,7 @@ def _may_change(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[s
             shutil.rmtree(out / start.FOLDER, ignore_errors=True)
         # All that either of them says.
         return (*held, *before)
-    return _made_longer(config, held, out)
+    return ()
 
 
 def _nothing_done(out: Path) -> bool:
@@ -121,24 +131,32 @@ def _nothing_done(out: Path) -> bool:
     return not metrics.exists() or all(line["step"] == 0 for line in read(metrics))
 
 
-def _made_longer(config: TrainConfig, held: dict[str, Any], out: Path) -> tuple[str, ...]:
-    """The name of the number of steps, where it may have grown since the run began, and has.
-
-    With a constant rate nothing that was done depended on it. The model so far then makes room for that of the
-    last step; its weights stay in the newest checkpoint.
+def _made_longer(config: TrainConfig, held: dict[str, Any], out: Path, usual: dict[str, Any]) -> bool:
+    """Whether more steps are asked of a run than it began with: at a constant rate nothing depended on them.
 
     Raises:
-        Problem: another setting has changed too.
+        Problem: another setting has changed too, or a run that took its last step has no checkpoint of it.
     """
-    steps = "training.steps"
-    before = recorded(out).get(steps)
+    before = recorded(out).get(STEPS)
     constant = config.optimizer.schedule == "constant"
-    if not constant or not isinstance(before, int) or before >= config.training.steps:
-        return ()
-    check_run_folder(out, held, resume=True, changed=(steps,), usual=_held(TrainConfig()))
+    if not constant or not isinstance(before, int) or before >= config.training.steps or _nothing_done(out):
+        return False
+    check_run_folder(out, held, resume=True, changed=(STEPS,), usual=usual)
+    if _finished(config, out) and not (out / "checkpoints" / str(before)).is_dir():
+        raise Problem(
+            f"{out} has no checkpoint of its last step, {before}, from which a longer run goes on (its model is "
+            "whole). Choose another folder with --out, and training.start_from for its weights, or --overwrite to "
+            "begin anew."
+        )
+    return True
+
+
+def _begin_longer(config: TrainConfig, out: Path) -> None:
+    """Be the longer run from now on; the model so far makes room, whose weights are in the newest checkpoint."""
     for folder in model_folders(out, trainer.models_of(config)):
         shutil.rmtree(folder, ignore_errors=True)
-    return (steps,)
+    write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
+    open_run_folder(out, _held(config), resume=True, changed=(STEPS,), usual=_held(TrainConfig()))
 
 
 def _finished(config: TrainConfig, out: Path) -> bool:
@@ -146,7 +164,9 @@ def _finished(config: TrainConfig, out: Path) -> bool:
     return all((folder / "config.json").exists() for folder in model_folders(out, trainer.models_of(config)))
 
 
-def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress: Progress, quiet: bool) -> None:
+def _train(
+    config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress: Progress, quiet: bool, longer: bool
+) -> None:
     state, batch, numbers, key = ready.program.shapes()
     keep, models = config.keep, trainer.models_of(config)
     with Checkpoints(out / "checkpoints", keep, config.training.steps) as checkpoints:
@@ -171,6 +191,10 @@ def _train(config: TrainConfig, ready: Prepared, mesh: Mesh, out: Path, progress
                     ready.program, mesh, work * len(models.seeds), ready.length, initial=ready.initial
                 )
                 _check_memory(programs, mesh)
+                if longer:
+                    with first_alone("longer"):
+                        if is_first():
+                            _begin_longer(config, out)
                 Training(config, ready, programs, mesh, models, checkpoints, out, progress, work, shown).run()
 
 
@@ -203,22 +227,8 @@ def _what(ready: Prepared, models: trainer.Models, work: float) -> str:
     )
 
 
-def _check_data(out: Path, ready: Prepared) -> None:
-    """Refuse to go on with other data than the run began with."""
-    file, now = out / "data.json", json.loads(json.dumps(ready.identity))
-    if not ready.identity:
-        return
-    if file.exists() and read_json(file) != now:
-        raise Problem(
-            f"the files that {out} trains on have changed since it began. Put them back, or use --overwrite to "
-            "begin anew."
-        )
-    write_atomically(file, (json.dumps(now, indent=1) + "\n").encode())
-
-
-def read_json(file: Path) -> Any:
-    """What a file of JSON holds; None where it is damaged."""
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError:
-        return None
+def _keep_identity(out: Path, ready: Prepared) -> None:
+    """Keep what the data is; refuse to go on with other data than the run began with."""
+    if ready.identity:
+        check_data(out, ready.identity)
+        write_atomically(out / DATA, (json.dumps(ready.identity, indent=1) + "\n").encode())

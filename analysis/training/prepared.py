@@ -1,7 +1,8 @@
 """A configuration made ready to train: its data or task, its model, and what it is measured on."""
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from minitf.vocabulary import Labelled, Measured, Vocabulary, mask_token_of
 
 # Sequences of held-out data that are looked at for statistics.
 LOOKED_AT = 16
+DATA = "data.json"  # in a run's folder: what its data is
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prep
     if config.task:
         ready = _of_task(config, start)
     else:
-        data = prepare(config.data, out / "data", say, vocabulary=None if start is None else start.vocabulary)
+        known = None if start is None else start.vocabulary
+        data = prepare(config.data, out / "data", say, vocabulary=known, check=partial(check_data, out))
+        if config.keep.sample_every and config.objective_on_files == "next_token":
+            data.vocabulary.encode(config.keep.prompt)  # what it cannot be is told now, not when it is due
         masked = config.objective_on_files == "masked_token" and mask_token_of(data.vocabulary) is None
         if start is not None and (config.data.told or masked):
             start = start.with_room(data.vocabulary.size + 1)
@@ -80,6 +85,21 @@ def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prep
     start.check(ready.program.model)
     source = f"{ready.source}, from the weights of {config.training.start_from}"
     return dataclasses.replace(ready, source=source, initial=partial(start.parameters, ready.program.model))
+
+
+def check_data(out: Path, identity: Mapping[str, Any]) -> None:
+    """Raises ValueError for other data than that with which the run in ``out`` began, if it began."""
+    try:
+        began_with = json.loads((out / DATA).read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        began_with = None  # damaged
+    if began_with != json.loads(json.dumps(identity)):
+        raise ValueError(
+            f"the files that {out} trains on have changed since it began. Put them back, or use --overwrite to "
+            "begin anew."
+        )
 
 
 def _of_task(config: TrainConfig, start: Start | None) -> Prepared:

@@ -72,6 +72,8 @@ class Training:
             self.progress.note(f"going on from step {done}")
         else:
             done, state = 0, self.programs.start()
+            if (self.out / "metrics.jsonl").exists():
+                self.progress.note("there is no checkpoint to go on from: training begins anew")
         self.log = Log(self.out / "metrics.jsonl", done, is_first())
         self.samples = Log(self.out / "samples.jsonl", done, is_first())
         self.looks = Looks(self.out / "statistics.safetensors", done)

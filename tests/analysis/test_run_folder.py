@@ -40,12 +40,13 @@ def test_a_new_folder_is_made_with_its_parents_and_says_what_runs(tmp_path):
 
 def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     with ExitStack() as ours:
-        assert not hold(tmp_path / "none", ours)
-        assert hold(tmp_path, ours)
+        hold(tmp_path / "new", ours)
+        assert (tmp_path / "new").is_dir()
+        hold(tmp_path, ours)
         with ExitStack() as theirs, pytest.raises(Problem, match=r"another process is at work in .*--out"):
             hold(tmp_path, theirs)
     with ExitStack() as theirs:
-        assert hold(tmp_path, theirs)
+        hold(tmp_path, theirs)
 
 
 def test_an_empty_folder_is_used(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 import types
 from contextlib import ExitStack
@@ -93,6 +94,63 @@ def test_a_finished_run_may_be_made_longer_where_its_rate_is_constant(tmp_path):
     run(tmp_path / "cosine")
     with pytest.raises(Problem, match=r"training\.steps was 6 and is 9"):
         run(tmp_path / "cosine", training={"steps": 9})
+
+
+def test_a_longer_run_that_cannot_be_leaves_the_finished_one_as_it_was(tmp_path, monkeypatch):
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("".join(f"the {n} of {n * n}, and then\n" for n in range(400)))
+    of_text = {"data": {"paths": [str(text)]}, "model": {"length": 8}, "optimizer": {"schedule": "constant"}}
+
+    def train(steps, **groups):
+        tables = laid_over(TINY, laid_over(of_text, {"training": {"steps": steps}, **groups}))
+        job.run(as_config({**tables, "task": {}}), out, quiet=True)
+
+    def kept():
+        files = [file for file in out.rglob("*") if file.is_file() and "checkpoints" not in file.parts]
+        return {str(file): file.read_bytes() for file in files}
+
+    train(6)
+    before = kept()
+    for board in ("tensorboardX", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, board, None)
+    with pytest.raises(Problem, match="tensorboard"):
+        train(9, keep={"tensorboard": True})
+    written = text.read_text()
+    text.write_text(written + "more\n")
+    with pytest.raises(Problem, match="have changed since it began"):
+        train(9)
+    assert kept() == before
+    text.write_text(written)
+    (out / "checkpoints" / "6").rename(tmp_path / "elsewhere")
+    with pytest.raises(Problem, match="no checkpoint of its last step, 6"):
+        train(9)
+    assert kept() == before
+    (tmp_path / "elsewhere").rename(out / "checkpoints" / "6")
+    train(9)
+    assert json.loads((out / "config.json").read_text())["training.steps"] == 9
+
+
+def test_training_that_lost_its_checkpoints_says_that_it_begins_anew(tmp_path, capsys):
+    out = tmp_path / "run"
+    run(out)
+    for folder in ("checkpoints", "model"):
+        shutil.rmtree(out / folder)
+    job.run(as_config(TINY), out)
+    assert "there is no checkpoint to go on from: training begins anew" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_prompt_that_cannot_be_is_told_before_training_goes_on(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"the {n} of {n * n}, and then\n" for n in range(400)))
+    groups = {
+        "data": {"paths": [str(tmp_path / "text.txt")], "encoding": "characters"},
+        "model": {"length": 8},
+        "keep": {"sample_every": 3, "prompt": "Z"},
+    }
+    with pytest.raises(Problem, match="'Z'"):
+        job.run(as_config({**laid_over(TINY, groups), "task": {}}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_lost_model_among_others_does_not_stop_them(tmp_path, capsys):

@@ -8,10 +8,7 @@ from hypothesis import strategies as st
 
 from minitf.train.symbol_files import (
     fasta_documents,
-    not_a_name,
-    not_a_number,
     source_files,
-    table_documents,
     text_documents,
     token_documents,
 )
@@ -86,47 +83,6 @@ def test_what_is_no_sequence_is_named_with_its_line(tmp_path):
         list(fasta_documents([file]))
 
 
-# --- tables
-
-TABLE = 'time,name,temperature,pressure\n1,a,3.5,10\n2,"b, c",-1e2,20\n\n3,a,0.25,30\n'
-
-
-def test_columns_are_read_by_name_as_texts_symbols_or_numbers(tmp_path):
-    files = [written(tmp_path, "x.csv", TABLE)]
-    read = lambda columns, check, series: list(table_documents(files, columns, "", check, series=series))
-    assert read(["name"], None, False) == ["a\n", "b, c\n", "a\n"]
-    assert read(["name", "time"], None, False) == ["a\t1\n", "b, c\t2\n", "a\t3\n"]
-    assert "".join(read(["time", "name"], not_a_name, True)) == "1\na\n2\nb, c\n3\na\n"
-    assert "".join(read(["temperature", "time"], not_a_number, True)) == "3.5,1\n-1e2,2\n0.25,3\n"
-
-
-def test_other_delimiters_and_single_columns_are_read(tmp_path):
-    tabs = written(tmp_path, "x.tsv", TABLE.replace(",", "\t"))
-    semicolons = written(tmp_path, "y.csv", "a;b\n1;2\n")
-    single = written(tmp_path, "z.csv", "\ufeffonly\nx\n")
-    assert next(table_documents([tabs], ["pressure"], "", None, series=False)) == "10\n"
-    assert list(table_documents([semicolons], ["b"], ";", None, series=False)) == ["2\n"]
-    assert list(table_documents([single], [], "", None, series=False)) == ["x\n"]
-
-
-@pytest.mark.parametrize(
-    ("content", "columns", "check", "message"),
-    [
-        (TABLE, ["nane"], None, "has no column 'nane'. Its columns are 'time', 'name'"),
-        (TABLE, [], None, "has several columns: say which"),
-        (TABLE, ["name"], not_a_number, "line 2: the name 'a' is not a finite number"),
-        ("a,b\n1,2\n3\n", ["b"], None, "line 3: there are only 1 cells"),
-        ("a,b\n1,nan\n", ["b"], not_a_number, "line 2: the b 'nan' is not a finite number"),
-        ("a,b\n1,\n", ["b"], not_a_name, "line 2: the b '' is empty"),
-        ("a,b\n1," + "x" * 200_000, ["b"], None, "line 2: this is not a table .field larger"),
-    ],
-)
-def test_what_is_no_table_is_named_with_its_line(tmp_path, content, columns, check, message):
-    file = written(tmp_path, "x.csv", content)
-    with pytest.raises(ValueError, match=f"x\\.csv.* {message}"):
-        list(table_documents([file], columns, "", check, series=False))
-
-
 # --- tokens
 
 
@@ -135,7 +91,7 @@ def test_what_is_no_table_is_named_with_its_line(tmp_path, content, columns, che
     [
         ("x.bin", b"", r"x\.bin cannot be read: it has 0 bytes"),
         ("x.bin", b"abc", "it has 3 bytes, which are not whole numbers of 2 bytes"),
-        ("x.npy", b"not numpy", r"x\.npy cannot be read"),
+        ("x.npy", b"not numpy", r"x\.npy cannot be read: it does not begin as a file that numpy\.save writes"),
     ],
 )
 def test_token_files_that_are_none_are_named(tmp_path, name, content, message):
@@ -155,18 +111,47 @@ def test_arrays_that_are_no_tokens_are_named(tmp_path, array):
 
 def test_folders_are_searched_and_what_is_no_text_is_passed_over(tmp_path):
     kept = [written(tmp_path, name, "text") for name in ("a.txt", "b/c.md", "b/d/e")]
-    kept.append(written(tmp_path, "f.npy", b"\0"))
-    for name, content in {".hidden": "x", "b/.git/x": "x", "empty": "", "spaces": " \n", "x.png": b"\0"}.items():
+    passed_over = {".hidden": "x", "b/.git/x": "x", "empty": "", "spaces": " \n", "x.png": b"\0", "f.npy": b"x"}
+    for name, content in {**passed_over, "x.tokens": "ab", "x.tokens.json": "{}", "y.bin": "ab"}.items():
         written(tmp_path, name, content)
     found = source_files([str(tmp_path), str(kept[0])])
     assert sorted(found) == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        ("tokens", ("a.npy", "b/c.bin", "d.tokens")),
+        ("csv", ("a.csv", "b/c.TSV", "d.tab")),
+        ("fasta", ("a.fa", "b/c.fasta", "d.faa")),
+    ],
+)
+def test_of_a_folder_those_files_are_read_whose_names_are_of_the_format(tmp_path, form, names):
+    kept = [written(tmp_path, name, "ab") for name in names]
+    for name in ("README.md", "notes.txt", "d.tokens.json", "b/more"):
+        written(tmp_path, name, "ab")
+    written(tmp_path, f"empty{kept[0].suffix}", "")
+    assert sorted(source_files([str(tmp_path)], form)) == sorted(kept)
+    # What is named is read, whatever its name.
+    assert source_files([str(tmp_path / "README.md")], form) == [tmp_path / "README.md"]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=rf"no file of {form}, by its name: .*\{kept[0].suffix}"):
+        source_files([str(tmp_path / "other")], form)
+
+
+def test_what_runs_left_in_folders_of_their_own_is_no_data(tmp_path):
+    text = written(tmp_path, "a.txt", "text")
+    written(tmp_path, "runs/train/config.json", '{"made_by": "minitf"}')
+    written(tmp_path, "runs/train/report.html", "text")
+    other = written(tmp_path, "other/config.json", '["made_by"]')
+    assert sorted(source_files([str(tmp_path)])) == [text, other]
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no file or folder .*nothing\.txt"):
         source_files([str(tmp_path / "nothing.txt")])
-    with pytest.raises(ValueError, match="The folder .*empty holds no file"):
+    with pytest.raises(ValueError, match="The folder .*empty holds no file of text"):
         source_files([str(tmp_path / "empty")])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe is neither a file nor a folder"):

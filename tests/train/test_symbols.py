@@ -184,17 +184,36 @@ def test_data_outlives_the_files_that_it_was_made_of(text, tmp_path):
     assert "There is no file or folder" in said[0] and "is used" in said[0]
     with pytest.raises(ValueError, match="There is no file or folder"):
         prepare(DataSettings(paths=(str(text),), validation=0.2), tmp_path / "data")
+    # As it was made before there was one of the settings.
+    told = json.loads((tmp_path / "data" / "data.json").read_text())
+    del told["recipe"]["settings"]["quotes"]
+    (tmp_path / "data" / "data.json").write_text(json.dumps(told))
+    assert prepare(settings, tmp_path / "data", said.append).identity == made.identity
     (tmp_path / "data" / "train.tokens").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="There is no file or folder"):
         prepare(settings, tmp_path / "data", said.append)
 
 
 def test_what_a_killed_process_left_half_written_is_removed(text, tmp_path):
-    left = tmp_path / "data" / ".train.tokens.0123abc"
-    left.parent.mkdir()
+    left = tmp_path / "data" / ".making" / ".train.tokens.0123abc"
+    left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
-    prepare(DataSettings(paths=(str(text),)), left.parent)
-    assert not left.exists()
+    prepare(DataSettings(paths=(str(text),)), tmp_path / "data")
+    assert not left.parent.exists()
+
+
+def test_what_is_there_stays_where_what_was_made_anew_may_not_take_its_place(text, tmp_path):
+    settings, folder = DataSettings(paths=(str(text),)), tmp_path / "data"
+    prepare(settings, folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    text.write_text(prose(400, seed=1))
+
+    def refuse(identity):
+        raise ValueError(f"not {len(identity['data_sha256'])}")
+
+    with pytest.raises(ValueError, match="not 16"):
+        prepare(settings, folder, check=refuse)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_the_same_symbols_have_the_same_identity_wherever_they_lie(text, tmp_path):
@@ -348,6 +367,32 @@ def test_files_for_validation_are_all_of_it(text, tmp_path):
     assert both_sides(prepare(settings, tmp_path / "data"))[1] == "changed\n" * 30
     with pytest.raises(ValueError, match="paths is empty"):
         DataSettings(validation_paths=(str(other),))
+
+
+def test_a_file_for_validation_is_not_trained_on_where_its_folder_is_given(tmp_path):
+    for name in ("train", "valid"):
+        written(tmp_path, f"texts/{name}.txt", f"{name} " * 30)
+    valid, said = str(tmp_path / "texts" / "valid.txt"), []
+    settings = DataSettings(paths=(str(tmp_path / "texts"),), validation_paths=(valid,))
+    train, validation = both_sides(prepare(settings, tmp_path / "data", said.append))
+    assert "valid" not in train and "valid" in validation
+    assert said == ["1 of the files of data.paths are for validation, and are not trained on"]
+    with pytest.raises(ValueError, match="there is none to train on"):
+        prepare(DataSettings(paths=(valid,), validation_paths=(valid,)), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "what"),
+    [
+        ("x.csv", "text,label\n", {"format": "csv", "columns": ("text",), "label": "label"}, "row"),
+        ("x.csv", "text,label\n", {"format": "csv", "columns": ("text",)}, "row"),
+        ("x.fa", ">a\n>b\n", {"format": "fasta"}, "sequence"),
+    ],
+)
+def test_files_with_nothing_in_them_are_told(tmp_path, name, content, settings, what):
+    file = written(tmp_path, name, content)
+    with pytest.raises(ValueError, match=rf"there is nothing in .*{name}: no {what}"):
+        prepare(DataSettings(paths=(str(file),), **settings), tmp_path / "data")
 
 
 def table(folder, rows, name="table.csv"):

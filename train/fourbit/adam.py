@@ -204,7 +204,8 @@ def _in_float32(
     for gradient, move, was, mean, square in zip(gradients, moved, old, after.mu, after.nu, strict=True):
         finite = jnp.isfinite(gradient * gradient)
         kept = Moments(jnp.where(finite, mean, was.mean), jnp.where(finite, square, was.square))
-        done.append((move, kept))
+        # A square that overflows makes no move, which would not show.
+        done.append((jnp.where(finite, move, jnp.nan), kept))
     return done
 
 
