@@ -127,7 +127,7 @@ def prepare(
         # What is half replaced is no data: this file is written last.
         for name in ("data.json", *FILES, *map(_numbers_file, SIDES)):
             (folder / name).unlink(missing_ok=True)
-        for file in making.iterdir():
+        for file in list(making.iterdir()):
             os.replace(file, folder / file.name)
         told = {"recipe": recipe, "source": source, "identity": made_identity}
         write_atomically(folder / "data.json", (json.dumps(told, indent=2) + "\n").encode())
