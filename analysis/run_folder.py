@@ -87,17 +87,21 @@ def open_run_folder(
     resume: bool = False,
     changed: Collection[str] = (),
     usual: Mapping[str, Any] = MappingProxyType({}),
+    resumable: bool = True,
 ) -> Path:
     """A folder that can be written, with ``config.json`` in it, for one run.
 
     A folder that holds a run is refused, unless ``overwrite`` (what the run made is removed, other files stay) or
     ``resume`` (it must be a run of the same configuration, but for what is ``changed``; what an older run did not
-    record was as is ``usual``). A folder that holds anything else is always refused.
+    record was as is ``usual``), which a command that is not ``resumable`` does not have. A folder that holds
+    anything else is always refused.
 
     Raises:
         Problem: the folder cannot be made, written or used.
     """
-    check_run_folder(out, config, overwrite=overwrite, resume=resume, changed=changed, usual=usual)
+    check_run_folder(
+        out, config, overwrite=overwrite, resume=resume, changed=changed, usual=usual, resumable=resumable
+    )
     try:
         if overwrite:
             _remove_run(out)
@@ -154,6 +158,7 @@ def check_run_folder(
     resume: bool = False,
     changed: Collection[str] = (),
     usual: Mapping[str, Any] = MappingProxyType({}),
+    resumable: bool = True,
 ) -> None:
     """Refuse what :func:`open_run_folder` would refuse, as far as that can be told without writing.
 
@@ -185,9 +190,10 @@ def check_run_folder(
     if before is None:
         raise Problem(f"{out / CONFIG} is damaged. Use --overwrite to run anew, or another folder with --out.")
     if not resume:
+        go_on = "--resume to go on with it, " if resumable else ""
         raise Problem(
-            f"{out} already holds a run. Add --resume to go on with it, --overwrite to replace it, or choose "
-            "another folder with --out."
+            f"{out} already holds a run. Add {go_on}--overwrite to replace it, or choose another folder with "
+            "--out."
         )
     plain = lambda one: json.loads(_as_json(dict(one)))
     held = lambda one: {name: value for name, value in one.items() if name not in changed}

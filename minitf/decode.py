@@ -53,7 +53,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be a finite number of at least 0")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if not 0 <= self.top_k < float("inf") or self.top_k != int(self.top_k):
             raise ValueError(f"top_k is {self.top_k}; it must be a whole number of at least 0, which means all")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -160,11 +160,12 @@ def generate(
         unroll: layers per iteration of the scan over them, in models too deep to take them one by one.
 
     Raises:
-        ValueError: a prompt is empty or has tokens that are not in the vocabulary; prompt and steps do not fit
-            into the model's length; the model is not causal.
+        ValueError: a prompt is empty or has tokens that are not in the vocabulary, as what stops; prompt and steps
+            do not fit into the model's length; the key is a number; the model is not causal.
     """
     tokens, lengths = _padded(prompts, config, steps)
     key = jax.random.key(0) if key is None else key
+    _check(stop, key, config)
     return _run(
         parameters,
         jnp.asarray(tokens),
@@ -194,6 +195,7 @@ def stream(
     """The tokens of :func:`generate` as they come, one ``[batch]`` array a step; -1 after a sequence's stop."""
     tokens, lengths = _padded(prompts, config, steps)
     key = jax.random.key(0) if key is None else key
+    _check(stop, key, config)
     parameters = split_layers(parameters, most=DEEP)
     slots = tokens.shape[1] + steps
     how: dict[str, Any] = {"config": config, "sampling": sampling}
@@ -216,13 +218,11 @@ def _padded(
     if not len(prompts):
         raise ValueError("there is no prompt")
     for i, prompt in enumerate(prompts):
+        if not hasattr(prompt, "__len__"):
+            raise ValueError(f"prompt {i} is {prompt!r}; each is a list of tokens, a single one too: [[3, 1, 4]]")
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty; it must hold at least one token")
-        wrong = [t for t in prompt if not 0 <= t < config.vocabulary or t != int(t)]
-        if wrong:
-            raise ValueError(
-                f"prompt {i} holds the token {wrong[0]}; the vocabulary is 0 to {config.vocabulary - 1}"
-            )
+        _check_tokens(prompt, f"prompt {i} holds", config)
     longest = max(len(p) for p in prompts)
     if longest + steps > config.length:
         raise ValueError(
@@ -232,6 +232,21 @@ def _padded(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, np.array([len(p) for p in prompts], np.int32)
+
+
+def _check(stop: Sequence[int], key: Any, config: ModelConfig) -> None:
+    if not hasattr(stop, "__len__"):
+        raise ValueError(f"stop is {stop!r}; it is a list of tokens, a single one too: [{stop!r}]")
+    _check_tokens(stop, "stop holds", config)
+    if not jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
+        raise ValueError(f"key is a {type(key).__name__}; make one from a number: jax.random.key(0)")
+
+
+def _check_tokens(tokens: Any, where: str, config: ModelConfig) -> None:
+    for token in tokens:
+        is_number = isinstance(token, int | float | np.number) or getattr(token, "shape", None) == ()
+        if not is_number or not 0 <= token < config.vocabulary or token != int(token):
+            raise ValueError(f"{where} the token {token!r}; the vocabulary is 0 to {config.vocabulary - 1}")
 
 
 @partial(jax.jit, static_argnames=("config", "slots", "sampling"))

@@ -16,7 +16,7 @@ from minitf.declaration import check_fit
 from minitf.layer import Stream, apply_norm, as_rows, mixer_of, one_layer
 from minitf.parameters import Layer, Parameters
 from minitf.places import Cache, Places, places_after, places_from_start, together
-from minitf.walk import Edit, LayerWalk, Walk, at_layer, by_layer, leaves, put
+from minitf.walk import Change, Edit, LayerWalk, Walk, at_layer, by_layer, leaves, put
 
 
 def walk(
@@ -92,8 +92,10 @@ def walk_on(
     Args:
         parameters, tokens, config, unroll: as :func:`walk`.
         cache: as :func:`minitf.decode.empty_cache` makes it. Positions beyond its last slot are lost: make room.
-        edit: its position axis is that of these tokens. Of softmax attention, ``layers.k`` and ``layers.v`` are
-            those of all slots; a recurrent mixer's association is never made here, and cannot be edited.
+        edit: its position axis is that of these tokens. Of softmax attention, ``layers.k`` and ``layers.v`` have
+            all slots: an edit of them with as many positions changes what is seen now, and not what the cache
+            keeps; any other changes what these tokens add to it. A recurrent mixer's association is never made
+            here, and cannot be edited.
         counts: False for tokens that only fill up shorter sequences, after their end; all count by default.
 
     Raises:
@@ -293,6 +295,7 @@ def _start(
 
 def fit_edit(edit: Edit, config: ModelConfig, association: bool = True) -> Edit:
     """The edit with an entry for every layer; refused where the model lacks a leaf or has other layers."""
+    check_edit(edit)
     absent = _absent_leaves(config)
     if not association:
         absent |= {"layers.scores", "layers.pattern"}
@@ -307,6 +310,19 @@ def fit_edit(edit: Edit, config: ModelConfig, association: bool = True) -> Edit:
             continue
         edit = put(edit, name, jax.tree.map(lambda part, name=name: _by_layer(part, name, config), change))
     return edit
+
+
+def check_edit(edit: Any) -> None:
+    """Raises ValueError for what is no edit: a walk whose leaves are changes, or nothing."""
+    how = (
+        "minitf.change makes edits, and minitf.edits those that read like what they do: ablate, patch, set_to, ..."
+    )
+    if not isinstance(edit, Walk):
+        raise ValueError(f"edit is a {type(edit).__name__}, and not a walk of changes: {how}")
+    for name, leaf in leaves(edit):
+        for one in leaf if isinstance(leaf, tuple) else (leaf,):
+            if not isinstance(one, Change | None):
+                raise ValueError(f"the edit of {name!r} is a {type(one).__name__}, and not a Change: {how}")
 
 
 def _by_layer(part: Any, name: str, config: ModelConfig) -> Any:

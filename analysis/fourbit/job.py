@@ -13,7 +13,7 @@ def run(out: Path, *, training: bool = True, overwrite: bool = False) -> list[Cl
     Raises:
         Problem: the folder cannot be used; its message is for people.
     """
-    open_run_folder(out, {"job": "fourbit", "training": training}, overwrite=overwrite)
+    open_run_folder(out, {"job": "fourbit", "training": training}, overwrite=overwrite, resumable=False)
     claims = measure(quick=not training)
     with writing_results(out, ANEW):
         save_claims(out / "claims.json", claims)

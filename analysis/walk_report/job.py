@@ -81,7 +81,7 @@ def run(
                 f"{len(tokens)} tokens of text and {config.generate} to generate are more than the {room} that "
                 "this model, or a page, has room for"
             )
-        open_run_folder(out, dataclasses.asdict(config), overwrite=overwrite)
+        open_run_folder(out, dataclasses.asdict(config), overwrite=overwrite, resumable=False)
         prompt = len(tokens)
         if config.generate:
             tokens = _generated(config, model, tokens, edit, say)

@@ -6,6 +6,7 @@ the axes are those of :func:`minitf.declaration.declare`, which also knows the s
 have, the way in and the way out all follow from that one line.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class Place(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of their array."""
-        return tuple(int(np.prod([size for _, size in group], dtype=np.int64)) for group in self.axes)
+        return tuple(math.prod(size for _, size in group) for group in self.axes)
 
     @property
     def fine_axes(self) -> tuple[tuple[str, int], ...]:
@@ -100,6 +101,9 @@ def read(
         ValueError: an unknown, missing or misshapen tensor, a tied one that differs from what it is tied to, NaN
             or infinity, always with the tensor's name.
     """
+    if config.layers > len(arrays):
+        # Every place is made of as many layers as the configuration says, before it is looked for.
+        raise ValueError(f"{where}: {len(arrays)} tensors are not those of {config.layers} layers")
     declarations = declared(config)
     wanted = {place.name: place for place in places(family, config)}
     theirs = _matched(family, config, list(arrays), wanted, where)

@@ -43,7 +43,7 @@ def flag(json: Json, name: str, default: Any = None) -> bool:
 def activation(json: Json, name: str, default: str, known: Mapping[str, str] = ACTIVATIONS) -> Any:
     """Our name of their activation. Raises ValueError where minitf has none."""
     value = json.get(name) or default
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"config.json: the activation {name} is {value!r}; minitf has {', '.join(known)}")
     return known[value]
 

@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a JSON {type(found).__name__}, not an object of settings")
@@ -111,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _entries(path: Path, header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is no safetensors file: its header is not JSON") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} is no safetensors file: its header is not a table of tensors")

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from minitf import aggregate, filter
 from minitf.attend_in_cache import attend_in_cache, block_of, blocks
-from minitf.changes import apply
+from minitf.changes import apply, fits
 from minitf.config import ModelConfig
 from minitf.mixers.contract import (
     About,
@@ -152,15 +152,16 @@ class Softmax(Mixer):
     ) -> Mixed:
         """Filters, association and aggregate with their edits; keys and values of the past from ``past``."""
         f = self.filter(weights, x, config, places.query)
-        q, k, v = apply(edit.q, f.q), apply(edit.k, f.k), apply(edit.v, f.v)
-        if past is not None:
-            sequence = jnp.arange(x.shape[0])[:, None]
-            k, v = (kept.at[sequence, places.query].set(new) for kept, new in zip(past, (k, v), strict=True))
+        q = apply(edit.q, f.q)
+        if past is None:
+            k, v = apply(edit.k, f.k), apply(edit.v, f.v)
+        else:
+            k, v, past = _with_past(f, edit, places, past)
         f = Filtered(v=v, q=q, k=k)
         places = _narrowed(places, k.shape[1], self.window)
         mixed = self._mixed(f, config, edit, places)
         z = apply(edit.z, mixed.z)
-        return dataclasses.replace(mixed, q=q, k=k, v=v, z=z, out=z, state=None if past is None else (k, v))
+        return dataclasses.replace(mixed, q=q, k=k, v=v, z=z, out=z, state=past)
 
     def _mixed(self, f: Filtered, config: ModelConfig, edit: LayerWalk, places: Places) -> Mixed:
         length = f.q.shape[1]
@@ -178,6 +179,22 @@ class Softmax(Mixer):
             z = _in_window(f, _scale(config), self.window, config.attend_self)
             mixed = dataclasses.replace(mixed, z=z)
         return mixed
+
+
+def _with_past(
+    f: Filtered, edit: LayerWalk, places: Places, past: tuple[Array, Array]
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Keys and values of all slots as they are seen, and as they are kept.
+
+    A change that fits what is new is kept; one of all slots, at each step, would be made of them again and again.
+    """
+    sequence, seen, after = jnp.arange(len(f.v))[:, None], [], []
+    for change, new, kept in zip((edit.k, edit.v), (f.k, f.v), past, strict=True):
+        of_new = fits(change, new)
+        whole = kept.at[sequence, places.query].set(apply(change, new) if of_new else new)
+        seen.append(whole if of_new else apply(change, whole))
+        after.append(whole)
+    return seen[0], seen[1], (after[0], after[1])
 
 
 def _scale(config: ModelConfig) -> float:

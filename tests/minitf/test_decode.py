@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from properties.models import BERT, GPT2, LLAMA, NEOX, configs, examples, random_parameters
 
 from minitf import ModelConfig, change, walk
-from minitf.decode import Sampling, _padded, empty_cache, generate, likely, sample, stream
+from minitf.changes import identity_edit
+from minitf.decode import Sampling, _check, _padded, empty_cache, generate, likely, sample, stream
+from minitf.edits import ablate, patch
 from minitf.model import walk_on
 
 ALIBI = dataclasses.replace(GPT2, position="alibi")
@@ -50,6 +52,30 @@ def test_cached_decoding_gives_the_full_passs_logits_at_every_position(config):
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole.logits, atol=2e-5 * max(1.0, scale))
     assert cache.filled.tolist() == [7, 7]
     np.testing.assert_allclose(cache.states[0][:, :, :7], whole.layers.k, atol=1e-5 * max(1.0, scale))
+
+
+def test_keys_and_values_in_the_cache_can_be_edited_as_they_are_seen_and_stay_as_they_are():
+    parameters, tokens = random_parameters(LLAMA), jnp.array([[3, 1, 4, 1, 5, 2]])
+    begun = walk_on(parameters, tokens[:, :4], empty_cache(LLAMA, 1, 8), LLAMA)[1]
+    seen, after = walk_on(parameters, tokens[:, 4:5], begun, LLAMA)
+    for edit in (identity_edit(seen), patch(seen, "layers.k", seen), patch(seen, "layers.v", seen, layer=0)):
+        same, _ = walk_on(parameters, tokens[:, 4:5], begun, LLAMA, edit=edit)
+        np.testing.assert_array_equal(same.logits, seen.logits)
+    # A value that was kept earlier is not seen now, and is there again.
+    without = ablate(seen, "layers.v", position=2)
+    walked, then = walk_on(parameters, tokens[:, 4:5], begun, LLAMA, edit=without)
+    assert not np.any(walked.layers.v[:, :, 2]) and np.any(walked.layers.v[:, :, 4])
+    v = jnp.repeat(walked.layers.v, LLAMA.heads // LLAMA.groups, axis=3)
+    mixed = jnp.einsum("lbhqk,lbkhw->lbqhw", walked.layers.pattern, v)
+    np.testing.assert_allclose(walked.layers.z, mixed, atol=1e-5)
+    np.testing.assert_array_equal(then.states[1][0], after.states[1][0])
+    # At every step, it is the edit of the whole.
+    whole = walk(parameters, tokens, LLAMA, edit=ablate(walk(parameters, tokens, LLAMA), "layers.v", position=2))
+    cache, logits = empty_cache(LLAMA, 1, 8), []
+    for part in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:]):
+        walked, cache = walk_on(parameters, part, cache, LLAMA, edit=without)
+        logits.append(walked.logits)
+    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), whole.logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +168,18 @@ def test_numbers_that_are_not_whole_are_told():
         untyped(_padded)([[1]], GPT2, 2.0)
     with pytest.raises(ValueError, match="^prompt 0 holds the token 1.5; the vocabulary is 0 to"):
         untyped(_padded)([[1.5]], GPT2, 2)
+    with pytest.raises(ValueError, match="^prompt 0 holds the token 'a'; the vocabulary is 0 to"):
+        untyped(_padded)(["ab"], GPT2, 2)
+    with pytest.raises(ValueError, match=r"^prompt 0 is 3; each is a list of tokens, .* \[\[3, 1, 4\]\]"):
+        untyped(_padded)([3, 1, 4], GPT2, 2)
+    with pytest.raises(ValueError, match="^top_k is inf"):
+        untyped(Sampling.__post_init__)(SimpleNamespace(temperature=1.0, top_k=float("inf")))
+    with pytest.raises(ValueError, match=r"^stop is 3; it is a list of tokens, a single one too: \[3\]"):
+        untyped(_check)(3, jax.random.key(0), GPT2)
+    with pytest.raises(ValueError, match="^stop holds the token 99; the vocabulary is 0 to"):
+        generate(random_parameters(GPT2), [[1]], GPT2, steps=1, stop=[99])
+    with pytest.raises(ValueError, match=r"^key is a int; make one from a number: jax.random.key\(0\)"):
+        untyped(_check)((), 0, GPT2)
 
 
 def test_a_temperature_sharpens_the_choice_and_zero_is_greedy():

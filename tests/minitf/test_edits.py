@@ -8,6 +8,8 @@ from properties.models import GPT2, LLAMA, compiled, random_parameters, random_t
 
 from minitf import change, compose, walk
 from minitf.edits import ablate, freeze_association, mean_ablate, patch, resample, scale, set_to, steer
+from minitf.model import check_edit
+from minitf.walk import Change, Walk, put
 
 PARAMETERS = random_parameters(GPT2)
 TOKENS = random_tokens(GPT2)
@@ -116,6 +118,48 @@ def test_what_cannot_be_is_said_in_a_sentence():
         patch(plain(), "layers.z", short)
     with pytest.raises(ValueError, match=r"^keep has the shape \(3,\); the chosen part of"):
         change(plain(), "layers.z", layer=0, keep=np.ones(3))
+
+
+def test_a_mask_may_be_traced_for_a_sweep_over_subsets_of_heads():
+    masks = jnp.array([[False, True, False], [True, False, True], [False, False, False]])
+    of = lambda mask: run(TOKENS, ablate(plain(), "layers.z", layer=1, head=mask)).logits
+    swept = jax.jit(jax.vmap(of))(masks)
+    for mask, found in zip(np.asarray(masks), swept, strict=True):
+        np.testing.assert_allclose(found, of(mask), atol=1e-5)
+    every = jax.jit(lambda m: scale(plain(), "layers.pattern", 0.5, head=m, query=[0, 2], key=1))(masks[0])
+    known = scale(plain(), "layers.pattern", 0.5, head=np.asarray(masks[0]), query=[0, 2], key=1)
+    np.testing.assert_array_equal(every.layers.pattern.keep, known.layers.pattern.keep)
+    with pytest.raises(ValueError, match=r"^the mask of head has the shape \(2,\); 'layers.z' has 3 on that axis"):
+        jax.jit(lambda m: ablate(plain(), "layers.z", head=m))(masks[0, :2])
+
+
+def test_of_no_place_nothing_changes():
+    none = ablate(plain(), "layers.z", head=[])
+    np.testing.assert_array_equal(run(TOKENS, none).logits, plain().logits)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_changes_of_fewer_axes_are_composed_layer_by_layer(order):
+    """A vector for each layer has the layers' axis first, and then the leaf's last."""
+    layers, length = GPT2.layers, GPT2.layers
+    vectors = jax.random.normal(jax.random.key(0), (layers, GPT2.width))
+    put_change = lambda change: put(Walk(), "layers.attention_step", change)
+    short = put_change(Change(keep=jnp.full((layers, 1), 0.5), put=vectors))
+    whole = put_change(Change(keep=jnp.full((layers, 1, 1, 1), 0.5), put=vectors[:, None, None]))
+    tokens = TOKENS[:, :length]
+    scaled = scale(run(tokens), "layers.attention_step", 0.25, layer=0)
+    found, expected = (
+        run(tokens, compose(*(one, scaled)[::order])).layers.attention_step for one in (short, whole)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_what_is_no_edit_is_told_with_what_makes_one():
+    for name, no_edit in (("token_embedding", plain()), ("layers.z", put(Walk(), "layers.z", plain().layers.z))):
+        with pytest.raises(ValueError, match=rf"^the edit of '{name}' is a \w+, and not a Change: .*minitf.edits"):
+            run(TOKENS, no_edit)
+    with pytest.raises(ValueError, match=r"^edit is a Change, and not a walk of changes: .*ablate, patch, set_to"):
+        getattr(check_edit, "__wrapped__", check_edit)(Change(keep=1.0, put=0.0))
 
 
 def test_what_is_put_later_stands_whatever_was_put_before():

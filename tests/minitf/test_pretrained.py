@@ -313,6 +313,7 @@ def test_a_configuration_file_that_is_none_is_refused(tmp_path):
         ("[1]", "config.json holds a JSON list, not an object of settings$"),
         ("{}", "config.json: model_type is None, which minitf does not have; it has bert, bloom"),
         ('{"model_type": "t5"}', "config.json: model_type is 't5', which minitf does not have; it has bert"),
+        ("[" * 200_000, "config.json is not valid JSON: "),
         ('{"model_type": "gpt2"}', "config.json has no 'vocab_size'|has no 'vocab_size', without which"),
     ]:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -380,6 +381,7 @@ LLAMA3 = ROPE | {
         ("mistral", {"attention_bias": True}, "attention_bias is True"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*sliding_attention"),
+        ("llama", {"hidden_act": ["silu"]}, r"the activation hidden_act is \['silu'\]; minitf has"),
         ("qwen3", {"head_dim": None}, "has no 'head_dim'"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ("bert", {"is_decoder": True}, "is_decoder is True"),
@@ -395,6 +397,22 @@ def test_a_setting_that_minitf_does_not_compute_is_refused(family, changes, matc
     folder = saved(tmp_path, family)
     change_settings(folder, **changes)
     refused(f"^{folder}/config.json: .*{match}|^{folder}/config.json: {match}", folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_hidden_layers": 10**7}, r"\d+ tensors are not those of 10000000 layers$"),
+        (
+            {"vocab_size": 10**30},
+            r"the tensor .* with this configuration it would be .*10{30}",
+        ),
+    ],
+)
+def test_sizes_beyond_all_measure_are_refused_as_any_others(changes, match, tmp_path):
+    folder = saved(tmp_path, "llama")
+    change_settings(folder, **changes)
+    refused(match, folder)
 
 
 def test_older_names_of_rotary_settings_are_read(tmp_path):

@@ -81,6 +81,7 @@ GOOD_ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer and not the file itself"),
         (b"hello, world, this is some text", "is no safetensors file, or only the beginning of one"),
         (header(b"not json"), "is no safetensors file: its header is not JSON"),
+        (header(b"[" * 200_000), "is no safetensors file: its header is not JSON"),
         (header([1, 2]), "is no safetensors file: its header is not a table of tensors"),
         (header({"a": GOOD_ENTRY | {"shape": [-2]}}), "the header's entry of the tensor a is damaged"),
         (header({"a": 3}), "the header's entry of the tensor a is damaged"),
@@ -91,7 +92,7 @@ GOOD_ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
             "the tensor b does not begin where the one before it ends",
         ),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_what_is_no_safetensors_file_is_refused(raw, match, tmp_path):
     folder = saved(tmp_path)
