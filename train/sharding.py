@@ -28,13 +28,20 @@ BATCH = ("data", "fsdp")
 
 
 def mesh_of(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh. Raises ValueError where there are not as many devices as it needs."""
+    """The mesh. Raises ValueError where there are too few devices, or it has none of a process."""
     devices = jax.devices() if devices is None else devices
     if settings.devices > len(devices):
         raise ValueError(
             f"the mesh needs {settings.data} x {settings.fsdp} x {settings.tensor} = {settings.devices} devices, "
             f"and there {'is' if len(devices) == 1 else 'are'} {len(devices)}; make mesh.data, mesh.fsdp or "
             "mesh.tensor smaller"
+        )
+    has_one = {device.process_index for device in devices[: settings.devices]}
+    without = {device.process_index for device in devices} - has_one
+    if without:
+        raise ValueError(
+            f"the mesh has {settings.devices} of the {len(devices)} devices, and none of process {min(without)}: "
+            "every process takes part, so make mesh.data, mesh.fsdp or mesh.tensor larger, or start fewer"
         )
     shape = (settings.data, settings.fsdp, settings.tensor)
     return jax.make_mesh(
@@ -114,9 +121,20 @@ def _like(shape: tuple[int, ...], declaration: Declaration, mesh: Mesh) -> P:
     return P(*spec[:same])
 
 
-def placed(array: np.ndarray, where: NamedSharding) -> jax.Array:
-    """An array of this process's part of the batch, as one of all processes."""
-    return jax.make_array_from_process_local_data(where, array)
+def part_of_batch(mesh: Mesh, batch: int) -> tuple[int, int]:
+    """Which of how many equal parts of a batch this process reads: all of it where it has no such part."""
+    found: Any = of_windows(mesh).addressable_devices_indices_map((1, 1, batch, 1))
+    mine = sorted({place[2].indices(batch)[:2] for place in found.values()})
+    first, size = mine[0][0], sum(stop - start for start, stop in mine)
+    if mine[-1][1] - first != size or batch % size or first % size:
+        return 0, 1
+    return first // size, batch // size
+
+
+def placed(windows: np.ndarray, mesh: Mesh, batch: int) -> jax.Array:
+    """This process's part of the windows of a batch, or all of them, as an array of all processes."""
+    shape = (*windows.shape[:2], batch, *windows.shape[3:])
+    return jax.make_array_from_process_local_data(of_windows(mesh), windows, shape)
 
 
 def placed_whole(tree: Tree, where: Tree) -> Tree:

@@ -77,6 +77,7 @@ class Compiled:
         advance: (state, windows or None, done, to) -> state, measures; the state given is used up.
         state: shapes of the state, and where its parts lie.
         most: steps that one call takes, at most.
+        batch: sequences of a step, of all processes together.
         temporary_bytes: what a call needs beside its inputs and outputs, as the compiler says; on each device.
         argument_bytes: what its inputs need.
         at_once: models that run side by side.
@@ -86,6 +87,7 @@ class Compiled:
     advance: Callable[..., tuple[State, Measures]]
     state: State
     most: int
+    batch: int
     temporary_bytes: int
     argument_bytes: int
     at_once: int = 1
@@ -186,6 +188,7 @@ def compiled(
         advance=lambda state, windows, done, to: ready(state, windows, np.int32(done), np.int32(to)),
         state=state,
         most=most,
+        batch=config.training.batch,
         temporary_bytes=temporary,
         argument_bytes=arguments,
         at_once=at_once,
@@ -223,7 +226,7 @@ def run(
             yield Taken(first, to, state, measures)
         return
     with ThreadPoolExecutor(1) as thread:
-        make = lambda first: thread.submit(_placed, windows, first, programs.most, mesh)
+        make = lambda first: thread.submit(_placed, windows, first, programs.most, mesh, programs.batch)
         coming = make(calls[0][0]) if calls else None
         for number, (first, to) in enumerate(calls):
             assert coming is not None
@@ -241,8 +244,8 @@ def _calls(done: int, stops: Sequence[int], most: int) -> Iterator[tuple[int, in
             done = to
 
 
-def _placed(windows: Windows, first: int, steps: int, mesh: Mesh) -> Array:
-    return sharding.placed(windows(first, steps), sharding.of_windows(mesh))
+def _placed(windows: Windows, first: int, steps: int, mesh: Mesh, batch: int) -> Array:
+    return sharding.placed(windows(first, steps), mesh, batch)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def run(config: TrainConfig, out: Path, *, overwrite: bool = False, quiet: bool 
                 start.check_elsewhere(config, out)
                 hold(out, held_until)
                 _open(config, held, out, overwrite)
-            ready = prepared(config, out, progress.note)
+            ready = prepared(config, out, progress.note, sharding.part_of_batch(mesh, config.training.batch))
             if is_first():
                 _keep_identity(out, ready)
             longer = recorded(out).get(STEPS) != held[STEPS]

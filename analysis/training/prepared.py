@@ -63,8 +63,12 @@ class Prepared:
     initial: Callable[[], Parameters] | None = None
 
 
-def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prepared:
+def prepared(
+    config: TrainConfig, out: Path, say: Callable[[str], None], part: tuple[int, int] = (0, 1)
+) -> Prepared:
     """Make everything ready; data that is read from files, and a model to start from, are kept in ``out``.
+
+    ``part`` says which of how many equal parts of each batch this process reads.
 
     Raises ValueError for a task, files or a model that cannot be, in a sentence for people.
     """
@@ -79,7 +83,7 @@ def prepared(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Prep
         masked = config.objective_on_files == "masked_token" and mask_token_of(data.vocabulary) is None
         if start is not None and (config.data.told or masked):
             start = start.with_room(data.vocabulary.size + 1)
-        ready = _of_data(config, data, start)
+        ready = _of_data(config, data, start, part)
     if start is None:
         return ready
     start.check(ready.program.model)
@@ -123,7 +127,7 @@ def _of_task(config: TrainConfig, start: Start | None) -> Prepared:
     )
 
 
-def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
+def _of_data(config: TrainConfig, data: Data, start: Start | None, part: tuple[int, int]) -> Prepared:
     kind = config.objective_on_files
     told = {"classification": config.data.label, "regression": config.data.target}
     if any((kind == one) != bool(column) for one, column in told.items()):
@@ -132,7 +136,7 @@ def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
             "data.label for classification, or data.target for regression"
         )
     if kind in told:
-        return _of_examples(config, data, start)
+        return _of_examples(config, data, start, part)
     is_masked = kind == "masked_token"
     begun, known = None if start is None else start.config, data.vocabulary.size
     own_mask = mask_token_of(data.vocabulary)
@@ -153,7 +157,6 @@ def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
                 f"the token after it) needs {length + 1}. Give more data, a shorter window, or another share for "
                 f"validation (of whole documents, by their hash; data.validation={config.data.validation})"
             )
-    part = (jax.process_index(), jax.process_count())
     loaders = [Loader(data.train.ids, length, size, seed, *part) for seed in models_of(config).different_seeds]
     windows = spread_windows(data.validation.ids, length, size * config.keep.evaluation_batches)
     held_out = as_batch(jax.numpy.asarray(windows), jax.random.key(0))
@@ -170,7 +173,7 @@ def _of_data(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
     )
 
 
-def _of_examples(config: TrainConfig, data: Data, start: Start | None) -> Prepared:
+def _of_examples(config: TrainConfig, data: Data, start: Start | None, part: tuple[int, int]) -> Prepared:
     """Tables with a label or a number for each row: one more token, after all others, fills rows up."""
     vocabulary, size = data.vocabulary, config.training.batch
     assert isinstance(vocabulary, Labelled | Measured)
@@ -181,7 +184,6 @@ def _of_examples(config: TrainConfig, data: Data, start: Start | None) -> Prepar
         for side, tokens in (("train", data.train), ("validation", data.validation))
     )
     as_batch = partial(labelled if isinstance(vocabulary, Labelled) else measured, filler=filler)
-    part = (jax.process_index(), jax.process_count())
     loaders = [ExampleLoader(train, size, seed, *part) for seed in models_of(config).different_seeds]
     rows = spread_examples(validation, size * config.keep.evaluation_batches)
     held_out = as_batch(jax.numpy.asarray(rows))

@@ -70,15 +70,17 @@ def _of_attention(
 
 
 def looker(
-    batch: Batch, config: ModelConfig, batched: bool, filler: int | None = None
+    batch: Batch, config: ModelConfig, batched: bool, filler: int | None = None, where: Any = None
 ) -> Callable[[Parameters], dict[str, Array]]:
     """A compiled function of the parameters to the statistics of one model, or of many.
 
-    On a CPU they come one after another, elsewhere as many at a time as have room for their walks.
+    On a CPU they come one after another, elsewhere as many at a time as have room for their walks. ``where``, a
+    sharding, says where they lie.
     """
     one = lambda parameters: statistics(parameters, batch, config, filler)
     at_once = None if jax.default_backend() == "cpu" else walks_at_once(batch.tokens.size, config)
-    return jax.jit(lambda many: jax.lax.map(one, many, batch_size=at_once) if batched else one(many))
+    all_of = lambda many: jax.lax.map(one, many, batch_size=at_once) if batched else one(many)
+    return jax.jit(all_of, out_shardings=where)
 
 
 def walks_at_once(tokens: int, config: ModelConfig) -> int:

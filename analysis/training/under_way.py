@@ -54,8 +54,9 @@ class Training:
         self.batched = models.batched
         at_once = None if jax.default_backend() == "cpu" else programs.at_once
         self.evaluate = trainer.evaluator(ready.program, mesh, self.batched, at_once)
-        self.norm = jax.jit(optax.tree.norm)
-        self.look = looker(ready.looked_at, ready.program.model, self.batched, ready.filler)
+        whole = sharding.everywhere(mesh)
+        self.norm = jax.jit(optax.tree.norm, out_shardings=whole)
+        self.look = looker(ready.looked_at, ready.program.model, self.batched, ready.filler, whole)
         self.tokens = len(models.seeds) * config.training.batch * ready.length  # of a step
         model = ready.program.model
         # What can write: with room for a token after the first.

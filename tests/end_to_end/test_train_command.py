@@ -5,10 +5,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import safetensors.numpy
 from browsing import Opened
@@ -184,3 +186,41 @@ def test_the_trained_model_is_loaded_and_walked(whole, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "walk" / "report.html").exists()
+
+
+def together(out, text, *more):
+    """What two processes of one device each say of one run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    variables = lambda number: {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(number),
+    }
+    line = command(out, text, *more, "--distributed", "--steps", "24")
+    both = [
+        subprocess.Popen(line, env=lightly() | variables(number), stderr=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    ends = [process.communicate(timeout=300)[1] for process in both]
+    return [(process.returncode, told) for process, told in zip(both, ends, strict=True)]
+
+
+def test_two_processes_may_divide_the_heads_and_read_each_batch_whole(text, tmp_path):
+    for code, told in together(tmp_path / "two", text, "mesh.tensor=2"):
+        assert code == 0, told[-3000:]
+    alone = run(tmp_path / "one", text, "--steps", "24")
+    assert alone.returncode == 0, alone.stderr
+    one, two = (
+        safetensors.numpy.load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")
+    )
+    for name, expected in one.items():
+        np.testing.assert_allclose(two[name], expected, atol=1e-4, err_msg=name)
+    statistics = tmp_path / "two" / "statistics.safetensors"
+    assert all(np.isfinite(x).all() for x in safetensors.numpy.load_file(statistics).values())
+
+
+def test_a_process_without_a_device_of_the_mesh_is_told(text, tmp_path):
+    for code, told in together(tmp_path / "run", text):
+        assert code == 2 and "the mesh has 1 of the 2 devices, and none of process 1" in told

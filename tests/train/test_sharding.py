@@ -22,7 +22,7 @@ from minitf import ModelConfig
 from minitf.train import sharding, trainer
 from minitf.train.batch import next_token
 from minitf.train.checkpoints import Checkpoints
-from minitf.train.config import KeepSettings
+from minitf.train.config import KeepSettings, MeshSettings
 from minitf.train.settings import as_config
 from minitf.train.step import Program
 
@@ -100,6 +100,9 @@ jax.distributed.initialize(f"localhost:{port}", 2, number)
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
 from minitf.analysis.training.distributed import agreed
 assert agreed(15 if number else None) == 15 and agreed(None) is None
+half_each, whole = (number, 2), (0, 1)
+for divided, part in (((2, 2, 1), half_each), ((4, 1, 1), half_each), ((1, 2, 2), half_each), ((1, 1, 4), whole)):
+    assert sharding.part_of_batch(sharding.mesh_of(MeshSettings(*divided)), 16) == part
 half = lambda first, steps: windows(first, steps)[:, :, 8 * number : 8 * (number + 1)]
 with Checkpoints(folder, KeepSettings(), 6) as kept:
     state, losses = train(*compiled({"data": 2, "fsdp": 2}), stops=(end,), kept=kept, mine=half)

@@ -90,7 +90,7 @@ def test_data_of_the_next_call_is_made_by_another_thread_while_one_runs():
         used.append((int(tokens[0, 0, 0, 0]), done, to))
         return state.replace(step=state.step + 1), Measures(np.zeros(2), np.zeros(2))
 
-    programs = Compiled(lambda: NOTHING, advance, NOTHING, 2, 0, 0)
+    programs = Compiled(lambda: NOTHING, advance, NOTHING, 2, 2, 0, 0)
     taken = list(run(programs, NOTHING, 3, (6, 8), windows, mesh_of(MeshSettings())))
     assert used == [(3, 3, 5), (5, 5, 6), (6, 6, 8)]
     assert made == [(3, False), (5, False), (6, False)]
@@ -102,6 +102,6 @@ def test_what_goes_wrong_while_data_is_made_is_raised_where_it_is_used():
     def windows(first, steps):
         raise ValueError("the file is gone")
 
-    programs = Compiled(lambda: NOTHING, lambda *given: given, NOTHING, 2, 0, 0)
+    programs = Compiled(lambda: NOTHING, lambda *given: given, NOTHING, 2, 2, 0, 0)
     with pytest.raises(ValueError, match="the file is gone"):
         next(run(programs, NOTHING, 0, (2,), windows, mesh_of(MeshSettings())))
