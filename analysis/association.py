@@ -83,7 +83,7 @@ def mean(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> 
 
 
 def by_lag(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
-    """The mean over ``data`` as a function of the distance alone (Toeplitz), rows as heavy as they were."""
+    """The mean over ``data`` as a function of the distance alone (Toeplitz), rows as heavy as the mean's."""
     average = _mean(data.layers.pattern)
     length = average.shape[-1]
     lag = np.arange(length)[:, None] - np.arange(length)[None, :] + length - 1
@@ -122,13 +122,14 @@ def random(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -
 
 
 def top_k(count: int) -> Replacement:
-    """The ``count`` largest weights of each row, made as heavy as the row."""
+    """The ``count`` largest weights of each row, of equal ones the latest, made as heavy as the row."""
 
     def replacement(intact: Walk, data: Walk, config: ModelConfig, key: Key[Array, ""]) -> Pattern:
         pattern = intact.layers.pattern
-        sizes = jnp.abs(pattern)
-        least = jax.lax.top_k(sizes, min(count, pattern.shape[-1]))[0][..., -1:]
-        return _as_heavy(jnp.where(sizes >= least, pattern, 0.0), pattern, config)
+        keys = pattern.shape[-1]
+        first = jax.lax.top_k(jnp.abs(pattern)[..., ::-1], min(count, keys))[1]
+        chosen = jnp.any(jax.nn.one_hot(keys - 1 - first, keys, dtype=bool), axis=-2)
+        return _as_heavy(jnp.where(chosen, pattern, 0.0), pattern, config)
 
     return replacement
 

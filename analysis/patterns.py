@@ -13,7 +13,7 @@ from minitf import aggregate
 from minitf.config import ModelConfig
 from minitf.filter import in_statistics_dtype
 from minitf.layer import mixer_of
-from minitf.mixers import Softmax
+from minitf.mixers import Convolution, Mixer, Softmax
 from minitf.walk import Leaf, leaf
 
 Pattern = Float[Array, "*rest query key"]
@@ -100,13 +100,18 @@ def statistics(
 
 
 def pairs_in_sight(length: int, config: ModelConfig) -> Bool[Array, "#layer 1 1 query key"]:
-    """Which keys each query may see; a layer's window ends it."""
+    """Which keys each query may see; a layer's window ends it, or its taps."""
     seen = aggregate.allowed_pairs(length, config.causal, config.attend_self)
     lag = jnp.arange(length)[:, None] - jnp.arange(length)
     mixers = [mixer_of(config.layer(number)) for number in range(config.layers)]
-    windows = [one.window if isinstance(one, Softmax) and one.window else length for one in mixers]
+    windows = [_window(one) or length for one in mixers]
     each = jnp.array(windows[:1] if len(set(windows)) == 1 else windows)
     return (seen & (lag < each[:, None, None]))[:, None, None]
+
+
+def _window(mixer: Mixer) -> int:
+    """How many keys are in sight at most; 0 for all."""
+    return mixer.window if isinstance(mixer, Softmax) else mixer.taps if isinstance(mixer, Convolution) else 0
 
 
 def previous_token_template(tokens: Tokens) -> Template:

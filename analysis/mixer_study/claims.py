@@ -172,8 +172,8 @@ def _text(cells: Cells) -> list[Claim]:
             _seeds(
                 "attention_in_half_of_the_layers",
                 "A language model needs attention in few of its layers (published: at equal perplexity, 63 % of "
-                "the blocks are feed-forward): here, attention in the first of two layers alone costs at most 2 % "
-                "of the loss.",
+                "the attention blocks may be feed-forward): here, attention in the first of two layers alone costs "
+                "at most 2 % of the loss.",
                 PAR,
                 more(ONCE),
                 "relative growth of the loss",
@@ -185,7 +185,8 @@ def _text(cells: Cells) -> list[Claim]:
         found.append(
             _seeds(
                 "gmlp_parity",
-                "gMLP is on a par with attention as a language model: here, within 3 % of its loss.",
+                "gMLP is on a par with attention (published: as a masked language model): here, within 3 % of its "
+                "loss on the next byte.",
                 GMLP,
                 more("gMLP"),
                 "relative growth of the loss",
@@ -290,8 +291,9 @@ def _kept(cell: Cell, cells: Cells) -> float:
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """NaN where there is no whole (a model that has learned nothing), so that what is claimed does not hold."""
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole != 0)
+    """NaN where there is no whole, or less than none (a model that has learned nothing, or learned worse than what
+    it is compared with), so that what is claimed does not hold."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 def _seeds(

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ from minitf.analysis.mixer_study.replaced import Replaced, replace_all
 from minitf.analysis.mixer_study.rows import QUICK, ROWS, model_for, possible
 from minitf.analysis.mixer_study.tasks import Task
 from minitf.analysis.page_parts import script_json
-from minitf.analysis.run_folder import check_run_folder, open_run_folder, told_to_people, writing_results
+from minitf.analysis.run_folder import (
+    Problem,
+    check_run_folder,
+    open_run_folder,
+    told_to_people,
+    writing_results,
+)
 from minitf.analysis.stages import Stages, noticing_interrupts
 from minitf.cores import cores
 from minitf.files import write_atomically
@@ -117,6 +123,7 @@ def run(
             # Told before the tasks are made, which takes a while; nothing is written before they are.
             check_run_folder(out, recorded, overwrite=overwrite, resume=resume, changed=FREE)
             every = study_tasks.every_task(texts)
+            _check_possible(config, every, progress.note)
         folder = open_run_folder(out, recorded, overwrite=overwrite, resume=resume, changed=FREE)
         stages = Stages(folder / "arrays", progress, interrupted, config.seed)
         with writing_results(folder):
@@ -132,6 +139,17 @@ def run(
                 write_atomically(folder / "mixers.json", (json.dumps(found, indent=1) + "\n").encode())
                 write_atomically(folder / "report.html", page(found, cells, tasks, claims, shown).encode())
             return claims
+
+
+def _check_possible(config: StudyConfig, tasks: Mapping[str, Task], say: Callable[[str], None]) -> None:
+    """Tell which mixers that are asked for cannot do a task. Raises Problem for one that can do none of them."""
+    for row in config.mixers:
+        cannot = [name for name in config.tasks if not possible(row, tasks[name])]
+        told = f"{row} sees later tokens, and so the answers of {', '.join(cannot)}"
+        if len(cannot) == len(config.tasks):
+            raise Problem(f"{told}: choose other tasks for it")
+        if cannot:
+            say(f"{told}: it is not trained on that")
 
 
 def _wanted(config: StudyConfig, tasks: Mapping[str, Task], arrays: Path) -> list[tuple[str, str]]:

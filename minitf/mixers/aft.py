@@ -46,6 +46,9 @@ class AttentionFree(Mixer):
         variant: ``full``: w is a table of places; ``simple``: zero; ``local``: a table, zero from ``window``
             places on; ``conv``: a function of t - s below ``window`` for each head's channels, zero beyond.
         window: of ``local`` and ``conv``.
+
+    Sums over many keys are products of exp(k) and exp(w): a row whose every exponent is 69 nats below the largest
+    k plus the largest w counts as nothing there (the association has it).
     """
 
     variant: str = "full"

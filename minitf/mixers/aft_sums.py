@@ -14,7 +14,9 @@ from minitf.mixers.contract import past
 from minitf.mixers.weighted_mean import EMPTY, Sums, together, weighted_sums
 
 FEW = 16  # positions among which every pair is looked at
-LEAST = 1e-30  # of what the largest product of two exponentials would be: less is nothing
+# Of what the largest product of two exponentials would be. Less is taken for nothing, also where all of a row is
+# less: where a key exceeds the others by so much (69 nats) that the places oppose.
+LEAST = 1e-30
 
 Blocks = Float[Array, "batch block position channel"]
 Places = Float[Array, "block group query key"]

@@ -121,7 +121,9 @@ class TokenNetwork(Mixer):
     def about(self, config: ModelConfig) -> About:
         """No association."""
         state = (self.hidden or config.length) * config.width if config.causal else 0
-        return About(causal=config.causal, heads=1, granularity="none", state=state, exponent=2.0)
+        return About(
+            causal=config.causal, heads=1, granularity="none", state=state, exponent=1.0 if self.hidden else 2.0
+        )
 
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
         """The network's two maps."""

@@ -36,6 +36,16 @@ def data_walk():
     return compiled(GPT2)(PARAMETERS, random_tokens(GPT2, seed=1, batch=8, length=7))
 
 
+def test_of_equal_weights_the_latest_are_kept():
+    config = dataclasses.replace(GPT2, mixer=mixers.Uniform())
+    walked = walk(random_parameters(config), TOKENS, config)
+    for count in (1, 4):
+        found = np.asarray(top_k(count)(walked, walked, config, KEY))
+        lag = np.arange(7)[:, None] - np.arange(7)
+        np.testing.assert_array_equal(found > 0, np.broadcast_to((lag >= 0) & (lag < count), found.shape))
+        np.testing.assert_allclose(found.sum(axis=-1), 1, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", REPLACEMENTS)
 def test_every_replacement_is_an_association_of_what_is_in_sight(name):
     found = np.asarray(REPLACEMENTS[name](intact_walk(), data_walk(), GPT2, KEY))

@@ -255,9 +255,13 @@ def test_each_claim_fails_where_its_numbers_do(name, change):
 
 
 @pytest.mark.filterwarnings("error")
-def test_models_that_have_learned_nothing_hold_no_claim_of_shares():
+@pytest.mark.parametrize("less", [0.0, 0.2])
+def test_models_that_have_learned_nothing_hold_no_claim_of_shares(less):
+    """Or less than nothing: of a recall below that without keys, a text worse than without context."""
     found = known(
-        {**dict.fromkeys(job.TASKS, 0.0), "text": 3.0, "recall": RECALL.references[NO_RECALL]}, intact=0.0
+        {**dict.fromkeys(job.TASKS, 0.0), "text": 3.0, "recall": RECALL.references[NO_RECALL] - less}
+        | ({(row, "text"): 3.0 + less for row in ("softmax", "softmax, fixed query and key")} if less else {}),
+        intact=0.0,
     )
     shares = ("constant_classification", "half_constant_classification")
     shares += ("uniform_share", "fixed_pairs_recall", "fnet", "uniform_classification")
@@ -284,6 +288,14 @@ def test_only_what_ran_is_claimed():
 def test_what_cannot_be_run_is_told(changes, message):
     with pytest.raises(ValueError, match=message):
         job.StudyConfig(**changes)
+
+
+def test_a_mixer_that_sees_the_answers_is_told_and_refused_where_it_can_do_nothing():
+    every, said = {"recall": RECALL, "memorisation": FACTS}, []
+    job._check_possible(job.StudyConfig(mixers=("FNet",), tasks=("recall", "memorisation")), every, said.append)
+    assert said == ["FNet sees later tokens, and so the answers of recall: it is not trained on that"]
+    with pytest.raises(Problem, match=r"^FNet sees later tokens, .* of recall: choose other tasks for it"):
+        job._check_possible(job.StudyConfig(mixers=("FNet",), tasks=("recall",)), every, said.append)
 
 
 def test_presets_are_a_few_rows_or_all_and_softmax_attention_is_always_there():

@@ -116,6 +116,12 @@ def test_classes_differ_as_much_as_the_references_say(classification):
     assert np.mean(likelihood.argmax(axis=0) == label) == pytest.approx(best, abs=0.03)
 
 
+def test_the_answer_to_addition_without_a_look_is_the_best_digit_of_each_place():
+    """The last digit is a carry, of which one half is zero; the first digits are all alike."""
+    (best,) = tasks.addition(3).references.values()
+    assert best == pytest.approx((3 * 0.1 + 0.5) / 4, abs=0.02) and best > 0.2
+
+
 def test_the_score_is_the_mean_over_targets_alone(classification):
     task = tasks.recall(2, 5)
     logits = jax.random.normal(KEY, (3, task.length, task.vocabulary))

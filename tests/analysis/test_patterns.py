@@ -77,6 +77,12 @@ def test_what_a_window_hides_is_nothing_that_uniform_attention_lacks():
         np.testing.assert_allclose(alone, 5 / 6, atol=1e-6)
 
 
+def test_a_convolution_sees_as_many_keys_as_it_has_taps():
+    of = lambda mixer: ModelConfig(vocabulary=5, layers=2, width=8, heads=2, length=6, mixer=mixer)
+    same = [patterns.pairs_in_sight(6, of(one)) for one in (mixers.Convolution(taps=3), mixers.Softmax(window=3))]
+    np.testing.assert_array_equal(*same)
+
+
 def test_one_hot_attention_has_no_entropy_and_its_gradient_is_finite():
     previous = jnp.eye(5, k=-1).at[0, 0].set(1.0)
     assert not np.asarray(patterns.entropy(previous)).any()
