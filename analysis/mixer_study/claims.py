@@ -172,8 +172,8 @@ def _text(cells: Cells) -> list[Claim]:
             _seeds(
                 "attention_in_half_of_the_layers",
                 "A language model needs attention in few of its layers (published: at equal perplexity, 63 % of "
-                "the attention blocks may be feed-forward): here, attention in the first of two layers alone costs "
-                "at most 2 % of the loss.",
+                "the attention blocks may be feed-forward): here, attention in the first of two layers alone "
+                "costs at most 2 % of the loss.",
                 PAR,
                 more(ONCE),
                 "relative growth of the loss",
