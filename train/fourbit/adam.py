@@ -42,7 +42,8 @@ def scale_by_adam_4bit(
     ``block_de0`` or ``stochastic`` keep them changing.
 
     An element whose gradient is not finite, or has a square that is not, keeps its moments, and its update is NaN:
-    it shows, and no scale is lost. ``optax.apply_if_finite`` around the optimizer leaves out such steps wholly.
+    it shows, and no scale is lost. (Small weights, which move as optax's to the bit, do so by 0 where the square
+    alone is not finite.) ``optax.apply_if_finite`` around the optimizer leaves out steps that show.
     Within ``optax.MultiSteps`` moments are coded once for each real update: what is coded between is not kept.
     Where that takes too long, add up gradients first and update once.
 
@@ -204,8 +205,7 @@ def _in_float32(
     for gradient, move, was, mean, square in zip(gradients, moved, old, after.mu, after.nu, strict=True):
         finite = jnp.isfinite(gradient * gradient)
         kept = Moments(jnp.where(finite, mean, was.mean), jnp.where(finite, square, was.square))
-        # A square that overflows makes no move, which would not show.
-        done.append((jnp.where(finite, move, jnp.nan), kept))
+        done.append((move, kept))
     return done
 
 
