@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from minitf.files import write_atomically
+from minitf.files import settings_of_run, write_atomically
 from minitf.memory import out_of_memory
 
 try:
@@ -145,7 +145,7 @@ def hold(out: Path, until: ExitStack) -> None:
 def recorded(out: Path) -> dict[str, Any]:
     """The configuration of the run in ``out``; empty where there is none that can be read."""
     try:
-        return _read_config(out / CONFIG) or {}
+        return settings_of_run(out / CONFIG) or {}
     except OSError:
         return {}
 
@@ -177,7 +177,7 @@ def check_run_folder(
                 f"{out} is not empty and holds no run of minitf (there is {entries[0]}, but no {CONFIG}). "
                 "Choose another folder with --out."
             )
-        before = _read_config(out / CONFIG)
+        before = settings_of_run(out / CONFIG)
     except OSError as error:
         raise _unusable(out, error) from error
     if before is None and not set(entries) <= {*FOLDERS, *FILES}:
@@ -215,15 +215,6 @@ def check_writable(out: Path) -> None:
 
 def _as_json(config: dict[str, Any]) -> str:
     return json.dumps({"made_by": "minitf", **config}, indent=1)
-
-
-def _read_config(file: Path) -> dict[str, Any] | None:
-    """The configuration of a run; None when the file is damaged or of another program. Raises OSError."""
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError:
-        return None
-    return config if isinstance(config, dict) and config.get("made_by") == "minitf" else None
 
 
 def _unusable(out: Path, reason: object) -> Problem:

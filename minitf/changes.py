@@ -20,7 +20,7 @@ def apply(change: Change | None, x: Array) -> Array:
     if change is None:
         return x
     for part in map(jnp.shape, jax.tree.leaves(change)):
-        if not broadcasts(part, x.shape):
+        if not _broadcasts(part, x.shape):
             raise ValueError(f"a change of shape {part} does not fit a leaf of shape {x.shape}")
     if change.keep is None:
         return jnp.broadcast_to(jnp.asarray(change.put, x.dtype), x.shape)
@@ -29,10 +29,10 @@ def apply(change: Change | None, x: Array) -> Array:
 
 def fits(change: Change | None, x: Array) -> bool:
     """Whether a change can be applied to such a leaf."""
-    return all(broadcasts(jnp.shape(part), x.shape) for part in jax.tree.leaves(change))
+    return all(_broadcasts(jnp.shape(part), x.shape) for part in jax.tree.leaves(change))
 
 
-def broadcasts(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+def _broadcasts(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     """Whether an array of the one shape broadcasts to the other."""
     return len(part) <= len(whole) and all(n in (1, m) for n, m in zip(part[::-1], whole[::-1], strict=False))
 
@@ -80,7 +80,7 @@ def change(shapes: Walk, name: str, *, keep: Any = 1.0, put: Any = -0.0, **index
     chosen = tuple(np.size(p) for p in places if np.ndim(p))
     for what, value in (("keep", keep), ("put", put)):
         given = np.shape(value)
-        if not broadcasts(given, chosen):
+        if not _broadcasts(given, chosen):
             raise ValueError(f"{what} has the shape {given}; the chosen part of {name!r} has {chosen}")
     return put_change(name, _placed(tuple(places), keep, put, shape, like.dtype))
 
@@ -158,9 +158,8 @@ def _places(name: str, axis: str, full: int, size: int, chosen: Any) -> Array | 
     if isinstance(chosen, bool):
         raise ValueError(f"{axis}={chosen} is no place; say which by a number, a slice, a list or a mask")
     try:
-        given = chosen if isinstance(chosen, slice) else np.asarray(chosen)
-        if not isinstance(given, slice) and not given.size:
-            given = given.astype(int)  # none of them
+        # Of an empty list no type is known.
+        given = chosen if isinstance(chosen, slice) else np.asarray(chosen, None if np.size(chosen) else int)
         places = np.arange(full)[given]
     except IndexError:
         raise ValueError(f"{axis}={chosen} is outside {name!r}, which has {full} on that axis") from None

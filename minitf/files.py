@@ -1,8 +1,22 @@
-"""Writing files so that nobody ever reads half of one."""
+"""Files: written so that nobody ever reads half of one; known as those of a command."""
 
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
+
+
+def settings_of_run(file: Path) -> dict[str, Any] | None:
+    """What the config.json in the folder of a command says; None when it is damaged, or another program's.
+
+    Raises OSError.
+    """
+    try:
+        settings = json.loads(file.read_bytes())
+    except ValueError:
+        return None
+    return settings if isinstance(settings, dict) and settings.get("made_by") == "minitf" else None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -22,7 +22,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from minitf.files import write_atomically
+from minitf.files import settings_of_run, write_atomically
 from minitf.train.documentation import documentation_texts
 
 VALIDATION_SHARE = 0.1
@@ -314,8 +314,8 @@ def files_below(folder: Path) -> Iterator[Path]:
 def _is_run(folder: Path) -> bool:
     """Whether a command of minitf keeps what it made in this folder."""
     try:
-        return json.loads((folder / "config.json").read_bytes()).get("made_by") == "minitf"
-    except (OSError, ValueError, AttributeError):
+        return settings_of_run(folder / "config.json") is not None
+    except OSError:
         return False
 
 

@@ -102,25 +102,25 @@ def _open(config: TrainConfig, held: dict[str, Any], out: Path, overwrite: bool)
     """
     # A run that was begun before there was a setting had what is usual, and did not record it.
     usual = _held(TrainConfig())
-    if not overwrite and _made_longer(config, held, out, usual):
-        return
-    changed = () if overwrite else _may_change(held, out)
+    changed: tuple[str, ...] = ()
+    if not overwrite:
+        if _nothing_done(out):
+            changed = _begun_anew(held, out)
+        elif _made_longer(config, held, out, usual):
+            return
     open_run_folder(out, held, overwrite=overwrite, resume=not overwrite, changed=changed, usual=usual)
     write_atomically(out / "config.toml", as_toml(as_tables(config)).encode())
 
 
-def _may_change(held: dict[str, Any], out: Path) -> tuple[str, ...]:
-    """Settings that may differ from those that the run in ``out`` began with: all, where it was refused for them
-    and did nothing yet."""
-    if _nothing_done(out):
-        for name in ("data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"):
-            (out / name).unlink(missing_ok=True)
-        before = recorded(out)
-        if before.get(start.SETTING) != held[start.SETTING]:
-            shutil.rmtree(out / start.FOLDER, ignore_errors=True)
-        # All that either of them says.
-        return (*held, *before)
-    return ()
+def _begun_anew(held: dict[str, Any], out: Path) -> tuple[str, ...]:
+    """Leave nothing of a run that did nothing yet; returns the settings that may differ from its own: all."""
+    for name in ("data.json", "metrics.jsonl", "samples.jsonl", "statistics.safetensors"):
+        (out / name).unlink(missing_ok=True)
+    before = recorded(out)
+    if before.get(start.SETTING) != held[start.SETTING]:
+        shutil.rmtree(out / start.FOLDER, ignore_errors=True)
+    # All that either of them says.
+    return (*held, *before)
 
 
 def _nothing_done(out: Path) -> bool:
@@ -139,7 +139,7 @@ def _made_longer(config: TrainConfig, held: dict[str, Any], out: Path, usual: di
     """
     before = recorded(out).get(STEPS)
     constant = config.optimizer.schedule == "constant"
-    if not constant or not isinstance(before, int) or before >= config.training.steps or _nothing_done(out):
+    if not constant or not isinstance(before, int) or before >= config.training.steps:
         return False
     check_run_folder(out, held, resume=True, changed=(STEPS,), usual=usual)
     if _finished(config, out) and not (out / "checkpoints" / str(before)).is_dir():
