@@ -12,3 +12,12 @@ def cores() -> int:
 def largest_divisor(number: int, most: int) -> int:
     """The largest divisor of a number that is at most ``most``, at least 1: how many fit, in equal shares."""
     return max((n for n in range(2, number + 1) if number % n == 0 and n <= most), default=1)
+
+
+def few_at_a_time(number: int, most: int) -> int:
+    """How many at a time, at most ``most``: in equal shares, where those are not small: another size compiles.
+
+    Where they would hold less than half as many as there is room for, ``most``: the last share is smaller.
+    """
+    equal = largest_divisor(number, most)
+    return equal if 2 * equal >= min(most, number) else most

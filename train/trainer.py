@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from minitf.cores import few_at_a_time
 from minitf.train import sharding
 from minitf.train.batch import NO_TARGET, Batch
 from minitf.train.config import ObjectiveSettings, TrainConfig
@@ -115,7 +116,7 @@ def models_at_once(config: TrainConfig, models: Models, state: State) -> int:
     if jax.default_backend() != "cpu":
         return many
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / many
-    return max(min(int(CACHE_BYTES / size), many), 1)
+    return few_at_a_time(many, max(int(CACHE_BYTES / size), 1))
 
 
 def memory_of(mesh: Mesh) -> int | None:
@@ -131,8 +132,8 @@ def compiled(
     memory: int | None = None,
     initial: Callable[[], Tree] | None = None,
 ) -> Compiled:
-    """Compile a run's programs. Of many models fewer run side by side, half of them each time, until what the
-    compiler says that a call needs is there.
+    """Compile a run's programs. Of many models fewer run side by side, at most half of them each time, until what
+    the compiler says that a call needs is there.
 
     Args:
         program: what trains.
@@ -180,7 +181,7 @@ def compiled(
         temporary, arguments = _needs(ready)
         if at_once == 1 or config.training.at_once or there is None or temporary + arguments <= there:
             break
-        at_once = -(-at_once // 2)
+        at_once = few_at_a_time(len(models.seeds), -(-at_once // 2))
     return Compiled(
         start=lambda: jax.jit(begin, out_shardings=placed)(
             None if initial is None else sharding.placed_whole(initial(), placed.parameters)
