@@ -25,7 +25,7 @@ Numbers = float | int | Sequence[Any] | np.ndarray | np.floating
 
 def _frozen(numbers: Numbers) -> Any:
     """Numbers of any container as plain floats in tuples."""
-    array = np.asarray(numbers, dtype=np.float64)
+    array = np.asarray(numbers, dtype=np.float64) + 0.0  # nothing has no sign
     if array.ndim == 0:
         return float(array)
     if array.ndim == 1:

@@ -18,7 +18,8 @@
       y: data.replacements[name].orders[order][measure], line: { color: colors[i % colors.length], dash: i < 7 ? "solid" : "dash" },
       hovertemplate: `${name}: %{y:.3f}<extra></extra>` }));
     const layout = { font, margin: { l: 60, r: 10, t: 10, b: 44 }, hovermode: "closest", legend: { font: { size: 12 } },
-      xaxis: { ...axis, title: { text: "share of heads replaced" }, tickvals: data.fractions },
+      xaxis: { ...axis, title: { text: "share of heads replaced" }, tickvals: data.fractions,
+        ticktext: data.fractions.map((share) => Number(share.toFixed(2))) },
       yaxis: { ...axis, title: { text: measures[measure] } } };
     Plotly.react("curves", traces, layout, config);
   };
@@ -41,12 +42,13 @@
   fill("measure", Object.keys(measures), Object.values(measures), curves);
   fill("replacement", names, names, map);
   const last = data.fractions.length - 1;
+  const told = (number) => (Number(number.toFixed(3)) + 0).toFixed(3);  // nothing has no sign
   const rows = names.map((name) => [name, data.replacements[name].orders[orders[0]]])
     .map(([name, q]) => [name, q.loss[last], q.loss[last] - data.intact.loss, q.margins.loss[last], q.accuracy[last], q.divergence[last]]);
   rows.sort((a, b) => a[1] - b[1]);
   for (const row of [["nothing replaced", data.intact.loss, 0, 0, data.intact.accuracy, 0], ...rows]) {
     const line = document.createElement("tr");
-    row.forEach((value, i) => line.appendChild(Object.assign(document.createElement("td"), { textContent: !i ? value : value === null ? "" : value.toFixed(3) })));
+    row.forEach((value, i) => line.appendChild(Object.assign(document.createElement("td"), { textContent: !i ? value : value === null ? "" : told(value) })));
     byId("numbers").appendChild(line);
   }
   curves();

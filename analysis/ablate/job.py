@@ -26,7 +26,7 @@ from minitf.model import walk
 from minitf.pretrained import Pretrained
 from minitf.train.batch import NO_TARGET, Batch
 from minitf.train.kept_models import load
-from minitf.vocabulary import mask_token_of, vocabulary_of
+from minitf.vocabulary import Labelled, Measured, mask_token_of, vocabulary_of
 
 RANDOM_ORDERS = 2
 MEASURES = {"loss", "accuracy", "divergence", "margins"}
@@ -85,6 +85,7 @@ def run(
     with told_to_people():
         say("loading the model")
         model = load(config.model)
+        _check_tells_tokens(model)
         if not config.length:
             config = dataclasses.replace(config, length=min(LENGTH, model.config.length))
         elif config.length > model.config.length:
@@ -107,6 +108,17 @@ def run(
         shown.append(("tokens that windows were drawn from", f"{len(tokens):,}"))
         write_atomically(path, page(found, claims, model, config.model, shown).encode())
     return path
+
+
+def _check_tells_tokens(model: Pretrained) -> None:
+    """Raises Problem for a model of whole sequences: of tokens it was never asked."""
+    vocabulary = None if model.tokenizer is None else vocabulary_of(model.tokenizer)
+    if isinstance(vocabulary, Labelled | Measured):
+        what = "its label" if isinstance(vocabulary, Labelled) else f"its number {vocabulary.name!r}"
+        raise Problem(
+            f"this model was trained to tell of a whole sequence {what}, and not tokens, which are asked for "
+            "here; from Python, minitf.analysis.association replaces associations under any metric"
+        )
 
 
 def tokens_of(config: AblateConfig, model: Pretrained) -> Int[np.ndarray, " token"]:

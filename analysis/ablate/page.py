@@ -68,10 +68,12 @@ def conclusions(data: Mapping[str, Any]) -> list[str]:
         return told if margin is None else f"{told} \u00b1 {margin:.3f}"
 
     asked = "" if data["asked"] == "the next token" else f", asked for {data['asked']}"
+    half = len(data["fractions"]) // 2
+    share = {0.5: "half", 1.0: ""}.get(data["fractions"][half], f"{data['fractions'][half]:.0%}")
+    some = f"; {share} of the heads, the least important first: {lost('mean over data', half)}" if share else ""
     found = [
         f"As it is, the model loses {intact:.3f} nats a token{asked}.",
-        f"Every head's association replaced by its mean over data: {lost('mean over data', -1)} nats; half "
-        f"of the heads, the least important first: {lost('mean over data', len(data['fractions']) // 2)}.",
+        f"Every head's association replaced by its mean over data: {lost('mean over data', -1)} nats{some}.",
         f"By a uniform average {lost('uniform', -1)}, by nothing but the position itself {lost('identity', -1)}.",
     ]
     if "positions only" in data["replacements"]:

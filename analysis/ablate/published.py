@@ -17,7 +17,7 @@ BOTH = "conclusion of Hassid et al. 2022 and Tay et al. 2021"
 
 
 def published(data: Mapping[str, Any]) -> list[Claim]:
-    """The claims that the model's kind can speak to; ``data`` as ``measure`` of the job makes it."""
+    """The claims that the model can speak to; ``data`` as ``measure`` of the job makes it."""
     every, half = -1, len(data["fractions"]) // 2
     if data["asked"] == NEXT:
         constant = _over_windows(
@@ -46,6 +46,8 @@ def published(data: Mapping[str, Any]) -> list[Claim]:
             0.16,
         )
         measure, statistic, lost = "accuracy", "relative drop of the accuracy", -_growth(data, "accuracy", half)
+    if data["fractions"][half] == 1:  # there is one head alone, and no half
+        return [constant]
     return [
         constant,
         _over_windows(

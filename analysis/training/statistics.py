@@ -41,7 +41,7 @@ def statistics(
     found = {
         "stream_norm": over_places(jnp.linalg.norm(in_statistics_dtype(streams), axis=-1)),
         "stream_rank": participation(streams.reshape(len(streams), -1, config.width), counted),
-        "step": over_places(geometry.relative_step),
+        "relative_step": over_places(geometry.relative_step),
         "turn": over_places(geometry.turning_angle),
         "efficiency": over_places(geometry.efficiency),
         **weight_ranks(parameters, config),
@@ -138,7 +138,7 @@ LABELS = {
     "distance": ("how far back attention looks, in positions", ("layer", "head")),
     "stream_norm": ("length of the residual stream's vectors", ("station",)),
     "stream_rank": ("dimensions that the residual stream fills (participation ratio)", ("station",)),
-    "step": ("length of a sub-layer's step, as a share of where it starts", ("move",)),
+    "relative_step": ("length of a sub-layer's step, as a share of where it starts", ("move",)),
     "turn": ("angle between one step and the next, radians", ("turn",)),
     "efficiency": ("how straight the walk is: 1 is a straight line", ()),
     "rank": ("directions over which a layer's weights are spread", ("layer",)),

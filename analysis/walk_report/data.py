@@ -18,7 +18,7 @@ from minitf.model import walk
 from minitf.parameters import Parameters
 from minitf.pretrained import Pretrained
 from minitf.vocabulary import Measured, vocabulary_of
-from minitf.walk import Edit, with_as_many_heads
+from minitf.walk import Edit, Walk
 
 TOP, NEURONS = 6, 12
 Numbers = dict[str, Any]
@@ -50,9 +50,10 @@ def walk_data(
 ) -> Numbers:
     """Everything that the report shows of one run over ``tokens``, as plain numbers and text.
 
-    Axes, outermost first: ``position``, then station, step, head or neuron; ``pattern`` is
-    ``[layer, head, query, key]``. Attribution is of ``predicted``, one token a position, by default what this
-    walk predicts there; it is absent where the model does not allow it, as the pattern is where there is none.
+    Axes, outermost first: ``position``, then station, step, head or neuron; ``pattern`` is, of each layer,
+    ``[head, query, key]``. Attribution is of ``predicted``, one token a position, by default what this walk
+    predicts there; it is absent where the model does not allow it, as the pattern is where there is none. Of an
+    edited walk ``edit_parts`` is what the edit itself put into the end; heads that a layer lacks are NaN.
     """
     asked = None if predicted is None else jnp.asarray(predicted)
     numbers = jax.device_get(_numbers(parameters, jnp.asarray(tokens)[None], config, edit, asked))
@@ -83,9 +84,10 @@ def walk_data(
         "predicted": [labels(int(token)) for token in numbers["predicted"]],
     }
     if "pattern" in numbers:
-        pattern = numbers["pattern"].astype(float)
+        each = [np.zeros((0, 0, 0)) if x is None else x.astype(float) for x in numbers["pattern"]]
         # Rows that sum to one need no more; others may be of any size.
-        found["pattern"] = np.round(pattern, 3 if np.allclose(pattern.sum(axis=-1), 1, atol=1e-3) else 7)
+        shares = all(np.allclose(pattern.sum(axis=-1), 1, atol=1e-3) for pattern in each)
+        found["pattern"] = [np.round(pattern, 3 if shares else 7) for pattern in each]
     if "heads" in numbers:
         found |= {
             "heads": np.moveaxis(numbers["heads"], 1, 0),
@@ -94,6 +96,8 @@ def walk_data(
             "feed_forward_parts": numbers["feed_forward_parts"].T,
             "bias": numbers["bias"],
         }
+    if edit is not None and "heads" in numbers:
+        found["edit_parts"] = numbers["edit_parts"]
     if "neurons" in numbers:
         found["neurons"] = [_strongest(numbers["neurons"][:, t]) for t in range(len(tokens))]
     return found
@@ -121,7 +125,7 @@ def both_sides(
         "tokens": [labels(int(t)) for t in tokens],
         "prompt": len(tokens) if prompt is None else prompt,
         "layers": model.config.layers,
-        "heads": plain["pattern"].shape[1] if "pattern" in plain else 0,
+        "heads": [len(pattern) for pattern in plain.get("pattern", ())],
         "before": plain,
         "after": edited,
         **told,
@@ -192,22 +196,32 @@ def _numbers(
         **moves,
     }
     if passed.layers.pattern is not None:
-        found["pattern"] = with_as_many_heads(passed.layers.pattern, 1)[:, 0]
+        found["pattern"] = [None if layer is None else layer[0] for layer in passed.layers.pattern]
     if config.post_norm or not config.residual or config.unembedding_transform:
         return found
     steps = attribution.by_step(parameters, passed, config, predicted[None])
     found |= {
-        "heads": attribution.by_head(parameters, passed, config, predicted[None]).parts[:, 0],
+        "heads": _own_heads(attribution.by_head(parameters, passed, config, predicted[None]).parts[:, 0], passed),
         "start": steps.start[0],
         "attention_parts": steps.attention[:, 0],
         "feed_forward_parts": jnp.zeros((0, len(predicted)))
         if steps.feed_forward is None
         else steps.feed_forward[:, 0],
         "bias": steps.bias[0],
+        "edit_parts": attribution.chosen_logit(passed.logits, predicted[None])[0] - steps.total[0],
     }
     if steps.feed_forward is not None:
         found["neurons"] = attribution.by_neuron(parameters, passed, config, predicted[None]).parts[:, 0]
     return found
+
+
+def _own_heads(parts: Float[Array, "layer position head"], passed: Walk) -> Float[Array, "layer position head"]:
+    """No number in place of the heads that a layer lacks."""
+    steps = passed.layers.head_steps
+    if not isinstance(steps, tuple):
+        return parts
+    has = jnp.array([0 if layer is None else layer.shape[2] for layer in steps])
+    return jnp.where(jnp.arange(parts.shape[-1]) < has[:, None, None], parts, jnp.nan)
 
 
 def _on_the_sphere(points: Float[Array, "*rest width"]) -> Float[Array, "*rest width"]:

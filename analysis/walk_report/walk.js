@@ -102,7 +102,7 @@
       plot.replaceChildren(table);
     },
     pattern(side, plot) {
-      const z = side.pattern[chosen.layer][chosen.head];
+      const z = side.pattern[chosen.layer][chosen.head] || [];
       const traces = [{ type: "heatmap", z, x: places, y: places, ...shades(z),
         text: z.map((rowValues, q) => rowValues.map((_, k) => `${names[q]} looks at ${names[k]}`)), hovertemplate: "%{text}: %{z:.3f}<extra></extra>", colorbar: { thickness: 10 } }];
       const t = chosen.token;
@@ -118,7 +118,7 @@
       const traces = [{ type: "heatmap", z, x: places, y: label, ...shades(z), showscale: false,
         text: z.map((values) => values.map((_, k) => names[k])), hovertemplate: "head %{y} looks at %{text}: %{z:.3f}<extra></extra>" }];
       const layout = { font, margin: { l: 60, r: 10, t: 10, b: 90 }, xaxis: { ...axis, tickvals: places, ticktext: names, tickangle: -60, showgrid: false },
-        yaxis: { ...axis, type: "category", autorange: "reversed", title: { text: "layer.head" }, showgrid: false } };
+        yaxis: { ...axis, type: "category", autorange: "reversed", title: { text: "layer.head", standoff: 10 }, showgrid: false } };
       Plotly.react(plot, traces, layout, config);
     },
     parts(side, plot) {
@@ -129,6 +129,8 @@
         x.push(`${l} attention`); y.push(value);
         if (both) { x.push(`${l} feed-forward`); y.push(side.feed_forward_parts[t][l]); }
       });
+      // What an edit put in between the steps; of one that only took away, rounding is left.
+      if (side.edit_parts && side.edit_parts.some((value) => Math.abs(value) > 1e-3)) { x.push("edit"); y.push(side.edit_parts[t]); }
       x.push("bias"); y.push(side.bias[t]);
       const sum = y.reduce((a, b) => a + b, 0);
       const traces = [{ type: "bar", x, y, marker: { color: y.map((v) => (v < 0 ? orange : blue)) }, hovertemplate: "%{x}: %{y:.3f}<extra></extra>" }];
@@ -174,15 +176,17 @@
     buttons.forEach((button, t) => button.setAttribute("aria-pressed", String(t === token)));
     redraw(kinds);
   };
-  const select = (id, count, value, then) => {
-    const box = byId(id);
-    for (let i = 0; i < count; i += 1) box.add(new Option(i, i));
-    box.value = value;
-    box.addEventListener("change", () => { chosen[id] = Number(box.value); redraw(then); });
+  const offer = (id, count) => {
+    chosen[id] = Math.max(Math.min(chosen[id], count - 1), 0);
+    byId(id).replaceChildren(...Array.from({ length: count }, (_, i) => new Option(i, i, i === chosen[id], i === chosen[id])));
   };
+  const onChoice = (id, then) => byId(id).addEventListener("change", () => { chosen[id] = Number(byId(id).value); then(); redraw(["pattern"]); });
   if (hasPattern) {
-    select("layer", data.layers, chosen.layer, ["pattern"]);
-    select("head", data.heads, chosen.head, ["pattern"]);
+    const offerHeads = () => offer("head", data.heads[chosen.layer]);
+    offer("layer", data.layers);
+    offerHeads();
+    onChoice("layer", offerHeads);
+    onChoice("head", () => {});
   }
   byId("dimensions").addEventListener("change", (event) => { chosen.dimensions = Number(event.target.value); redraw(["map"]); });
   choose(last);

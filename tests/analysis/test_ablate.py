@@ -20,7 +20,7 @@ from minitf.analysis.prediction_quality import next_tokens, quality
 from minitf.analysis.run_folder import Problem
 from minitf.edits import set_to
 from minitf.pretrained import Pretrained, load, save
-from minitf.vocabulary import Characters, Tokenizer
+from minitf.vocabulary import Characters, Labelled, Measured, Tokenizer
 
 KEY = jax.random.key(0)
 
@@ -283,6 +283,30 @@ def test_a_kept_row_with_nothing_in_it_is_made_anew(given, done, tmp_path):
     (tmp_path / "run" / "arrays" / "identity.json").write_text('{"heads": {}, "orders": {}}')
     job.run(configured(given), tmp_path / "run", resume=True)
     assert json.loads((tmp_path / "run" / "ablate.json").read_text()) == done["found"]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "what"),
+    [
+        (Labelled(Characters("abc"), ("no", "yes")), "its label"),
+        (Measured(Characters("abc"), "speed", 2.0, 1.0), "'speed'"),
+    ],
+)
+def test_a_model_of_whole_sequences_is_not_asked_for_tokens(given, tmp_path, vocabulary, what):
+    config = replace(CONFIG, vocabulary=vocabulary.size)
+    weights = jax.jit(partial(initialize, config))(KEY)
+    save(tmp_path / "model", Pretrained("minitf", config, weights, Tokenizer(vocabulary)))
+    with pytest.raises(Problem, match=f"trained to tell of a whole sequence .*{what}, and not tokens"):
+        job.run(configured(given, model=str(tmp_path / "model")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nobody_says_half_of_the_heads_where_all_or_more_were_replaced(done):
+    found = done["found"]
+    said = lambda share: conclusions({**found, "fractions": [0, share / 2, share, share, 1]})[1]
+    assert "nats; half of the heads, the least important first: " in said(0.5)
+    assert "nats; 67% of the heads, the least important first: " in said(2 / 3)
+    assert said(1.0).endswith(" nats.") and "least" not in said(1.0)
 
 
 def test_shares_are_those_that_were_replaced():

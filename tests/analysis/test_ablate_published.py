@@ -34,6 +34,11 @@ def test_an_encoder_is_asked_by_its_accuracy():
     assert half.value == pytest.approx(0.04) and not half.holds
 
 
+def test_a_single_head_has_no_half():
+    of_one = found(NEXT, ("loss", 2.0), 2.03, 2.5, 0.01) | {"fractions": [0, 0, 1, 1, 1]}
+    assert [one.id for one in published(of_one)] == ["ablate.constant"]
+
+
 def test_of_one_window_nothing_is_known_of_how_sure_it_is():
     assert [one.ci95 for one in published(found(NEXT, ("loss", 2.0), 2.03, 2.5, None))] == [None, None]
 

@@ -206,3 +206,10 @@ def test_a_claim_is_open_where_its_interval_reaches_across(value, interval, dire
         ci95=interval,
     )
     assert is_settled(one) == settled
+
+
+def test_nothing_has_no_sign():
+    nothing = claim(
+        "a.b", "s", source="x", statistic="y", value=-0.0, direction="<", threshold=1, ci95=(-0.0, -0.0)
+    )
+    assert "-0" not in repr((nothing.value, nothing.ci95))

@@ -15,8 +15,9 @@ from minitf.analysis.walk_report import job, page
 from minitf.analysis.walk_report.data import Labels, both_sides, walk_data
 from minitf.analysis.walk_report.job import WalkConfig, edit_of
 from minitf.analysis.walk_report.show import show
+from minitf.changes import compose
 from minitf.decode import generate
-from minitf.edits import ablate
+from minitf.edits import ablate, steer
 from minitf.pretrained import Pretrained, load, save
 
 TOKENS = np.array([3, 1, 4, 1, 5], np.int32)
@@ -61,9 +62,25 @@ def test_the_parts_sum_to_the_logit_of_the_prediction(data):
         assert total == pytest.approx(logits[t].max(), rel=1e-4)
 
 
+def test_what_an_edit_pushed_in_is_a_part_of_its_own(data):
+    like = jax.eval_shape(lambda: walk(model().parameters, jnp.asarray(TOKENS)[None], CONFIG))
+    push = steer(like, jax.random.normal(jax.random.key(3), (CONFIG.width,)), layer=0, coefficient=2.0)
+    edit = compose(push, ablate(like, "layers.z", layer=1, head=0))
+    both = both_sides(model(), TOKENS, edit)
+    asked, edited = both["before"]["predicted_ids"], both["after"]
+    logits = walk(model().parameters, jnp.asarray(TOKENS)[None], CONFIG, edit=edit).logits[0]
+    parts = edited["start"] + edited["edit_parts"] + edited["bias"]
+    parts = parts + edited["attention_parts"].sum(axis=1) + edited["feed_forward_parts"].sum(axis=1)
+    np.testing.assert_allclose(parts, np.asarray(logits)[np.arange(len(TOKENS)), asked], rtol=1e-4, atol=1e-4)
+    assert np.abs(edited["edit_parts"]).max() > 0.01
+    taken = both_sides(model(), TOKENS, ablate(like, "layers.z", layer=1, head=0))["after"]["edit_parts"]
+    np.testing.assert_allclose(taken, 0, atol=1e-4)
+    assert "edit_parts" not in data
+
+
 def test_the_pattern_is_the_walks(data):
     pattern = walk(model().parameters, jnp.asarray(TOKENS)[None], CONFIG).layers.pattern[:, 0]
-    np.testing.assert_allclose(data["pattern"], pattern, atol=5.1e-4)
+    np.testing.assert_allclose(np.stack(data["pattern"]), pattern, atol=5.1e-4)
 
 
 def test_an_edited_side_is_asked_about_the_same_token(folder, tmp_path):
@@ -208,10 +225,13 @@ def test_layers_that_mix_otherwise_are_shown_too(mixer):
         first = walked.layers.pattern[0][0]
         np.testing.assert_allclose(found["pattern"][0], first, atol=6e-4)
         if isinstance(mixer, tuple):
-            heads = walked.layers.pattern[1].shape[1]
-            assert not np.any(found["pattern"][1][heads:]) and np.any(found["pattern"][1][:heads])
+            np.testing.assert_allclose(found["pattern"][1], walked.layers.pattern[1][0], atol=6e-4)
+            # No head is made up for the layer that has fewer.
+            assert len(found["pattern"][1]) == CONFIG.heads < len(found["pattern"][0])
+            assert np.isnan(found["heads"][:, 1, CONFIG.heads :]).all()
+            assert np.isfinite(found["heads"][:, 1, : CONFIG.heads]).all()
     # What the heads of a layer add to the logit is what the layer adds.
-    np.testing.assert_allclose(found["heads"].sum(axis=-1), found["attention_parts"], atol=1e-5)
+    np.testing.assert_allclose(np.nansum(found["heads"], axis=-1), found["attention_parts"], atol=1e-5)
     assert "<html" in show(Pretrained("any", config, parameters), TOKENS.tolist()).html
 
 

@@ -16,6 +16,8 @@ import safetensors.numpy
 from browsing import Opened
 from compiled_once import INTERRUPTIBLE, lightly
 
+from minitf.analysis.training.statistics import LABELS
+
 SMALL = [
     *("model.layers=1", "model.width=16", "model.heads=2", "model.length=16", "data.encoding=bytes"),
     *("training.batch=4", "training.steps_per_call=3", "keep.checkpoint_every=12", "keep.evaluate_every=20"),
@@ -90,6 +92,9 @@ def test_a_run_leaves_everything_it_says(whole):
     assert losses[-1] < losses[0] - 0.5
     arrays = safetensors.numpy.load_file(whole / "statistics.safetensors")
     assert arrays["entropy"].shape == (7, 1, 2)
+    assert arrays["step"].tolist() == [*range(0, 121, 20)]
+    assert {"rank" if name.startswith("rank_") else name for name in arrays} == {"step", *LABELS}
+    assert arrays["relative_step"].shape == (7, 2) and np.all(arrays["relative_step"] > 0)
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 30, 60, 90, 120]
     assert all(sample["text"].startswith("The ") for sample in samples)
