@@ -6,7 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -224,6 +224,8 @@ def run_benchmarks(
 ) -> list[Row]:
     """Run the benchmarks of these names (all, when none is given), print their table, write ``out/bench.json``.
 
+    What is measured is written as it comes; stopped early, the table of it is printed all the same.
+
     ``pythons`` are interpreters of environments with further peers, such as another version of TransformerLens.
     Raises ValueError for an unknown name, OSError for a folder that cannot be made, Problem for a full disk.
     """
@@ -233,7 +235,7 @@ def run_benchmarks(
     from minitf.analysis.train_bench.job import bench_train  # noqa: PLC0415
     from minitf.analysis.walk_bench.job import bench_walk  # noqa: PLC0415
 
-    known: dict[str, Callable[..., list[Row]]] = {
+    known: dict[str, Callable[..., Iterator[Row]]] = {
         "scan-snap": bench_scan_snap,
         "walk": partial(bench_walk, pythons=pythons),
         "mixers": bench_mixers,
@@ -250,12 +252,14 @@ def run_benchmarks(
     with ExitStack() as stack:
         say: Say = lambda sentence: None
         if not quiet:
-            status = stack.enter_context(Console(stderr=True).status("measuring"))
-            say = status.update
+            stack.callback(lambda: Console().print(as_table(rows)) if rows else None)
+            shown = Console(stderr=True)
+            # Into a file go lines; on a screen one line stands for what is being measured.
+            line = partial(shown.print, markup=False, highlight=False, soft_wrap=True)
+            say = stack.enter_context(shown.status("measuring")).update if shown.is_terminal else line
         for name in names or known:
-            rows += known[name](seed=seed, rounds=rounds, say=say)
-            with writing_results(out, ANEW):
-                write_atomically(out / "bench.json", as_json(rows).encode())
-    if not quiet:
-        Console().print(as_table(rows))
+            for row in known[name](seed=seed, rounds=rounds, say=say):
+                rows.append(row)
+                with writing_results(out, ANEW):
+                    write_atomically(out / "bench.json", as_json(rows).encode())
     return rows

@@ -1,7 +1,7 @@
 """What each sequence mixer costs: training beside softmax attention, and how a pass grows with the sequence."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ def bench_mixers(
     every: Mapping[str, Mixer] = MEASURED,
     trained: Sequence[int] = TRAINED,
     growth: Sequence[int] = GROWTH,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Training steps beside softmax attention's, and the exponent of a pass's time in the sequence's length.
 
     The exponent is the slope of log time over log length by least squares, of all lengths and of the longer ones:
@@ -52,7 +52,6 @@ def bench_mixers(
         trained: lengths at which a training step is measured.
         growth: lengths of the passes, at least two, from short to long.
     """
-    rows: list[Row] = []
     for length in trained:
         softmax = _training(mixers.Softmax(), length, seed)
         for name, mixer in every.items():
@@ -61,15 +60,13 @@ def bench_mixers(
             say(f"training at {length} tokens: {name}")
             sides = {"ours": _training(mixer, length, seed), "softmax": softmax}
             measured = bench.interleaved(sides, rounds, lambda sentence: None)
-            rows.append(
-                bench.cost_row(
-                    f"training step, {length} tokens: {name}",
-                    "softmax attention",
-                    measured["ours"],
-                    measured["softmax"],
-                    "s",
-                    NOTE.format(1),
-                )
+            yield bench.cost_row(
+                f"training step, {length} tokens: {name}",
+                "softmax attention",
+                measured["ours"],
+                measured["softmax"],
+                "s",
+                NOTE.format(1),
             )
     for name, mixer in every.items():
         say(f"growth: {name}")
@@ -78,15 +75,12 @@ def bench_mixers(
         stated = mixer.about(_config(mixer, growth[-1])).exponent
         for first in sorted({0, (len(growth) - 1) // 2}):
             slope, _ = np.polyfit(np.log(growth[first:]), np.log(seconds[first:]), 1)
-            rows.append(
-                bench.value_row(
-                    f"growth of a pass, {growth[first]} to {growth[-1]} tokens: {name}",
-                    [float(slope)],
-                    f"exponent; stated {stated:g}",
-                    NOTE.format(SIDE_BY_SIDE),
-                )
+            yield bench.value_row(
+                f"growth of a pass, {growth[first]} to {growth[-1]} tokens: {name}",
+                [float(slope)],
+                f"exponent; stated {stated:g}",
+                NOTE.format(SIDE_BY_SIDE),
             )
-    return rows
 
 
 def _config(mixer: Mixer, length: int) -> ModelConfig:

@@ -1,7 +1,7 @@
 """What AdamW with moments of few bits costs beside optax's: an update alone, a whole training step, the state."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ def bench_fourbit(
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     optimizers: Mapping[str, optax.GradientTransformation] = OPTIMIZERS,
     trained: Size | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Time of an update and of a training step beside optax.adamw's, and bytes of state.
 
     Args:
@@ -51,17 +51,14 @@ def bench_fourbit(
     measured = bench.interleaved(sides, rounds, say)
     size = sum(weight.size for weight in weights.values())
     note = f"{size / 1e6:.2f} million numbers in {len(shapes)} weights, float32; weights and state are given away"
-    rows = [
-        bench.cost_row(f"AdamW update: {name}", "optax.adamw", measured[name], measured["optax"], "ms", note)
-        for name in optimizers
-    ]
+    for name in optimizers:
+        yield bench.cost_row(f"AdamW update: {name}", "optax.adamw", measured[name], measured["optax"], "ms", note)
     trained = trained or (GPU_SIZES[0] if jax.default_backend() == "gpu" else SIZES[-1])
-    rows += _training_steps(trained, rounds, say)
+    yield from _training_steps(trained, rounds, say)
     whole = state_bytes(weights, theirs) / 1e6
     for name, optimizer in optimizers.items():
         ours = state_bytes(weights, optimizer) / 1e6
-        rows.append(bench.cost_row(f"AdamW state: {name}", "optax.adamw", [ours], [whole], "MB", note))
-    return rows
+        yield bench.cost_row(f"AdamW state: {name}", "optax.adamw", [ours], [whole], "MB", note)
 
 
 def _training_steps(size: Size, rounds: int, say: Say) -> list[Row]:

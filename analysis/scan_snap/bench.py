@@ -4,7 +4,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -36,7 +36,7 @@ def bench_scan_snap(
     steps: int = synthetic.STEPS,
     peer_runs: int = 2,
     say: Say = lambda sentence: None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """The Fig. 6 grid against eager PyTorch, the cost of recording the walk, compile time and memory.
 
     Args:
@@ -48,11 +48,9 @@ def bench_scan_snap(
         peer_runs: how many runs per panel and round the peer does; its time is scaled to the whole grid.
         say: told what is being measured.
     """
-    return [
-        *_grid_rows(seed, rounds, panels, seeds, steps, peer_runs, say),
-        *_recording_rows(seed, rounds, steps, say),
-        *_memory_rows(seed, panels, seeds, steps, say),
-    ]
+    yield from _grid_rows(seed, rounds, panels, seeds, steps, peer_runs, say)
+    yield from _recording_rows(seed, rounds, steps, say)
+    yield from _memory_rows(seed, panels, seeds, steps, say)
 
 
 def _grid_rows(

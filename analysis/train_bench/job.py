@@ -11,7 +11,7 @@ On a GPU they share it, are timed by the clock, and train models that belong the
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,7 @@ def bench_train(
     compiled: bool = True,
     allocators: Mapping[str, Mapping[str, str]] | None = None,
     device: bench.Device | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Training of each size beside PyTorch's, where it is installed.
 
     Args:
@@ -55,11 +55,9 @@ def bench_train(
     device = device or bench.device()
     peers = (("eager", "compiled") if compiled else ("eager",)) if bench.installed("torch") else ()
     allocators = allocators or (ALLOCATORS if device.kind == "cpu" else {"as usual": {}})
-    rows: list[Row] = []
     for size in sizes or (SIZES if device.kind == "cpu" else GPU_SIZES):
         beside = () if size.published and not bench.installed("transformers") else peers
-        rows += _rows(size, beside, rounds, say, allocators, device)
-    return rows
+        yield from _rows(size, beside, rounds, say, allocators, device)
 
 
 @dataclass(frozen=True)

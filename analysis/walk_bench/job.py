@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ def bench_walk(
     read: Sequence[Size] = READ,
     write: Sequence[Size] = WRITE,
     device: bench.Device | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Forward passes, whole walks, sweeps, attribution and decoding, beside TransformerLens and transformers.
 
     Args:
@@ -74,12 +74,10 @@ def bench_walk(
             stack.enter_context(Worker(str(HERE / "peer.py"), device.kind, python=python, environment=environment))
             for python in (*peers, *pythons)
         ]
-        rows: list[Row] = []
         for number, size in enumerate((*read, *write)):
             folder = _written(here / str(number), size, seed)
             tasks = ("generate",) if size in write else ("forward", "everything", *SWEEPS, "gradient", "memory")
-            rows += _rows(folder, size, tasks, ours, workers, rounds, say, note)
-    return rows
+            yield from _rows(folder, size, tasks, ours, workers, rounds, say, note)
 
 
 def _written(folder: Path, size: Size, seed: int) -> Path:

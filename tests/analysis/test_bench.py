@@ -63,6 +63,20 @@ def test_a_name_that_is_no_benchmark_is_refused_before_anything_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_measured_before_it_was_stopped_is_kept_and_shown(tmp_path, monkeypatch, capsys):
+    def stopped(**settings):
+        settings["say"]("the first [of two]")
+        yield bench.value_row("memory", [1234.5], "MiB")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minitf.analysis.train_bench.job.bench_train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_benchmarks(["train"], tmp_path)
+    assert [row["ours"] for row in json.loads((tmp_path / "bench.json").read_text())] == [1234.5]
+    told = capsys.readouterr()
+    assert "1,234" in told.out and "the first [of two]" in told.err
+
+
 def test_the_table_shows_every_row_for_people():
     rows = [
         Row("grid", "PyTorch", 23.456, 120.0, 5.0, "runs/s", 5, "compiled"),
@@ -85,7 +99,7 @@ def test_a_process_that_fails_is_told_with_its_error():
 def rows():
     """The whole benchmark at the smallest sizes."""
     said = []
-    return bench_scan_snap(rounds=1, panels=[1], seeds=2, steps=5, peer_runs=1, say=said.append), said
+    return list(bench_scan_snap(rounds=1, panels=[1], seeds=2, steps=5, peer_runs=1, say=said.append)), said
 
 
 def test_the_benchmark_measures_grid_recording_compile_time_and_memory(rows):

@@ -73,11 +73,13 @@ def test_a_model_trained_with_few_bits_is_as_good_and_with_zeros_diverges():
 
 
 def test_benchmark_has_time_and_bytes_of_every_optimizer():
-    rows = bench.bench_fourbit(
-        rounds=1,
-        shapes=((64, 128),),
-        optimizers={"4 bit": adamw_4bit(1e-3)},
-        trained=Size("small", 1, 8, 2, 16, 4, 2, 3),
+    rows = list(
+        bench.bench_fourbit(
+            rounds=1,
+            shapes=((64, 128),),
+            optimizers={"4 bit": adamw_4bit(1e-3)},
+            trained=Size("small", 1, 8, 2, 16, 4, 2, 3),
+        )
     )
     trained = [f"training step: adamw_{kind}" for kind in ("4bit", "4bit_factor", "8bit")]
     assert [row.name for row in rows] == ["AdamW update: 4 bit", *trained, "AdamW state: 4 bit"]

@@ -6,12 +6,14 @@ from minitf.analysis import mixer_bench
 
 def test_every_mixer_has_its_rows_beside_softmax_attention():
     said = []
-    rows = mixer_bench.bench_mixers(
-        rounds=1,
-        say=said.append,
-        every={"softmax": mixers.Softmax(), "minGRU": mixers.MinimalGru(), "FNet": mixers.Fourier()},
-        trained=(16,),
-        growth=(8, 16, 32),
+    rows = list(
+        mixer_bench.bench_mixers(
+            rounds=1,
+            say=said.append,
+            every={"softmax": mixers.Softmax(), "minGRU": mixers.MinimalGru(), "FNet": mixers.Fourier()},
+            trained=(16,),
+            growth=(8, 16, 32),
+        )
     )
     names = [row.name for row in rows]
     assert names == [

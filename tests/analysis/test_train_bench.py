@@ -16,13 +16,15 @@ PUBLISHED = Size("published", 1, 8, 2, 16, 4, 2, 3, precision="bfloat16", publis
 
 def test_training_is_measured_beside_pytorch_where_that_is_installed():
     said = []
-    rows = bench_train(
-        rounds=1,
-        say=said.append,
-        sizes=(SMALL,),
-        compiled=False,
-        allocators={"as usual": {}},
-        device=bench.Device("cpu", "a core"),
+    rows = list(
+        bench_train(
+            rounds=1,
+            say=said.append,
+            sizes=(SMALL,),
+            compiled=False,
+            allocators={"as usual": {}},
+            device=bench.Device("cpu", "a core"),
+        )
     )
     names = [row.name for row in rows]
     assert names[0] == "training, small" and names[-1] == "training, small: recording the walk"
@@ -40,7 +42,7 @@ def test_training_is_measured_beside_pytorch_where_that_is_installed():
 
 def test_on_a_card_it_is_timed_by_the_clock_beside_gpt2_itself_and_its_products():
     # What a card has for its own is not seen here: all else is.
-    rows = bench_train(rounds=1, sizes=(PUBLISHED,), compiled=False, device=bench.Device("gpu", "a card"))
+    rows = list(bench_train(rounds=1, sizes=(PUBLISHED,), compiled=False, device=bench.Device("gpu", "a card")))
     by_name = {row.name: row for row in rows}
     training = by_name["training, published"]
     assert "a card, bfloat16, by the clock" in by_name["training, published: recording the walk"].note

@@ -19,12 +19,14 @@ needs_peers = pytest.mark.skipif(
 def test_every_question_gets_its_row_from_real_processes(monkeypatch):
     monkeypatch.setattr(job, "NEW_TOKENS", 3)
     said = []
-    rows = job.bench_walk(
-        rounds=1,
-        read=(SMALL,),
-        write=(Size(1, 8, 2, 16, 1, 4),),
-        say=said.append,
-        device=bench.Device("cpu", "a core"),
+    rows = list(
+        job.bench_walk(
+            rounds=1,
+            read=(SMALL,),
+            write=(Size(1, 8, 2, 16, 1, 4),),
+            say=said.append,
+            device=bench.Device("cpu", "a core"),
+        )
     )
     by_name = {(row.name, row.peer.split(" ")[0]): row for row in rows}
     for name in ("forward, 2/8", "generate, 1/8"):
