@@ -72,7 +72,7 @@ class TrainingSettings:
     at_once: int = 0  # of these, side by side in memory; 0: as many as are fast on this device and fit in it
     precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are always float32
     rematerialize: bool = False  # compute each layer again on the way back, to need less memory
-    unroll: int = 0  # layers per iteration of the loop over layers; 0: all of them up to 12, else one
+    unroll: int = 0  # layers per iteration of the loop over layers; 0: all up to 12 (made again on a CPU: one)
     steps_per_call: int = 0  # steps in one program; 0: chosen by the model's size
     when_not_finite: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not a finite number
 

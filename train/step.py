@@ -95,7 +95,7 @@ class Program:
     @property
     def unroll(self) -> int | bool:
         """Layers per iteration of the loop over layers; True for all."""
-        return self.config.training.unroll or (self.model.layers <= FEW_LAYERS or 1)
+        return layers_at_once(self.config, self.model, jax.default_backend())
 
     def optimizer(self, hyper: Mapping[str, Any], key: Key[Array, ""]) -> optax.GradientTransformation:
         """The optimizer, with a model's own numbers and the key of what it draws."""
@@ -233,6 +233,15 @@ class Program:
 
         # The counter is not the state's: with many models side by side it must be one for all of them.
         return jax.lax.fori_loop(done, to, one, (state, empty))
+
+
+def layers_at_once(config: TrainConfig, model: ModelConfig, kind: str) -> int | bool:
+    """Layers per iteration of the loop over layers, on a device of that kind; True for all.
+
+    Few are compiled one by one. But then XLA for CPUs makes nothing again: what was kept to the way back stays.
+    """
+    again = config.training.rematerialize and kind == "cpu"
+    return config.training.unroll or (1 if again else model.layers <= FEW_LAYERS or 1)
 
 
 def with_numbers(config: TrainConfig, hyper: Mapping[str, Any]) -> TrainConfig:

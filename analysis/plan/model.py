@@ -31,7 +31,7 @@ from minitf.train.batch import Batch
 from minitf.train.config import MeshSettings, Objective, TrainConfig
 from minitf.train.cross_entropy import chunks_of, rows_of_chunk
 from minitf.train.objective import sums
-from minitf.train.step import FEW_LAYERS, State, in_precision
+from minitf.train.step import State, in_precision, layers_at_once
 
 FLOAT32 = 4
 AXES = ("data", "fsdp", "tensor")
@@ -75,11 +75,10 @@ class Run:
         """Models side by side in memory."""
         return min(self.config.training.at_once or self.models, self.models)
 
-    @property
-    def unrolled(self) -> bool:
-        """Whether layers are compiled one by one, and not as a loop."""
-        layers = self.model.layers
-        return (self.config.training.unroll or (layers if layers <= FEW_LAYERS else 1)) >= layers
+    def unrolled(self, kind: str) -> bool:
+        """Whether layers are compiled one by one, and not as a loop; those that differ always are."""
+        most = layers_at_once(self.config, self.model, kind)
+        return most is True or most >= self.model.layers or isinstance(self.model.mixer, tuple)
 
 
 @dataclass(frozen=True)
@@ -277,8 +276,8 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     """What one device of the mesh holds, of calls of ``steps`` steps whose batch is taken in ``parts``.
 
     The most at any time of a step is the largest of: everything kept, and the loss; everything kept (or, of layers
-    one by one, gradients in its place), and one layer's way back; gradients, updates and new weights. Layers that
-    are to be made again are taken to be, which XLA for CPUs does in a loop alone.
+    one by one, gradients in its place), and one layer's way back; gradients, updates and new weights. On a
+    CPU nothing is made again of layers one by one, as XLA has it there.
     """
     m, t, on_cpu = run.model, mesh.tensor, kind_of(device) == "cpu"
     c = FLOAT32 if on_cpu else run.number
@@ -286,13 +285,14 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     gradients = state["parameters"] // run.models * run.at_once
     whole = run.config.training.batch // parts
     sequences = max(whole // (mesh.data * mesh.fsdp), 1)
-    rows, rematerialize = sequences * m.length, run.config.training.rematerialize
+    rows, unrolled = sequences * m.length, run.unrolled(kind_of(device))
+    rematerialize = run.config.training.rematerialize and not (on_cpu and unrolled)
     fused = is_fused(run, mesh, device)
     stream = rows * m.width * c
     if has_formula(m):
         one = lambda looped: kept_of_layer(m, sequences, m.length, c, t, fused, looped)
         again = one(False)
-        kept = m.layers * (stream if rematerialize else one(not run.unrolled))
+        kept = m.layers * (stream if rematerialize else one(not unrolled))
     else:
         kept = sequences * kept_by_autodiff(run, rematerialize) * c // run.number
         again = sequences * kept_by_autodiff(run, False) // m.layers * c // run.number
@@ -302,12 +302,12 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     layer = 2 * stream
     if rematerialize:
         layer += again
-    elif not run.unrolled:
+    elif not unrolled:
         # A loop keeps its arrays to the end: gradients of the feed-forward's, of scores and patterns, come on top.
         pairs = 0 if fused else sequences * _over(m.heads, t) * seen_keys(m, m.length)[0]
         layer += 2 * (rows * hidden + pairs) * c
     loss = logit_bytes(run, sequences, whole, t, device)
-    if on_cpu and run.unrolled and not rematerialize:
+    if on_cpu and unrolled and not rematerialize:
         # Beside the loss, the last layer's way back has begun: four arrays of its feed-forward's, as measured.
         loss += 4 * rows * hidden * c
     copies = 0 if run.number == FLOAT32 else gradients // FLOAT32 * run.number
@@ -315,7 +315,7 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     summed = gradients if parts > 1 else 0
     many = run.at_once
     kept, loss, layer = many * kept, many * loss, many * layer
-    back = max(kept, gradients) if run.unrolled else kept + gradients
+    back = max(kept, gradients) if unrolled else kept + gradients
     update = gradients * (3 if run.config.optimizer.average else 2)
     if run.config.training.when_not_finite != "skip":
         fsdp, tensor = (mesh.fsdp, t) if run.models == 1 else (1, 1)

@@ -217,7 +217,9 @@ FITTED = {"vocabulary": 512, "layers": 3, "width": 64, "heads": 4, "length": 64}
 COMPILED = {
     "a loop": ({}, FITTED),
     "made again": ({"rematerialize": True}, FITTED),
+    "made again, as it comes": ({"rematerialize": True, "unroll": 0}, FITTED),
     "one by one": ({"unroll": 0}, FITTED),
+    "made again, one by one": ({"rematerialize": True, "unroll": 3}, FITTED),
     "many logits": ({"batch": 16}, {**FITTED, "vocabulary": 4096}),
     "many logits, in half precision": ({"batch": 16, "precision": "bfloat16"}, {**FITTED, "vocabulary": 4096}),
     "dropout": ({"batch": 16}, {**FITTED, "layers": 2, "length": 128}),
@@ -244,6 +246,9 @@ def test_temporary_memory_is_what_the_compiler_says_within_a_fifth():
         assert planned[name] / found[name] == pytest.approx(1.0, abs=0.2), name
     assert found["made again"] < found["one by one"] < found["a loop"]
     assert planned["made again"] < planned["one by one"] < planned["a loop"]
+    for memory in (found, planned):
+        assert memory["made again, as it comes"] == memory["made again"]
+    assert planned["made again, one by one"] == planned["one by one"]
 
 
 def test_a_real_model_is_planned_without_being_made_and_without_its_data():
