@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from minitf.files import settings_of_run, write_atomically
+from minitf.files import is_unfinished, settings_of_run, write_atomically
 from minitf.memory import out_of_memory
 
 try:
@@ -105,6 +105,7 @@ def open_run_folder(
     try:
         if overwrite:
             _remove_run(out)
+        _remove_unfinished(out)
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe-{uuid.uuid4().hex}"
         probe.write_bytes(b"")
@@ -168,7 +169,7 @@ def check_run_folder(
     if overwrite and resume:
         raise Problem("--overwrite and --resume exclude each other: replace the run, or go on with it.")
     try:
-        entries = sorted(p.name for p in out.iterdir()) if out.exists() else []
+        entries = sorted(p.name for p in out.iterdir() if not is_unfinished(p)) if out.exists() else []
         if not entries:
             check_writable(out)
             return
@@ -235,6 +236,15 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
             f"{out} holds a run with other settings ({', '.join(changes)}). Use the same settings, or --overwrite "
             "to replace it."
         )
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove what writes that were killed left in the folders of a run."""
+    own = [out / name for name in FOLDERS]
+    for folder in (out, *own, *(inner for one in own for inner in one.glob("*/"))):
+        for file in folder.glob(".*"):
+            if is_unfinished(file):
+                file.unlink(missing_ok=True)
 
 
 def _remove_run(out: Path) -> None:

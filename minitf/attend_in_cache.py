@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from minitf.cores import cores, largest_divisor
@@ -124,7 +123,7 @@ def _scores(q: Rows, k: Float[Array, "pair key head_width"], first: int | None) 
     scores = in_statistics_dtype(jnp.einsum("prqc,pkc->prqk", q, k))
     if first is None:
         return scores
-    return jnp.where(first + np.arange(q.shape[2])[:, None] >= np.arange(k.shape[1]), scores, -jnp.inf)
+    return jnp.where(first + jnp.arange(q.shape[2])[:, None] >= jnp.arange(k.shape[1]), scores, -jnp.inf)
 
 
 def _few_at_a_time(function: Callable[..., Any], *arrays: Array) -> Any:

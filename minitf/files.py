@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ def settings_of_run(file: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return settings if isinstance(settings, dict) and settings.get("made_by") == "minitf" else None
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file is what a write that was killed left, under a name that nobody reads."""
+    return re.fullmatch(r"\..+[.-][0-9a-f]{32}", path.name) is not None and path.is_file()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

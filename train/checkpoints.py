@@ -5,8 +5,10 @@ moment, in the middle of a write too, finds the one before.
 """
 
 import logging
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +25,8 @@ from orbax.checkpoint import checkpoint_managers
 from minitf.train.config import KeepSettings
 
 Tree = Any
+# Where a checkpoint is moved before it is removed: killed half-way, that leaves no ruin under its step's name.
+ASIDE = ".removed"
 
 
 class Checkpoints:
@@ -45,21 +49,40 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             create=True,
+            todelete_subdir=ASIDE,
         )
+        self._remove_aside()
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise ValueError(f"{self.folder} cannot be used for checkpoints: {error}") from error
 
     def __enter__(self) -> "Checkpoints":
+        self._heard = sys.unraisablehook
+        sys.unraisablehook = self._hear
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.wait()
-        self._manager.close()
+        try:
+            if kind is None:
+                self.wait()
+                with self._told():
+                    self._manager.close()
+        except ValueError as said:
+            kind = type(said)
+            raise
+        finally:
+            if kind is not None:  # of all that goes wrong people are told the first
+                with suppress(Exception):
+                    self._manager.close()
+            sys.unraisablehook = self._heard
+
+    def _hear(self, unraisable: Any) -> None:
+        # When one write has failed, which is told, nobody waits for the others that are under way.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._heard(unraisable)
 
     def steps(self) -> list[int]:
         """The steps of which there are whole checkpoints, in order."""
@@ -72,6 +95,7 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # On a CPU Orbax would write from the memory that the next steps write to.
             state = _copied(state)
+        self.wait()
         with self._told():
             kept = {"state": state, "digests": digests(state)}
             self._manager.save(step, args=ocp.args.StandardSave(kept))
@@ -81,6 +105,7 @@ class Checkpoints:
         with self._told():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+        self._remove_aside()
 
     def restore(self, like: Tree, step: int | None = None) -> tuple[int, Tree]:
         """The newest state (or that of a step), and its step.
@@ -103,6 +128,10 @@ class Checkpoints:
         if not np.array_equal(kept["digests"], digests(kept["state"])):
             raise ValueError(self._damaged(step, there, "its numbers are not those that were written"))
         return step, kept["state"]
+
+    def _remove_aside(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / ASIDE, ignore_errors=True)
 
     def _damaged(self, step: int, there: Iterable[int], why: str) -> str:
         older = [one for one in there if one < step]
@@ -132,7 +161,8 @@ def said_by(error: Exception) -> str:
 
 def quiet() -> None:
     """Of what Orbax does, it tells at length; of what it cannot do, it raises."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @jax.jit

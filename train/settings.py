@@ -8,7 +8,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -184,7 +184,13 @@ def _settings(group: str, fields: Mapping[str, Any], kind: type) -> Any:
     try:
         return kind(**values)
     except ValueError as error:
-        raise ValueError(f"{group}.{error}") from error
+        raise ValueError(told_of(group, error, hints)) from error
+
+
+def told_of(group: str, error: ValueError, names: Container[str]) -> str:
+    """What is wrong with a group's settings: most sentences begin with the name of one."""
+    said = str(error)
+    return f"{group}{'.' if said.split(' ', maxsplit=1)[0] in names else ': '}{said}"
 
 
 def meant(name: str, known: Iterable[str]) -> str:

@@ -218,7 +218,8 @@ def meshes(run: Run, devices: int) -> Iterator[MeshSettings]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [one for one in range(1, number + 1) if number % one == 0]
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
 
 
 def options(run: Run, device: Device, devices: int, steps: int, utilization: float) -> tuple[Option, ...]:

@@ -21,7 +21,7 @@ from minitf.train.batch import Batch, labelled, masked, measured, next_token
 from minitf.train.config import TrainConfig
 from minitf.train.example_loader import ExampleLoader, Examples, spread_examples
 from minitf.train.loader import Loader, chunk, spread_windows
-from minitf.train.settings import meant
+from minitf.train.settings import meant, told_of
 from minitf.train.step import Program
 from minitf.train.symbols import Data, prepare
 from minitf.train.trainer import Windows, in_parts, models_of
@@ -256,7 +256,7 @@ def model_of(
     except TypeError as error:
         raise ValueError(f"model: {error}") from error
     except ValueError as error:
-        raise ValueError(f"model.{error}") from error
+        raise ValueError(told_of("model", error, known)) from error
     if model.vocabulary < vocabulary:
         raise ValueError(f"model.vocabulary is {model.vocabulary}; the data has {vocabulary} tokens")
     if length is not None and model.length < length:

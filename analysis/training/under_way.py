@@ -87,14 +87,14 @@ class Training:
         if not done:
             self.due(0, state)
         stops = [step for step in self.stops() if step > done]
-        with (
-            noticing_signals() as asked,
-            self.progress.stage("training", steps, first=done, per_step=self.tokens, unit="tok/s") as report,
-        ):
-            state = self.through(
-                trainer.run(self.programs, state, done, stops, self.ready.windows, self.mesh), state, report, asked
-            )
-        self.finish(state)
+        calls = trainer.run(self.programs, state, done, stops, self.ready.windows, self.mesh)
+        with noticing_signals() as asked:
+            with self.progress.stage("training", steps, first=done, per_step=self.tokens, unit="tok/s") as report:
+                state = self.through(calls, state, report, asked)
+            self.finish(state)
+            ending = asked()
+            if ending:
+                self.end(steps, ending)
 
     def through(
         self,

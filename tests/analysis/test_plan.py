@@ -402,6 +402,13 @@ def test_a_task_is_planned_as_it_is_trained():
     assert paper.memory(run, config.mesh, 1, 1, None).arguments == made.argument_bytes
 
 
+def test_what_nobody_has_is_planned_in_no_more_time():
+    long = as_config(laid_over(read_preset("gpt2-124m"), {"model": {"length": 10**7}}))
+    assert not job.plan(long, "H100").chosen.fits
+    assert job._divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+    assert len(job._divisors(10**14)) == 15 * 15
+
+
 def test_a_plan_is_printed_and_written(tmp_path):
     text = io.StringIO()
     file = job.run(config_of(), tmp_path, "h100", 4, console=Console(file=text, width=110))

@@ -32,6 +32,30 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.parametrize("name", [".probe-", ".probe.", ".config.json."])
+def test_what_a_killed_first_write_left_is_no_run_and_goes(tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / f"{name}{'0a' * 16}").write_bytes(b"half")
+    open_run_folder(folder, CONFIG)
+    assert [p.name for p in folder.iterdir()] == ["config.json"]
+    (folder / ".config.json.mine").write_bytes(b"")
+    (folder / "config.json").write_bytes(b"{")
+    with pytest.raises(Problem, match="is not that of a run"):
+        open_run_folder(folder, CONFIG, overwrite=True)
+
+
+def test_what_killed_writes_left_of_a_run_goes_with_its_next_command(run):
+    before = contents(run)
+    for name in (".report.html.", "arrays/.small_0.json.", "models/0/.model.safetensors."):
+        (run / f"{name}{'1f' * 16}").parent.mkdir(parents=True, exist_ok=True)
+        (run / f"{name}{'1f' * 16}").write_bytes(b"half")
+    check_run_folder(run, CONFIG, resume=True)
+    assert len(contents(run)) == len(before) + 3  # asking writes nothing
+    open_run_folder(run, CONFIG, resume=True)
+    assert contents(run) == before
+
+
 def test_a_new_folder_is_made_with_its_parents_and_says_what_runs(tmp_path):
     folder = open_run_folder(tmp_path / "a" / "b", CONFIG)
     assert [p.name for p in folder.iterdir()] == ["config.json"]

@@ -1,8 +1,10 @@
 """What a training run writes down, shows and refuses."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import signal
 import sys
 import types
 from contextlib import ExitStack
@@ -73,6 +75,28 @@ def test_a_report_that_has_no_room_is_told_and_the_one_before_stays(several):
         run(several, training={"seeds": 2}, sweep={"optimizer.rate": [1e-3, 1e-2]})
     assert (several / "report.html").read_bytes() == before
     assert not list(several.glob(".*"))
+
+
+def test_a_signal_while_the_last_is_written_ends_when_it_is(tmp_path, monkeypatch):
+    asked, finish = [], under_way.Training.finish
+
+    def finished(training, state):
+        asked.append(signal.SIGTERM)
+        finish(training, state)
+
+    @contextlib.contextmanager
+    def noticing():
+        yield lambda: asked[0] if asked else None
+        asked.clear()
+
+    monkeypatch.setattr(under_way.Training, "finish", finished)
+    monkeypatch.setattr(under_way, "noticing_signals", noticing)
+    with pytest.raises(Problem, match="terminated after step 6; everything is kept") as told:
+        run(tmp_path / "run")
+    assert told.value.exit_code == 143
+    assert (tmp_path / "run" / "checkpoints" / "6").is_dir() and not (tmp_path / "run" / "report.html").exists()
+    run(tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_finished_run_may_be_made_longer_where_its_rate_is_constant(tmp_path):

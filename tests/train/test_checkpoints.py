@@ -1,15 +1,20 @@
 """Checkpoints are whole or not there, the newest is read, and a damaged one says which older one is left."""
 
 import gc
+import shutil
+import sys
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitf.train.checkpoints import Checkpoints, digests, dynamics_steps
+from minitf.train.checkpoints import ASIDE, Checkpoints, digests, dynamics_steps
 from minitf.train.config import KeepSettings
 
 STATE = {"weights": jnp.arange(600.0).reshape(20, 30), "moments": (jnp.ones(3), None), "step": jnp.int32(7)}
@@ -37,6 +42,51 @@ def test_those_that_are_to_be_kept_are_kept(tmp_path):
     written(tmp_path / "c", [0, 1, 3, 10, 40, 50, 60, 70], keep)
     with Checkpoints(tmp_path / "c", keep, 100) as checkpoints:
         assert checkpoints.steps() == [0, 1, 40, 60, 70]
+
+
+def test_what_is_not_kept_is_moved_aside_first_and_then_removed(tmp_path, monkeypatch):
+    removed, remove = [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (removed.append(Path(path)), remove(path, **how)))
+    folder = written(tmp_path / "c", [1, 2, 3, 4], KeepSettings(last=1))
+    assert {path.name for path in folder.iterdir()} == {"4"}
+    # Killed in the middle of that, no ruin is left under a step's name.
+    assert all(path.name == ASIDE for path in removed)
+    (folder / ASIDE / "3" / "default").mkdir(parents=True)
+    with Checkpoints(folder, KeepSettings(last=1), 100) as checkpoints:
+        assert checkpoints.steps() == [4]
+        assert not (folder / ASIDE).exists()
+
+
+def test_of_all_that_goes_wrong_where_there_is_no_room_people_are_told_the_first(tmp_path, monkeypatch):
+    def fails(self):
+        raise RuntimeError("RESOURCE_EXHAUSTED: close")
+
+    def writes():
+        with Checkpoints(tmp_path / "c", KeepSettings(), 100) as checkpoints:
+            checkpoints.save(1, STATE)
+            checkpoints.wait()
+            monkeypatch.setattr(checkpoints._manager, "check_for_errors", lambda: 1 / 0)
+            checkpoints.save(2, STATE)
+
+    heard = sys.unraisablehook
+    monkeypatch.setattr(ocp.CheckpointManager, "close", fails)
+    with pytest.raises(ValueError, match=r"division by zero\. Those before it are whole"):
+        writes()
+    with (
+        pytest.raises(ValueError, match="RESOURCE_EXHAUSTED: close. Those before"),
+        Checkpoints(tmp_path / "d", KeepSettings(), 100),
+    ):
+        pass
+    assert sys.unraisablehook is heard
+
+
+def test_what_other_writes_say_when_one_has_failed_is_not_repeated(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda one: heard.append(str(one.exc_value)))
+    with Checkpoints(tmp_path / "c", KeepSettings(), 100):
+        for said in ("Event loop is closed", "another"):
+            sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(said)))
+    assert heard == ["another"]
 
 
 def test_training_may_use_the_memory_again_while_it_is_written(tmp_path):

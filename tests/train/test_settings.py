@@ -27,6 +27,7 @@ from minitf.train.settings import (
     read_preset,
     sweep_from,
     tables_of,
+    told_of,
 )
 
 
@@ -177,6 +178,11 @@ def test_what_an_optimizer_does_not_read_is_known(optimizer, names):
 def test_what_cannot_be_is_told_by_name(tables, told):
     with pytest.raises(ValueError, match=told):
         as_config(tables)
+
+
+def test_a_sentence_that_names_no_setting_is_of_the_whole_group():
+    assert told_of("model", ValueError("layers is 0"), {"layers"}) == "model.layers is 0"
+    assert told_of("model", ValueError("5 heads do not"), {"layers"}) == "model: 5 heads do not"
 
 
 @pytest.mark.parametrize("word", ["rate", "rate=1", "=3", "optimizer.=1", ".rate=1"])

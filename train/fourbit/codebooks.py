@@ -59,7 +59,8 @@ class Codebook:
         Below the lowest level and above the highest there is one neighbor, and the mean is that level.
         """
         levels = jnp.asarray(self.levels, jnp.float32)
-        below = jnp.clip(jnp.searchsorted(levels, x, side="right", method="compare_all") - 1, 0, len(levels) - 2)
+        # On a level, the one below it and a share of 1 are that level too.
+        below = _count_below(x, np.asarray(self.levels[1:-1], np.float32)).astype(jnp.int32)
         width = levels[below + 1] - levels[below]
         share = (x - levels[below]) / jnp.where(width == 0, 1, width)
         return below.astype(jnp.float32) + (uniform < share)
