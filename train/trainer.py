@@ -106,14 +106,13 @@ def steps_per_call(config: TrainConfig, flops: float, kind: str | None = None) -
     return int(min(max(work / max(flops, 1.0), 1), MOST_STEPS, config.training.steps))
 
 
-def models_at_once(config: TrainConfig, models: Models, state: State) -> int:
+def models_at_once(config: TrainConfig, many: int, state: State, kind: str | None = None) -> int:
     """How many models run side by side: on a CPU as many as fit in a core's cache, elsewhere all that memory has
-    room for, of which :func:`compiled` takes care.
+    room for, of which :func:`compiled` takes care. ``kind`` of device is that of this process, unless it is said.
     """
-    many = len(models.seeds)
     if config.training.at_once:
         return min(config.training.at_once, many)
-    if jax.default_backend() != "cpu":
+    if (kind or jax.default_backend()) != "cpu":
         return many
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / many
     return few_at_a_time(many, max(int(CACHE_BYTES / size), 1))
@@ -154,7 +153,7 @@ def compiled(
     if models.batched:
         begin = lambda given: jax.vmap(program.start, in_axes=(0, 0, None))(keys, hyper, given)
         shapes = jax.eval_shape(begin, None)
-        at_once = models_at_once(config, models, shapes)
+        at_once = models_at_once(config, len(models.seeds), shapes)
         go_on = lambda at_once, state, windows, done, to: side_by_side(program, most, at_once)(
             state, keys, hyper, windows, seed_of, done, to
         )

@@ -259,6 +259,7 @@ ROWS = {
     "loss": "a chunk's logits, exponentials, gradient",
     "layer": "the way back through a layer",
     "update": "clipped gradients, updates",
+    "in_turn": "new states, where models train in turn",
     "temporary": "the most of these at a time",
     "total": "in all, with the tokens of the next call",
 }

@@ -32,6 +32,7 @@ from minitf.train.config import MeshSettings, Objective, TrainConfig
 from minitf.train.cross_entropy import chunks_of, rows_of_chunk
 from minitf.train.objective import sums
 from minitf.train.step import State, in_precision, layers_at_once
+from minitf.train.trainer import models_at_once
 
 FLOAT32 = 4
 AXES = ("data", "fsdp", "tensor")
@@ -70,10 +71,9 @@ class Run:
         """Bytes of a number in the computation: c."""
         return jnp.dtype(self.config.training.precision).itemsize
 
-    @property
-    def at_once(self) -> int:
+    def at_once(self, kind: str) -> int:
         """Models side by side in memory."""
-        return min(self.config.training.at_once or self.models, self.models)
+        return models_at_once(self.config, self.models, self.state, kind)
 
     def unrolled(self, kind: str) -> bool:
         """Whether layers are compiled one by one, and not as a loop; those that differ always are."""
@@ -97,6 +97,7 @@ class Memory:
             a CPU, of layers one by one, what the last of them holds by then.
         layer: what the way back through one layer holds besides.
         update: clipped gradients and an update; where steps may be skipped, all, and new weights beside old.
+        in_turn: where models train after others, the new state of all, and that of those side by side.
         temporary: the most of it all, beside inputs, at any time of a step.
     """
 
@@ -112,6 +113,7 @@ class Memory:
     loss: int
     layer: int
     update: int
+    in_turn: int
     temporary: int
 
     @property
@@ -282,7 +284,8 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     m, t, on_cpu = run.model, mesh.tensor, kind_of(device) == "cpu"
     c = FLOAT32 if on_cpu else run.number
     state, windows = state_bytes(run, mesh), window_bytes(run, mesh, steps)
-    gradients = state["parameters"] // run.models * run.at_once
+    many = run.at_once(kind_of(device))
+    gradients = state["parameters"] // run.models * many
     whole = run.config.training.batch // parts
     sequences = max(whole // (mesh.data * mesh.fsdp), 1)
     rows, unrolled = sequences * m.length, run.unrolled(kind_of(device))
@@ -313,7 +316,6 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     copies = 0 if run.number == FLOAT32 else gradients // FLOAT32 * run.number
     gathered = 3 * largest_gathered(m, t) * c if mesh.fsdp > 1 and run.models == 1 else 0
     summed = gradients if parts > 1 else 0
-    many = run.at_once
     kept, loss, layer = many * kept, many * loss, many * layer
     back = max(kept, gradients) if unrolled else kept + gradients
     update = gradients * (3 if run.config.optimizer.average else 2)
@@ -321,7 +323,11 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         fsdp, tensor = (mesh.fsdp, t) if run.models == 1 else (1, 1)
         of_one = max(numbers_on_device(one, fsdp, tensor) for one in weights_of(m))
         update = gradients * (run.config.optimizer.clip > 0) + many * of_one * FLOAT32
-    temporary = max(
+    in_turn = 0
+    if many < run.models:
+        trained = state["parameters"] + state["moments"] + state["average"]
+        in_turn = trained + trained // run.models * many
+    temporary = in_turn + max(
         copies + gathered + summed + kept + loss,
         copies + gathered + summed + back + layer,
         gradients + summed + update,
@@ -339,6 +345,7 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
         loss=loss,
         layer=layer,
         update=update,
+        in_turn=in_turn,
         temporary=temporary,
     )
 

@@ -219,6 +219,8 @@ COMPILED = {
     "made again": ({"rematerialize": True}, FITTED),
     "made again, as it comes": ({"rematerialize": True, "unroll": 0}, FITTED),
     "one by one": ({"unroll": 0}, FITTED),
+    "models in turn": ({"batch": 16, "seeds": 6, "unroll": 0}, FITTED),
+    "models in turn, two by two": ({"batch": 16, "seeds": 6, "at_once": 2, "unroll": 0}, FITTED),
     "made again, one by one": ({"rematerialize": True, "unroll": 3}, FITTED),
     "many logits": ({"batch": 16}, {**FITTED, "vocabulary": 4096}),
     "many logits, in half precision": ({"batch": 16, "precision": "bfloat16"}, {**FITTED, "vocabulary": 4096}),
