@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -107,9 +106,6 @@ def open_run_folder(
             _remove_run(out)
         _remove_unfinished(out)
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{uuid.uuid4().hex}"
-        probe.write_bytes(b"")
-        probe.unlink()
         write_atomically(out / CONFIG, _as_json(config).encode())
     except OSError as error:
         raise _unusable(out, error) from error

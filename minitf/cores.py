@@ -1,6 +1,9 @@
 """How many cores this process has, among which XLA divides large operations; and equal shares."""
 
+import math
 import os
+
+CACHE_BYTES = 2**20  # of one core, about: models that train side by side on a CPU stay within
 
 
 def cores() -> int:
@@ -9,9 +12,15 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors of a number from 1 on, in order."""
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
+
+
 def largest_divisor(number: int, most: int) -> int:
     """The largest divisor of a number that is at most ``most``, at least 1: how many fit, in equal shares."""
-    return max((n for n in range(2, number + 1) if number % n == 0 and n <= most), default=1)
+    return max((one for one in divisors(number) if one <= most), default=1)
 
 
 def few_at_a_time(number: int, most: int) -> int:

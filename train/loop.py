@@ -17,10 +17,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
-from minitf.cores import cores, largest_divisor
+from minitf.cores import CACHE_BYTES, cores, largest_divisor
 
 Tree = Any
-CACHE_BYTES = 2**20  # of one core, about; parameters and moments of runs that train side by side stay within
 Report = Callable[[int, float], None]  # step, mean loss over the runs
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from minitf.cores import few_at_a_time
+from minitf.cores import CACHE_BYTES, few_at_a_time
 from minitf.train import sharding
 from minitf.train.batch import NO_TARGET, Batch
 from minitf.train.config import ObjectiveSettings, TrainConfig
@@ -28,7 +28,6 @@ from minitf.train.step import Measures, Program, State, in_precision, side_by_si
 
 Tree = Any
 Windows = Callable[[int, int], Int[np.ndarray, "seed step batch length_plus_one"]]  # from that step, so many
-CACHE_BYTES = 2**20  # of one core, about: models that train side by side on a CPU stay within
 SECOND_OF_WORK = {"cpu": 2e10, "gpu": 1e14, "tpu": 1e14}  # operations, about
 MOST_STEPS = 100
 

@@ -26,6 +26,7 @@ from minitf.analysis.plan.model import Memory, Run
 from minitf.analysis.run_folder import ANEW, writing_results
 from minitf.analysis.training.prepared import model_of
 from minitf.analysis.training.start import config_of
+from minitf.cores import divisors
 from minitf.declaration import count
 from minitf.files import write_atomically
 from minitf.train import sharding, tasks, trainer
@@ -210,23 +211,18 @@ def time(run: Run, mesh: MeshSettings, told: Sequence[Collective], device: Devic
 def meshes(run: Run, devices: int) -> Iterator[MeshSettings]:
     """Every mesh of so many devices that divides the batch, heads, hidden neurons and width evenly."""
     m, batch = run.model, run.config.training.batch
-    for tensor, fsdp in itertools.product(_divisors(devices), repeat=2):
+    for tensor, fsdp in itertools.product(divisors(devices), repeat=2):
         even = m.heads % tensor == 0 and m.hidden_size % tensor == 0 and m.width % fsdp == 0
         whole = devices % (tensor * fsdp) == 0 and batch % (devices // tensor) == 0
         if even and whole and (run.models == 1 or tensor * fsdp == 1):
             yield MeshSettings(devices // (tensor * fsdp), fsdp, tensor)
 
 
-def _divisors(number: int) -> list[int]:
-    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
-    return sorted({*small, *(number // one for one in small)})
-
-
 def options(run: Run, device: Device, devices: int, steps: int, utilization: float) -> tuple[Option, ...]:
     """All meshes of so many devices, each with the fewest parts that fit (or, where none do, the most)."""
     found = []
     for mesh in meshes(run, devices):
-        for parts in _divisors(run.config.training.batch // (mesh.data * mesh.fsdp)):
+        for parts in divisors(run.config.training.batch // (mesh.data * mesh.fsdp)):
             if paper.memory(run, mesh, parts, steps, device).total <= device.memory * device.usable:
                 break
         found.append(option(run, device, mesh, parts, steps, utilization))

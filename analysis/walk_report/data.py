@@ -96,7 +96,7 @@ def walk_data(
             "feed_forward_parts": numbers["feed_forward_parts"].T,
             "bias": numbers["bias"],
         }
-    if edit is not None and "heads" in numbers:
+    if "edit_parts" in numbers:
         found["edit_parts"] = numbers["edit_parts"]
     if "neurons" in numbers:
         found["neurons"] = [_strongest(numbers["neurons"][:, t]) for t in range(len(tokens))]
@@ -208,8 +208,9 @@ def _numbers(
         if steps.feed_forward is None
         else steps.feed_forward[:, 0],
         "bias": steps.bias[0],
-        "edit_parts": attribution.chosen_logit(passed.logits, predicted[None])[0] - steps.total[0],
     }
+    if edit is not None:
+        found["edit_parts"] = attribution.chosen_logit(passed.logits, predicted[None])[0] - steps.total[0]
     if steps.feed_forward is not None:
         found["neurons"] = attribution.by_neuron(parameters, passed, config, predicted[None]).parts[:, 0]
     return found

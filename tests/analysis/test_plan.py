@@ -18,6 +18,7 @@ from minitf import ModelConfig, initialize
 from minitf.analysis.plan import devices, job, work
 from minitf.analysis.plan import model as paper
 from minitf.analysis.training.devices import peak
+from minitf.cores import divisors
 from minitf.declaration import count
 from minitf.train import sharding, trainer
 from minitf.train.batch import Batch
@@ -407,8 +408,8 @@ def test_a_task_is_planned_as_it_is_trained():
 def test_what_nobody_has_is_planned_in_no_more_time():
     long = as_config(laid_over(read_preset("gpt2-124m"), {"model": {"length": 10**7}}))
     assert not job.plan(long, "H100").chosen.fits
-    assert job._divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
-    assert len(job._divisors(10**14)) == 15 * 15
+    assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+    assert len(divisors(10**14)) == 15 * 15
 
 
 def test_a_plan_is_printed_and_written(tmp_path):
