@@ -349,7 +349,11 @@ def parsed(arguments: list[str]) -> AnyCommand:
     """What the words of a command line ask for; exits with 2, and a reason, where they cannot be understood."""
     name, *words = arguments or [""]
     if name in COMMANDS:
-        arguments = [name, *in_order(words, COMMANDS[name])]
+        try:
+            arguments = [name, *in_order(words, COMMANDS[name])]
+        except ValueError as problem:
+            print(f"minitf: {problem}", file=sys.stderr)
+            sys.exit(2)
     named = [Annotated[kind, tyro.conf.subcommand(called)] for called, kind in COMMANDS.items()]
     any_of_them: Any = functools.reduce(operator.or_, named)
     command: AnyCommand = tyro.cli(

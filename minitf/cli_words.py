@@ -7,10 +7,15 @@ from typing import Any
 
 # GROUP.FIELD=VALUE
 SETTING = re.compile(r"[a-z_]+(\.[a-z0-9_]+)+=")
+# As other programs have it: --GROUP.FIELD VALUE
+DASHED = re.compile(r"--([a-z_]+(?:\.[a-z0-9_]+)+)(?:=(.*))?", re.DOTALL)
 
 
 def in_order(words: list[str], command: Any) -> list[str]:
-    """The words behind a command's name; ``command`` is the dataclass of its options."""
+    """The words behind a command's name; ``command`` is the dataclass of its options.
+
+    Raises ValueError where a setting is written as an option.
+    """
     fields = {field.name: field.default for field in dataclasses.fields(command)}
     flags = {f"--{name}" for name, default in fields.items() if isinstance(default, bool)}
     several = {f"--{name}" for name, default in fields.items() if isinstance(default, tuple)}
@@ -26,6 +31,7 @@ def _settings_first(words: list[str], flags: set[str]) -> list[str]:
     """
     from minitf.train.config import SWEPT
 
+    _check_dashes(words)
     found: list[str] = []
     rest: list[str] = []
     option = before = ""
@@ -37,6 +43,15 @@ def _settings_first(words: list[str], flags: set[str]) -> list[str]:
         (found if SETTING.match(word) and not is_value and not is_swept else rest).append(word)
         before = word
     return [*found, *rest]
+
+
+def _check_dashes(words: list[str]) -> None:
+    """Raises ValueError where a setting is written as an option."""
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
+        if dashed := DASHED.fullmatch(word):
+            name, value = dashed.groups()
+            value = value if value is not None else "VALUE" if after.startswith("--") else after
+            raise ValueError(f"{word!r} is a setting, not an option: write {name}={value}")
 
 
 def _gathered(words: list[str], several: set[str]) -> list[str]:

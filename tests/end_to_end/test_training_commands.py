@@ -53,6 +53,21 @@ def test_settings_may_stand_anywhere(words):
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("train --model.layers 6", "'--model.layers' is a setting, not an option: write model.layers=6"),
+        ("plan --model.layers=6 --preset recall", "write model.layers=6"),
+        ("train --training.rematerialize --quiet", "write training.rematerialize=VALUE"),
+        ("train --text a --keep.last", "write keep.last=VALUE"),
+    ],
+)
+def test_a_setting_written_as_an_option_is_told_how_it_is_written(capsys, words, told):
+    with pytest.raises(SystemExit) as ended:
+        cli.parsed(words.split())
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "--ablate 0.1 --generate 3 --ablate 1.3 0.2",
