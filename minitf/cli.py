@@ -276,7 +276,7 @@ class Mixers:
     full: Annotated[bool, arg(help_behavior_hint="")] = False
     """Every mixer, five seeds, three learning rates, long training: many hours on two cores."""
     mixers: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]", help_behavior_hint="")] = ()
-    """Rows of the table, as the report names them; softmax attention is always among them."""
+    """Rows of the table, as the report names them, or all; softmax attention is always among them."""
     tasks: tuple[Literal["text", "classification", "recall", "addition", "memorisation"], ...] = (
         "text",
         "classification",

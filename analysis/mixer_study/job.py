@@ -42,6 +42,7 @@ ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 # What may change when a run goes on: which cells it makes, not what is in one.
 FREE = ("mixers", "tasks", "rows")
 TASKS = ("text", "classification", "recall", "addition", "memorisation")
+ALL = "all"
 RATES, QUICK_RATES = (3e-4, 1e-3, 3e-3), (1e-3,)
 SEEDS, QUICK_SEEDS = 5, 3
 MOST_SEEDS = 1000
@@ -53,7 +54,7 @@ class StudyConfig:
 
     Attributes:
         full: every mixer, five seeds, three learning rates, long training; else a few, three seeds, one rate.
-        mixers: names of rows, instead of the preset's.
+        mixers: names of rows, instead of the preset's; ``all`` for every one.
         tasks: names of tasks.
         seeds: how many, instead of the preset's.
         seed: the first one.
@@ -70,7 +71,7 @@ class StudyConfig:
     text: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for what, given, known in (("mixer", self.mixers, tuple(ROWS)), ("task", self.tasks, TASKS)):
+        for what, given, known in (("mixer", self.mixers, (*ROWS, ALL)), ("task", self.tasks, TASKS)):
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise ValueError(f"there is no {what} {unknown[0]!r}; choose from: {'; '.join(known)}")
@@ -86,8 +87,8 @@ class StudyConfig:
     @property
     def rows(self) -> tuple[str, ...]:
         """The rows that run; softmax attention always, which all are compared with."""
-        chosen = self.mixers or (tuple(ROWS) if self.full else QUICK)
-        return tuple(name for name in ROWS if name in {"softmax", *chosen})
+        chosen = self.mixers or ((ALL,) if self.full else QUICK)
+        return tuple(name for name in ROWS if ALL in chosen or name in {"softmax", *chosen})
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -144,6 +145,8 @@ def run(
 def _check_possible(config: StudyConfig, tasks: Mapping[str, Task], say: Callable[[str], None]) -> None:
     """Tell which mixers that are asked for cannot do a task. Raises Problem for one that can do none of them."""
     for row in config.mixers:
+        if row == ALL:
+            continue
         cannot = [name for name in config.tasks if not possible(row, tasks[name])]
         told = f"{row} sees later tokens, and so the answers of {', '.join(cannot)}"
         if len(cannot) == len(config.tasks):

@@ -292,6 +292,8 @@ def test_what_cannot_be_run_is_told(changes, message):
 
 def test_a_mixer_that_sees_the_answers_is_told_and_refused_where_it_can_do_nothing():
     every, said = {"recall": RECALL, "memorisation": FACTS}, []
+    job._check_possible(job.StudyConfig(mixers=("all",), tasks=("recall",)), every, said.append)
+    assert said == []
     job._check_possible(job.StudyConfig(mixers=("FNet",), tasks=("recall", "memorisation")), every, said.append)
     assert said == ["FNet sees later tokens, and so the answers of recall: it is not trained on that"]
     with pytest.raises(Problem, match=r"^FNet sees later tokens, .* of recall: choose other tasks for it"):
@@ -301,6 +303,7 @@ def test_a_mixer_that_sees_the_answers_is_told_and_refused_where_it_can_do_nothi
 def test_presets_are_a_few_rows_or_all_and_softmax_attention_is_always_there():
     assert job.StudyConfig().rows == QUICK and job.StudyConfig(full=True).rows == tuple(ROWS)
     assert job.StudyConfig(mixers=("Mamba",)).rows == ("softmax", "Mamba")
+    assert job.StudyConfig(mixers=("all",)).rows == tuple(ROWS)
     assert (job.StudyConfig().seed_count, job.StudyConfig(full=True).seed_count) == (3, 5)
 
 
