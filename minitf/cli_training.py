@@ -33,9 +33,9 @@ class Train:
     """Text to train on: files or folders. Without it, and without a task: the documentation inside Python."""
     steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the preset's)")] = None
     """Training steps."""
-    seed: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 0)")] = None
+    seed: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the file's, or 0)")] = None
     """Of the first model; everything random follows from it."""
-    seeds: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 1)")] = None
+    seeds: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the file's, or 1)")] = None
     """How many models train together, each with its own seed."""
     sweep: Annotated[tuple[str, ...], arg(metavar="NAME=LOW:HIGH:N [...]", help_behavior_hint="")] = ()
     """Train one model for each value: lr=1e-4:1e-2:8, or optimizer.weight_decay=0,0.1."""
@@ -92,6 +92,10 @@ class Train:
         if self.sweep:
             above["sweep"] = settings.sweep_from(self.sweep)
         words = settings.from_words(self.settings)
+        for name in above.get("sweep", {}):
+            group, _, key = name.partition(".")
+            if key in words.get(group, {}):
+                raise ValueError(f"{name} is set to {words[group][key]}, and swept with --sweep: leave out one")
         return settings.tables_of(self.preset, self.config, settings.laid_over(words, above))
 
     def after_interrupt(self) -> str:

@@ -38,12 +38,17 @@ class Declaration:
     ``normal`` has the deviation ``scale``, ``uniform`` that bound, both around ``center``; ``constant`` is
     ``center``; ``even`` goes from ``center - scale`` to ``center + scale`` along the last axis, ``log`` is log 1,
     log 2, ... there.
+
+    ``linear`` weights are linear maps, and vectors by number (of tokens, of places): what a bias, a gain, a rate
+    of decay or a kernel of a convolution is not, however many axes it has. ``trained`` ones have gradients.
     """
 
     axes: tuple[tuple[str, int], ...]
     distribution: Distribution
     scale: float = 0.0
     center: float = 0.0
+    linear: bool = False
+    trained: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,14 +64,18 @@ class Declaration:
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Of a linear map the places of the axes that it sums over, and of those that it makes; None of another.
 
-        Heads belong to one map. What ends in the stream's width is summed over all axes before it.
+        Heads belong to one map. What ends in the stream's width is summed over all axes before it; what begins
+        with heads, and does not, is a map for each of them.
         """
-        own = self.own_axes
-        if len(own) < 2:
+        if not self.linear:
             return None
+        own = self.own_axes
         places = tuple(range(len(self.axes) - len(own), len(self.axes)))
-        middle = len(places) - 1 if own[-1] == "width" else 1
-        return places[:middle], places[middle:]
+        if own[-1] == "width":
+            return places[:-1], places[-1:]
+        if own[0] == "head":
+            places = places[1:]
+        return places[:1], places[1:]
 
     @property
     def random(self) -> bool:
@@ -119,18 +128,27 @@ class Make:
     def matrix(self, names: str, inputs: str, output: bool = False, **sizes: int) -> Declaration:
         """A linear map; ``inputs`` are the axes that it sums over, ``output`` says that it adds to the stream."""
         axes, config = self.axes(names, **sizes), self.config
+        linear = partial(Declaration, axes, linear=True)
         if config.initializer == "zeros":
-            return Declaration(axes, "zeros")
+            return linear("zeros")
         if config.initializer == "fan_in":
             fan_in = math.prod(size for name, size in self.axes(names, **sizes) if name in inputs.split())
-            return Declaration(axes, "uniform", 1.0 / math.sqrt(fan_in))
-        return Declaration(axes, "normal", 0.02 / math.sqrt(2 * config.layers) if output else 0.02)
+            return linear("uniform", 1.0 / math.sqrt(fan_in))
+        return linear("normal", 0.02 / math.sqrt(2 * config.layers) if output else 0.02)
 
     def weight(
-        self, names: str, distribution: Distribution, scale: float = 0.0, center: float = 0.0, **sizes: int
+        self,
+        names: str,
+        distribution: Distribution,
+        scale: float = 0.0,
+        center: float = 0.0,
+        *,
+        linear: bool = False,
+        trained: bool = True,
+        **sizes: int,
     ) -> Declaration:
-        """Any other weight."""
-        return Declaration(self.axes(names, **sizes), distribution, scale, center)
+        """Any other weight, or a linear map with a start of its own."""
+        return Declaration(self.axes(names, **sizes), distribution, scale, center, linear, trained)
 
     def bias(self, names: str, present: bool) -> Declaration | None:
         """Zero at the start."""

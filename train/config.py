@@ -125,7 +125,7 @@ class OptimizerSettings:
     second_momentum: Number = 0.95  # beta2
     epsilon: Number = 1e-8
     weight_decay: Number = 0.1  # decoupled, times the rate
-    decay: Literal["matrices", "all"] = "matrices"  # what decays: norms' gains and biases are spared, or not
+    decay: Literal["matrices", "all"] = "matrices"  # what decays: linear maps and embeddings, or every weight
     clip: float = 1.0  # largest norm of the gradient; 0 for any
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warm_up: int = 100  # steps over which the rate rises to its value
@@ -162,7 +162,7 @@ class KeepSettings:
     last: int = 2  # checkpoints that are kept
     every: int = 0  # and those at multiples of this many steps, for good
     dynamics: bool = False  # and those at steps 0, 1, 2, 4, ... 512, then every 1000 (as Pythia), for good
-    evaluate_every: int = 200  # steps between losses on data that was not trained on
+    evaluate_every: int = 200  # steps between losses on held-out data
     evaluation_batches: int = 8
     statistics_every: int = 0  # steps between statistics of the walk
     sample_every: int = 0  # steps between samples
@@ -240,6 +240,8 @@ class TrainConfig:
             group, _, number = name.partition(".")
             if not values:
                 raise ValueError(f"sweep.{name} has no values")
+            if len(set(values)) < len(values):
+                raise ValueError(f"sweep.{name} would train equal models: it has a value more than once")
             for value in values:
                 try:
                     dataclasses.replace(getattr(self, group), **{number: value})

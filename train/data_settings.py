@@ -67,6 +67,9 @@ class DataSettings:
             raise ValueError(f"quotes is False; only csv has cells in quotes, not {self.format}")
         if self.encoding == "symbols" and self.format != "csv":
             raise ValueError("encoding is 'symbols', which only csv has: try 'characters'")
+        twice = [name for name in self.columns if self.columns.count(name) > 1]
+        if twice:
+            raise ValueError(f"columns has {twice[0]!r} more than once")
         if self.label and self.target:
             raise ValueError(f"label is {self.label!r} and target is {self.target!r}; a run learns to tell one")
         for name in ("label", "target"):

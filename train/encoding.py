@@ -3,6 +3,7 @@
 import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from minitf.tokenizer_file import NAMES, load_tokenizer_file
 from minitf.train.data_settings import LEARNED, MOST_NAMES, DataSettings
 from minitf.train.symbol_files import Document, Example, Sided, token_array
 from minitf.train.table_files import table_columns
+from minitf.train.token_file import LARGEST_VOCABULARY
 from minitf.vocabulary import (
     FILE,
     Bytes,
@@ -56,12 +58,20 @@ def learned(settings: DataSettings, files: list[Path], read: Callable[[str], Ite
         columns = table_columns(files[0], settings.columns, settings.dialect)
         return bins_of(columns, _first_rows(training(), len(columns)), settings.bins)
     if encoding == "ids":
-        return Ids(settings.vocabulary or 1 + max(int(token_array(file, settings.raw).max()) for file in files))
+        return Ids(settings.vocabulary or 1 + max(map(partial(_largest, settings), files)))
     if encoding == "bpe":
         return Pieces(train_encoding(_beginning(training()), settings.vocabulary or BPE_PIECES))
     if encoding in ("characters", "symbols"):
         return _listed(encoding, _texts(document for _, document in read(f"Finding the {encoding}")))
     return Bytes()
+
+
+def _largest(settings: DataSettings, file: Path) -> int:
+    """The largest token of a file. Raises ValueError where no token file can hold it."""
+    largest = int(token_array(file, settings.raw).max())
+    if largest >= LARGEST_VOCABULARY:
+        raise ValueError(f"{file} has the token {largest}; tokens are below {LARGEST_VOCABULARY}")
+    return largest
 
 
 def labelled(symbols: Vocabulary, settings: DataSettings, read: Callable[[str], Iterator[Sided]]) -> Labelled:

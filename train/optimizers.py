@@ -50,9 +50,11 @@ def adam(rate: Rate) -> optax.GradientTransformation:
     return optax.adam(rate)
 
 
-def adamw(rate: Rate, weight_decay: float = 0.01) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019); the decay is decoupled and multiplied by the rate."""
-    return optax.adamw(rate, weight_decay=weight_decay)
+def adamw(
+    rate: Rate, weight_decay: float = 0.01, mask: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019); the decay is decoupled and times the rate; all decay, or a mask."""
+    return optax.adamw(rate, weight_decay=weight_decay, mask=mask)
 
 
 def clipped(optimizer: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
@@ -100,7 +102,7 @@ def from_settings(
     """
     s = settings
     rate = lambda count: s.rate * share_of_rate(count, s, steps)
-    betas, mask = (s.momentum, s.second_momentum), _decaying(config, s.decay)
+    betas, mask = (s.momentum, s.second_momentum), decaying(config, s.decay)
     decay = {"weight_decay": s.weight_decay, "mask": mask}
     # Without one nothing is kept for it; a swept one is traced, and may be anything.
     momentum = None if isinstance(s.momentum, int | float) and s.momentum == 0 else s.momentum
@@ -125,13 +127,14 @@ def from_settings(
     return clipped(inner, s.clip) if s.clip else inner
 
 
-def _decaying(config: ModelConfig, which: str) -> Callable[[Any], Any]:
-    """Which weights decay: by their declaration, matrices alone, or all."""
+def decaying(config: ModelConfig, which: Literal["matrices", "all"]) -> Callable[[Any], Any]:
+    """A mask of parameters: which weights decay, linear maps alone or all; never what is not trained."""
+
+    def decays(declaration: Declaration, weight: Any) -> bool:
+        return declaration.trained and (which == "all" or declaration.linear)
 
     def mask(parameters: Any) -> Any:
-        if which == "all":
-            return jax.tree.map(lambda _: True, parameters)
-        return jax.tree.map(lambda d, _: d.sides is not None, declare(config), parameters, is_leaf=is_declaration)
+        return jax.tree.map(decays, declare(config), parameters, is_leaf=is_declaration)
 
     return mask
 
@@ -152,13 +155,15 @@ def _pull(rate: Callable[[Any], Any], weight_decay: float | Float[Array, ""]) ->
 
 
 def muon_axes(config: ModelConfig) -> Any:
-    """Of every weight inside a layer that is a linear map, which axes it sums over and which it makes; else None.
+    """Of every weight inside a layer that is a linear map and trained, which axes it sums over and which it makes.
 
-    Layers are a batch of matrices, and so no axis of either kind; heads belong to one map (Jordan et al. 2024).
+    None of another. Layers are a batch of matrices, and so no axis of either kind; heads belong to one map (Jordan
+    et al. 2024), where what they give is put side by side or summed.
     """
 
     def axes(path: tuple[Any, ...], declaration: Declaration) -> Any:
-        if not path_name(path).startswith("layers.") or declaration.sides is None:
+        inside = path_name(path).startswith("layers.") and declaration.trained
+        if not inside or declaration.sides is None:
             return None
         return optax.contrib.MuonDimensionNumbers(*declaration.sides)
 

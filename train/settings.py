@@ -62,7 +62,7 @@ def tables_of(preset: str, file: Path | None, above: Mapping[str, Any]) -> dict[
 
 def _tables_in(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text("utf-8"))
+        return tomllib.loads(file.read_text("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -83,7 +83,19 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
             joined[group] = dict(fields)
         else:
             joined[group] = {**known, **fields}
+    swept = below.get("sweep")
+    if isinstance(swept, Mapping):
+        # Who says a number means it, and not the values that a file has for it.
+        kept = {name: values for name, values in swept.items() if not _says(above, name)}
+        joined["sweep"] = {**kept, **above.get("sweep", {})}
     return joined
+
+
+def _says(tables: Mapping[str, Any], name: str) -> bool:
+    """Whether tables give a value to ``group.field``."""
+    group, _, key = name.partition(".")
+    fields = tables.get(group)
+    return isinstance(fields, Mapping) and key in fields
 
 
 def from_words(words: Iterable[str]) -> dict[str, Any]:
@@ -131,6 +143,8 @@ def sweep_from(words: Iterable[str]) -> dict[str, tuple[float, ...]]:
         name = {"lr": "optimizer.rate", "rate": "optimizer.rate"}.get(name, name)
         if name not in SWEPT:
             raise ValueError(f"{name!r} cannot be swept{_near(name, SWEPT)}; what can is {', '.join(SWEPT)}")
+        if name in found:
+            raise ValueError(f"{name} is swept twice; write its values in one: {name}=1e-4,1e-3")
         found[name] = _swept_values(word, text)
     return found
 

@@ -166,16 +166,25 @@ def fasta_documents(files: Sequence[Path]) -> Iterator[str]:
             yield held + "\n"
 
 
-def token_documents(files: Sequence[Path], raw: str) -> Iterator[Integer[np.ndarray, " token"]]:
+def token_documents(
+    files: Sequence[Path], raw: str, vocabulary: int | None = None
+) -> Iterator[Integer[np.ndarray, " token"]]:
     """Tokens of .npy files, of our own .tokens files, and of others as little-endian numbers of type ``raw``.
 
-    A document is 65 536 tokens (of a small source, fewer). Raises ValueError naming the file: see `token_array`.
+    A document is 65 536 tokens (of a small source, fewer). Raises ValueError naming the file: see `token_array`;
+    and a token that is none of ``vocabulary``, where that is known.
     """
     arrays = [token_array(file, raw) for file in files]
     size = min(max(sum(map(len, arrays)) // DOCUMENTS, 1), SERIES_CHARACTERS)
-    for array in arrays:
+    for file, array in zip(files, arrays, strict=True):
         for start in range(0, len(array), size):
-            yield np.asarray(array[start : start + size])
+            tokens = np.asarray(array[start : start + size])
+            least, largest = int(tokens.min()), int(tokens.max())
+            if least < 0:
+                raise ValueError(f"{file} has the token {least}; tokens are counted from 0")
+            if vocabulary is not None and largest >= vocabulary:
+                raise ValueError(f"{file} has the token {largest}; the vocabulary is {vocabulary}, counted from 0")
+            yield tokens
 
 
 def token_array(file: Path, raw: str) -> Integer[np.ndarray, " token"]:

@@ -194,7 +194,9 @@ def _documents(settings: DataSettings, files: list[Path], known: Vocabulary | No
             of_told = not_a_label if settings.label else not_a_number
             return table_examples(files, settings.columns, settings.told, settings.dialect, check, of_told)
         return table_documents(files, settings.columns, settings.dialect, check, series=numbered or names)
-    return token_documents(files, settings.raw) if settings.format == "tokens" else text_documents(files)
+    if settings.format == "tokens":
+        return token_documents(files, settings.raw, settings.vocabulary or (known.size if known else None))
+    return text_documents(files)
 
 
 def _write(

@@ -249,7 +249,7 @@ def _placed(windows: Windows, first: int, steps: int, mesh: Mesh, batch: int) ->
 
 @dataclass(frozen=True)
 class Evaluation:
-    """On data that was not trained on, for each model: ``loss`` in nats (or squared error), and ``accuracy``."""
+    """On held-out data, for each model: ``loss`` in nats (or squared error), and ``accuracy``."""
 
     loss: np.ndarray
     accuracy: np.ndarray

@@ -21,7 +21,7 @@ from minitf.model import walk
 from minitf.record import record
 from minitf.train import loop
 from minitf.train.loop import Report
-from minitf.train.optimizers import adamw, clipped
+from minitf.train.optimizers import adamw, clipped, decaying
 from minitf.walk import stacked, with_as_many_heads
 
 WARM_UP = 50
@@ -154,7 +154,8 @@ def training(config: ModelConfig, task: Task) -> loop.Task:
         return task.score(logits, batch).loss
 
     def optimizer(rate: Array) -> optax.GradientTransformation:
-        return clipped(adamw(lambda step: rate * jnp.minimum(1.0, (step + 1) / WARM_UP)), CLIP)
+        warming = lambda step: rate * jnp.minimum(1.0, (step + 1) / WARM_UP)
+        return clipped(adamw(warming, mask=decaying(config, "all")), CLIP)
 
     def value(parameters: Any, batch: Batch) -> Array:
         logits = walk(parameters, batch.tokens, config, association=False).logits

@@ -35,6 +35,7 @@ def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
         "statistics": _statistics(out / "statistics.safetensors", trainer.models_of(config).batched),
         "unit": "squared error" if ready.program.objective == "regression" else "nats a target",
         "besides": _besides(config),
+        "measured_on": ready.measured_on,
     }
     samples = read(out / "samples.jsonl")
     shown = (
@@ -52,6 +53,7 @@ def page(out: Path, config: TrainConfig, ready: Prepared) -> str:
         settings=settings,
         source=ready.source,
         besides=data["besides"],
+        measured_on=data["measured_on"],
         model=ready.program.model,
         parameters=f"{count(ready.program.model):,}",
         many=len(data["models"]),
@@ -119,7 +121,7 @@ def conclusions(data: Mapping[str, Any], lines: list[dict[str, Any]]) -> list[st
         better = alive.any() and np.mean(best[alive]) < 0.995 * np.mean(last[alive])
         right = alive.any() and accuracy.size
         found.append(
-            f"On data that was not trained on, {_mean(last)}"
+            f"On {data['measured_on']}, {_mean(last)}"
             + (f" (at best {_mean(best)})" if better else "")
             + (f", {100 * np.mean(accuracy[alive, -1]):.1f} % right." if right else ".")
         )

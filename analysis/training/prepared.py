@@ -46,6 +46,7 @@ class Prepared:
         source: one sentence on the data.
         identity: what the data is.
         references: losses that need no model, by name.
+        measured_on: what ``held_out`` is, for people.
         filler: the token after sequences that are shorter than others; None where there is none.
         initial: () -> parameters that every model starts from; None where each has its own.
     """
@@ -59,6 +60,7 @@ class Prepared:
     source: str
     identity: dict[str, Any]
     references: dict[str, float]
+    measured_on: str = "data that was not trained on"
     filler: int | None = None
     initial: Callable[[], Parameters] | None = None
 
@@ -79,7 +81,7 @@ def prepared(
         known = None if start is None else start.vocabulary
         data = prepare(config.data, out / "data", say, vocabulary=known, check=partial(check_data, out))
         if config.keep.sample_every and config.objective_on_files == "next_token":
-            data.vocabulary.encode(config.keep.prompt)  # what it cannot be is told now, not when it is due
+            _check_prompt(config.keep.prompt, data.vocabulary)
         masked = config.objective_on_files == "masked_token" and mask_token_of(data.vocabulary) is None
         if start is not None and (config.data.told or masked):
             start = start.with_room(data.vocabulary.size + 1)
@@ -89,6 +91,14 @@ def prepared(
     start.check(ready.program.model)
     source = f"{ready.source}, from the weights of {config.training.start_from}"
     return dataclasses.replace(ready, source=source, initial=partial(start.parameters, ready.program.model))
+
+
+def _check_prompt(prompt: str, vocabulary: Vocabulary) -> None:
+    """Raises ValueError for one that is no tokens: now, and not when the first sample is due."""
+    try:
+        vocabulary.encode(prompt)
+    except ValueError as error:
+        raise ValueError(f"keep.prompt is {prompt!r}: {error}") from error
 
 
 def check_data(out: Path, identity: Mapping[str, Any]) -> None:
@@ -124,6 +134,7 @@ def _of_task(config: TrainConfig, start: Start | None) -> Prepared:
         source=f"the task {config.task['name']}",
         identity={},
         references=task.references(),
+        measured_on=task.measured_on,
     )
 
 

@@ -123,8 +123,10 @@ def weight_ranks(parameters: Parameters, config: ModelConfig) -> dict[str, Float
         declaration = declarations[name]
         if not name.startswith("layers.") or declaration.sides is None:
             continue
-        rows = math.prod(declaration.shape[place] for place in declaration.sides[0])
-        matrix = in_statistics_dtype(weight).reshape(weight.shape[0], rows, -1)
+        summed = declaration.sides[0]
+        rows = math.prod(declaration.shape[place] for place in summed)
+        order = (0, *summed, *(place for place in range(1, weight.ndim) if place not in summed))
+        matrix = in_statistics_dtype(weight).transpose(order).reshape(weight.shape[0], rows, -1)
         turned = jnp.swapaxes(matrix, -1, -2)
         found[f"rank_{name.rpartition('.')[2]}"] = _spread(
             matrix @ turned if rows <= matrix.shape[2] else turned @ matrix

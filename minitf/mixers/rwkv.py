@@ -150,8 +150,8 @@ class Rwkv6(Mixer):
             **{f"{name}_share": make.weight("width", "even", 0.5, center=0.5) for name in names},
             "shift_share": make.weight("width", "even", 0.5, center=0.5),
             # The shares begin as they are without their networks.
-            "shift_into": make.weight("width shift shift_rank", "zeros", **sizes),
-            "shift_out": make.weight("shift shift_rank width", "uniform", 0.01, **sizes),
+            "shift_into": make.weight("width shift shift_rank", "zeros", linear=True, **sizes),
+            "shift_out": make.weight("shift shift_rank width", "uniform", 0.01, linear=True, **sizes),
             "fade_into": make.matrix("width rank", "width", rank=self.rank),
             "fade_out": make.matrix("rank head head_width", "rank", rank=self.rank),
             "fade_bias": make.weight("head head_width", "even", 2.5, center=-3.5),

@@ -1,6 +1,7 @@
 """Softmax attention (Vaswani et al. 2017): the association of every pair, from a query and a key."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -77,8 +78,8 @@ class Softmax(Mixer):
         if self.trained or config.attention == "table":
             return weights
         scale = config.width**-0.5
-        query = make.weight("width head head_width", "normal", scale)
-        key = make.weight("width key_value_head head_width", "normal", scale)
+        untrained = partial(make.weight, distribution="normal", scale=scale, linear=True, trained=False)
+        query, key = untrained("width head head_width"), untrained("width key_value_head head_width")
         return dataclasses.replace(weights, query=query, key=key)
 
     def filter(

@@ -74,7 +74,10 @@ class Frozen(_Rows):
     def declare(self, config: ModelConfig, make: Any) -> Mapping[str, Any]:
         """Values, the map back, the association."""
         places = {"query": config.length, "key": config.length}
-        return {**values_and_output(make), "association": make.weight("head query key", "ones", **places)}
+        return {
+            **values_and_output(make),
+            "association": make.weight("head query key", "ones", trained=False, **places),
+        }
 
     def rows(self, weights: Weights, f: Filtered, config: ModelConfig, positions: Array, keys: int) -> Array:
         """The constant's, cut off and made to sum to one."""
@@ -122,16 +125,19 @@ class Synthesizer(_Rows):
         if self.variant == "dense":
             own = {
                 "query": make.matrix("width head head_width", "width"),
-                "places": make.weight("head head_width key", "normal", config.head_size**-0.5, **places),
+                "places": make.weight(
+                    "head head_width key", "normal", config.head_size**-0.5, linear=True, **places
+                ),
             }
         elif self.variant == "factored":
             scale = self.rank**-0.25
             own = {
-                "query": make.weight("head query rank", "normal", scale, **places),
-                "key": make.weight("head key rank", "normal", scale, **places),
+                "query": make.weight("head query rank", "normal", scale, linear=True, **places),
+                "key": make.weight("head key rank", "normal", scale, linear=True, **places),
             }
         else:
-            own = {"scores": make.weight("head query key", "normal", 1.0, **places)}
+            trained = self.variant == "trained"
+            own = {"scores": make.weight("head query key", "normal", 1.0, linear=True, trained=trained, **places)}
         return {**values_and_output(make), **own}
 
     def filter(

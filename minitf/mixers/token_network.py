@@ -58,7 +58,7 @@ class SpatialGate(Mixer):
             "gate": make.matrix("width channel one", "width", **places),
             "value": make.matrix("width channel one", "width", **places),
             "gain": make.weight("channel", "ones", **places),
-            "places": make.weight("query key", "normal", 0.1 / config.length, **places),
+            "places": make.weight("query key", "normal", 0.1 / config.length, linear=True, **places),
             "places_bias": make.weight("query", "ones", **places),
             "output": make.matrix("channel one width", "channel", output=True, **places),
         }

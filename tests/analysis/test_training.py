@@ -24,7 +24,7 @@ from minitf.analysis.training.boards import boards, show
 from minitf.analysis.training.devices import peak
 from minitf.analysis.training.log import Log, Looks, lines_of, read
 from minitf.analysis.training.prepared import model_of
-from minitf.analysis.training.statistics import LABELS, looker, participation, statistics
+from minitf.analysis.training.statistics import LABELS, looker, participation, statistics, weight_ranks
 from minitf.analysis.walk_report import job as walk_job
 from minitf.analysis.walk_report.job import WalkConfig
 from minitf.pretrained import load
@@ -172,7 +172,7 @@ def test_a_prompt_that_cannot_be_is_told_before_training_goes_on(tmp_path):
         "model": {"length": 8},
         "keep": {"sample_every": 3, "prompt": "Z"},
     }
-    with pytest.raises(Problem, match="'Z'"):
+    with pytest.raises(Problem, match="keep.prompt is 'Z': the characters 'Z' are not in the alphabet"):
         job.run(as_config({**laid_over(TINY, groups), "task": {}}), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -281,6 +281,7 @@ def test_results_that_cannot_be_written_are_a_sentence_and_what_was_kept_stays(t
     ("groups", "told"),
     [
         ({"task": {"name": "kopy"}}, "there is no task 'kopy'"),
+        ({"task": {"name": "", "span": 4}}, "task.name is missing; the tasks are modular-addition, "),
         ({"task": {"name": "copy", "spam": 3}}, "'spam'"),
         ({"model": {"width": 7}}, "2 heads do not divide a width of 7"),
         ({"model": {"depth": 7}}, "there is no model.depth"),
@@ -444,10 +445,11 @@ def test_statistics_go_on_where_their_checkpoint_was(tmp_path):
 
 
 def test_statistics_say_what_they_are():
-    config = ModelConfig(vocabulary=9, layers=2, width=8, heads=2, length=6)
+    config = ModelConfig(vocabulary=9, layers=2, width=8, heads=2, length=6, biases=True)
     parameters = initialize(config, jax.random.key(0))
     batch = next_token(jax.random.randint(jax.random.key(1), (3, 7), 0, 9))
     found = jax.jit(lambda p: statistics(p, batch, config))(parameters)
+    assert not any(name.endswith(("bias", "gain", "offset")) for name in found)
     for name, value in found.items():
         _, axes = LABELS["rank" if name.startswith("rank_") else name]
         assert value.ndim == len(axes), name
@@ -461,6 +463,15 @@ def test_statistics_say_what_they_are():
     output = np.asarray(parameters.layers.attention.output)[0].reshape(8, 8)
     singular = np.linalg.svd(output, compute_uv=False) ** 2
     np.testing.assert_allclose(found["rank_output"][0], singular.sum() ** 2 / (singular**2).sum(), rtol=1e-4)
+
+
+def test_the_rank_of_scores_for_every_head_is_that_of_their_matrix_side_by_side():
+    config = ModelConfig(vocabulary=9, layers=2, width=8, heads=2, length=6, mixer=mixers.Synthesizer("trained"))
+    parameters = initialize(config, jax.random.key(0))
+    scores = np.asarray(parameters.layers.attention["scores"])[1]
+    singular = np.linalg.svd(np.concatenate(list(scores), axis=1), compute_uv=False) ** 2
+    found = weight_ranks(parameters, config)["rank_scores"]
+    np.testing.assert_allclose(found[1], singular.sum() ** 2 / (singular**2).sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -67,6 +67,12 @@ def test_a_setting_written_as_an_option_is_told_how_it_is_written(capsys, words,
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
+def test_what_is_set_and_swept_at_once_is_refused():
+    command = cli.parsed("train optimizer.rate=0.5 --preset copy --sweep lr=1e-3,1e-2".split())
+    with pytest.raises(ValueError, match="optimizer.rate is set to 0.5, and swept with --sweep: leave out one"):
+        command.tables()
+
+
 @pytest.mark.parametrize(
     "words",
     [

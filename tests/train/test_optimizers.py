@@ -6,12 +6,24 @@ import numpy as np
 import optax
 import pytest
 
-from minitf import initialize
+from minitf import initialize, mixers
+from minitf.analysis.every_mixer import BOTH_WAYS, EVERY
 from minitf.config import ModelConfig, token_tables
 from minitf.declaration import declare
-from minitf.parameters import named
+from minitf.parameters import named, path_name
 from minitf.train.config import NOT_READ, OptimizerName, OptimizerSettings, TrainConfig
-from minitf.train.optimizers import Rates, adam, adamw, by_part, check_rates, clipped, from_settings, sgd
+from minitf.train.optimizers import (
+    Rates,
+    adam,
+    adamw,
+    by_part,
+    check_rates,
+    clipped,
+    decaying,
+    from_settings,
+    muon_axes,
+    sgd,
+)
 
 STEPS = 12
 
@@ -121,6 +133,66 @@ def test_of_every_optimizer_decay_is_decoupled_and_times_the_rate(name):
     assert weights.embedding == pytest.approx((1 - 1e-3) ** 5, rel=1e-5)
     assert weights.layers.feed_forward.into == pytest.approx((1 - 1e-3) ** 5, rel=1e-5)
     assert weights.layers.attention_norm.gain == pytest.approx(1.0)
+    assert weights.layers.attention.query_bias == pytest.approx(1.0)
+
+
+UNTRAINED = {
+    "synthesizer": (mixers.Synthesizer("fixed"), ("scores",)),
+    "frozen": (mixers.Frozen(), ("association",)),
+    "softmax": (mixers.Softmax(trained=False), ("query", "key")),
+}
+
+
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("mixer", UNTRAINED)
+def test_what_is_never_trained_does_not_decay(mixer, name, decay):
+    mixer, untrained = UNTRAINED[mixer]
+    config = ModelConfig(vocabulary=8, layers=1, width=8, heads=2, length=4, norm="rms", mixer=mixer)
+    settings = OptimizerSettings(name=name, decay=decay, weight_decay=0.1, warm_up=0)
+    weights = ones_like(config)
+    optimizer = from_settings(settings, config, steps=9)
+    slope = jax.tree.map(jnp.zeros_like, weights)
+    for weight, update in named(optimizer.update(slope, optimizer.init(weights), weights)[0]).items():
+        stays = weight.rpartition(".")[2] in untrained or (decay == "matrices" and weight.endswith("gain"))
+        assert bool(jnp.all(update == 0)) == stays, weight
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_linear_maps_alone_decay_and_are_muons(name):
+    """However many axes a bias of heads has, or a gain, a rate of decay, a kernel."""
+    config = ModelConfig(
+        vocabulary=8,
+        layers=2,
+        width=8,
+        heads=2,
+        length=4,
+        biases=True,
+        norm="layer",
+        causal=name not in BOTH_WAYS,
+        mixer=EVERY[name],
+    )
+    mask = named(decaying(config, "matrices")(ones_like(config)))
+    is_axes = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+    axes = jax.tree_util.tree_leaves_with_path(muon_axes(config), is_leaf=is_axes)
+    muons = {path_name(path): numbers for path, numbers in axes if numbers is not None}
+    no_maps = ("bias", "gain", "offset", "kernel", "share", "bonus", "skip", "log_decay", "log_step", "frequency")
+    for weight, decays in mask.items():
+        last = weight.rpartition(".")[2]
+        assert not (decays and last.endswith(no_maps)), weight
+        assert decays or last not in ("into", "out", "output", "value", "embedding", "position"), weight
+    inside = {weight for weight, decays in mask.items() if decays and weight.startswith("layers.")}
+    assert muons.keys() == inside
+    # Of a stack of layers nothing is summed or made across layers.
+    assert all(0 not in (*numbers.reduction_axis, *numbers.output_axis) for numbers in muons.values())
+
+
+def test_muon_takes_scores_of_heads_one_by_one():
+    config = ModelConfig(vocabulary=8, layers=2, width=8, heads=2, length=4, mixer=mixers.Synthesizer("trained"))
+    axes = muon_axes(config).layers.attention
+    assert axes["scores"] == optax.contrib.MuonDimensionNumbers((2,), (3,))
+    assert axes["value"] == optax.contrib.MuonDimensionNumbers((1,), (2, 3))
+    assert axes["output"] == optax.contrib.MuonDimensionNumbers((1, 2), (3,))
 
 
 def test_adafactors_momentum_may_be_swept():

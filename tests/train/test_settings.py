@@ -1,12 +1,14 @@
 """Settings are the same in a preset, a TOML file and on the command line, and wrong ones are told apart."""
 
 import dataclasses
+import re
 import tomllib
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minitf import ModelConfig, count
 from minitf.train.config import (
     KeepSettings,
     MeshSettings,
@@ -35,7 +37,11 @@ from minitf.train.settings import (
 def test_every_preset_is_a_configuration_and_says_what_it_trains(name):
     config = as_config(read_preset(name))
     assert config.model
-    assert len(about_preset(name)) > 20
+    said = about_preset(name)
+    assert len(said) > 20
+    if millions := re.search(r"(\d+) million weights", said):
+        model = ModelConfig(**{"vocabulary": config.data.vocabulary, **config.model})
+        assert round(count(model) / 1e6) == int(millions[1])
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -112,9 +118,17 @@ def test_what_is_laid_over_replaces_field_by_field_and_a_task_with_its_settings(
     assert laid_over(below, above) == {"model": {"layers": 2, "width": 8}, "task": {"name": "recall"}}
 
 
+def test_a_number_that_is_said_takes_the_place_of_its_sweep_below():
+    below = {"sweep": {"optimizer.rate": [1e-3, 1e-2], "objective.z_loss": [0.0, 0.1]}}
+    said = laid_over(below, {"optimizer": {"rate": 0.5}})
+    assert said == {"optimizer": {"rate": 0.5}, "sweep": {"objective.z_loss": [0.0, 0.1]}}
+    again = laid_over(below, {"optimizer": {"rate": 0.5}, "sweep": {"optimizer.rate": [1.0, 2.0]}})
+    assert again["sweep"] == {"optimizer.rate": [1.0, 2.0], "objective.z_loss": [0.0, 0.1]}
+
+
 def test_a_file_may_start_from_a_preset(tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text('preset = "copy"\n[training]\nsteps = 7\n')
+    file.write_text('preset = "copy"\n[training]\nsteps = 7\n', "utf-8-sig")  # as some editors write it
     tables = tables_of("", file, {})
     assert tables["training"] == {**read_preset("copy")["training"], "steps": 7}
     assert tables["task"] == read_preset("copy")["task"]
@@ -173,6 +187,7 @@ def test_what_an_optimizer_does_not_read_is_known(optimizer, names):
         ({"sweep": {"model.width": [1.0]}}, "'model.width' cannot be swept"),
         ({"sweep": {"optimizer.momentum": [0.5, 1.5]}}, "sweep.optimizer.momentum is 1.5; it must be at least 0"),
         ({"sweep": {"optimizer.rate": []}}, "sweep.optimizer.rate has no values"),
+        ({"sweep": {"optimizer.rate": [1e-3, 1e-3]}}, "sweep.optimizer.rate would train equal models"),
     ],
 )
 def test_what_cannot_be_is_told_by_name(tables, told):
@@ -189,6 +204,11 @@ def test_a_sentence_that_names_no_setting_is_of_the_whole_group():
 def test_a_word_of_another_form_is_refused(word):
     with pytest.raises(ValueError, match="group.field=value"):
         from_words([word])
+
+
+def test_what_is_swept_twice_is_refused():
+    with pytest.raises(ValueError, match="optimizer.rate is swept twice"):
+        sweep_from(["lr=1e-3", "optimizer.rate=1e-4"])
 
 
 @pytest.mark.parametrize("word", ["lr=1:2", "lr=0:1:3", "lr=1:2:1", "lr=x", "lr="])

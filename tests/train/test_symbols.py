@@ -113,6 +113,21 @@ def test_tokens_of_another_size_are_told(tmp_path, written_as, read_as):
     assert prepare(DataSettings(**files, raw=written_as), tmp_path / "data").vocabulary.size == ids.max() + 1
 
 
+@pytest.mark.parametrize(
+    ("token", "settings", "told"),
+    [
+        (-5, {}, "x.npy has the token -5; tokens are counted from 0"),
+        (70, {"vocabulary": 64}, "x.npy has the token 70; the vocabulary is 64, counted from 0"),
+        (2**40, {}, "x.npy has the token 1099511627776; tokens are below 2147483648"),
+    ],
+)
+def test_a_token_that_cannot_be_is_told_with_its_file(tmp_path, token, settings, told):
+    np.save(tmp_path / "x.npy", np.array([*range(50), token, *range(50)]))
+    settings = DataSettings(format="tokens", paths=(str(tmp_path / "x.npy"),), **settings)
+    with pytest.raises(ValueError, match=told):
+        prepare(settings, tmp_path / "data")
+
+
 @pytest.mark.parametrize("kind", ["npy", "bin", "own"])
 def test_token_files_of_every_kind_are_read(tmp_path, kind):
     ids = np.random.default_rng(3).integers(0, 500, 9000)
@@ -128,7 +143,7 @@ def test_token_files_of_every_kind_are_read(tmp_path, kind):
     data = prepare(settings, tmp_path / "data")
     assert data.vocabulary.size == ids.max() + 1
     assert np.array_equal(np.sort(np.concatenate([data.train.ids, data.validation.ids])), np.sort(ids))
-    with pytest.raises(ValueError, match="a token .* ids go from 0 to 9"):
+    with pytest.raises(ValueError, match="x[.].* has the token .* the vocabulary is 10"):
         prepare(replace(settings, vocabulary=10), tmp_path / "other")
 
 
@@ -328,6 +343,7 @@ def test_too_many_characters_and_unknown_encodings_are_refused(tmp_path):
         ({"bins": 1, "format": "csv", "paths": ("x",)}, "bins is 1; it must be from 2 to 65536, or 0"),
         ({"bins": 4}, "bins is 4, which only csv has, not text"),
         ({"columns": ("a",)}, "columns is .*, which only csv has"),
+        ({"columns": ("a", "b", "a"), "format": "csv", "paths": ("x",)}, "columns has 'a' more than once"),
         ({"delimiter": ";;", "format": "csv", "paths": ("x",)}, "delimiter is ';;'; it must be a single"),
         ({"vocabulary": -1}, "vocabulary is -1"),
         ({"vocabulary": 9}, "vocabulary is 9, which only the encoding bpe and the format tokens have"),

@@ -21,6 +21,7 @@ from minitf.train.tasks import (
     Recall,
     make,
 )
+from minitf.train.tasks.task import SOME_DRAWN
 
 SMALL = {
     "modular-addition": ModularAddition(modulus=7, share=0.4),
@@ -61,6 +62,17 @@ def rows(batch):
 
 
 # --- all tasks
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_is_measured_on_is_told_as_it_is(name):
+    task = SMALL[name]
+    told = task.measured_on
+    trained, measured = ({tuple(row) for row in of(task).tokens.tolist()} for of in (drawn, held_out))
+    if told.startswith("all"):
+        assert trained <= measured
+    elif told != SOME_DRAWN and task.objective != "regression":  # whose numbers are beside its tokens
+        assert trained.isdisjoint(measured)
 
 
 @pytest.mark.parametrize("name", SMALL)

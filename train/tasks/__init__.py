@@ -50,6 +50,8 @@ def make(name: str, settings: Mapping[str, Any]) -> Task:
     Raises ValueError for an unknown name or setting (saying the nearest that there is), a value of another type,
     and for what the task itself refuses.
     """
+    if not name:
+        raise ValueError(f"task.name is missing; the tasks are {', '.join(TASKS)}")
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}{_nearest(name, TASKS)}; the tasks are {', '.join(TASKS)}")
     kinds = typing.get_type_hints(TASKS[name])

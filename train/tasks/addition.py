@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from minitf.train.batch import Batch, next_token
-from minitf.train.tasks.task import Objective, OneSequence, asked_where, drawn_once
+from minitf.train.tasks.task import SOME_DRAWN, Objective, OneSequence, asked_where, drawn_once
 
 PLUS, EQUALS = 10, 11
 # Two digits whose sum is a digit: 55 pairs.
@@ -75,6 +75,11 @@ class Addition:
     def held_out(self) -> Batch:
         """Sums drawn with a fixed key."""
         return drawn_once(self.draw, "addition")
+
+    @property
+    def measured_on(self) -> str:
+        """What ``held_out`` is, for people."""
+        return SOME_DRAWN
 
     def references(self) -> dict[str, float]:
         """Guessing among the ten digits."""

@@ -10,7 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from minitf.train.batch import Batch, next_token
-from minitf.train.tasks.task import Objective, OneSequence, check_at_least, different_sequences, drawn_once
+from minitf.train.tasks.task import (
+    SOME_DRAWN,
+    Objective,
+    OneSequence,
+    check_at_least,
+    different_sequences,
+    drawn_once,
+)
 
 LONGEST = 2**16
 
@@ -87,6 +94,11 @@ class Grammar:
     def held_out(self) -> Batch:
         """Sequences drawn with a fixed key; of a small grammar training draws them too (see `sequences`)."""
         return drawn_once(self.draw, "grammar")
+
+    @property
+    def measured_on(self) -> str:
+        """What ``held_out`` is, for people."""
+        return SOME_DRAWN
 
     @property
     def choices(self) -> int:

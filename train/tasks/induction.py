@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from minitf.train.batch import Batch, next_token
-from minitf.train.tasks.task import Objective, OneSequence, asked_where, check_at_least, drawn_once
+from minitf.train.tasks.task import NONE_DRAWN, Objective, OneSequence, asked_where, check_at_least, drawn_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Induction:
     def held_out(self) -> Batch:
         """Sequences drawn with a fixed key; there are too many for training to draw one of them."""
         return drawn_once(self.draw, "induction")
+
+    @property
+    def measured_on(self) -> str:
+        """What ``held_out`` is, for people."""
+        return NONE_DRAWN
 
     def references(self) -> dict[str, float]:
         """Guessing among all symbols; knowing what follows what is a loss of 0."""

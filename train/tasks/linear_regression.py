@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from minitf.train.batch import Batch
-from minitf.train.tasks.task import Objective, OneSequence, check_at_least, drawn_once
+from minitf.train.tasks.task import NONE_DRAWN, Objective, OneSequence, check_at_least, drawn_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,11 @@ class LinearRegression:
     def held_out(self) -> Batch:
         """Sequences drawn with a fixed key; training never draws these real numbers again."""
         return drawn_once(self.draw, "linear-regression")
+
+    @property
+    def measured_on(self) -> str:
+        """What ``held_out`` is, for people."""
+        return NONE_DRAWN
 
     def references(self) -> dict[str, float]:
         """The mean squared errors of answering 0, and of `least_squares`, over all points of `held_out`."""

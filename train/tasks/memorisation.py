@@ -65,6 +65,11 @@ class Memorisation:
         """Every fact."""
         return asked_last(*map(jnp.asarray, self.known))
 
+    @property
+    def measured_on(self) -> str:
+        """What ``held_out`` is, for people."""
+        return "all facts, which are what is trained on"
+
     def references(self) -> dict[str, float]:
         """Guessing among all symbols."""
         return {"chance": math.log(self.symbols)}

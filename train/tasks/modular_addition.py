@@ -72,6 +72,11 @@ class ModularAddition:
         """Every pair that training never draws."""
         return self._asked(jnp.asarray(self.order[self.training_pairs :]))
 
+    @property
+    def measured_on(self) -> str:
+        """What ``held_out`` is, for people."""
+        return "the pairs that are not trained on"
+
     def references(self) -> dict[str, float]:
         """Guessing among all residues."""
         return {"chance": math.log(self.modulus)}

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from minitf.train.batch import Batch, next_token
-from minitf.train.tasks.task import Objective, OneSequence, asked_where, check_at_least, drawn_once
+from minitf.train.tasks.task import SOME_DRAWN, Objective, OneSequence, asked_where, check_at_least, drawn_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Recall:
     def held_out(self) -> Batch:
         """Sequences drawn with a fixed key."""
         return drawn_once(self.draw, "recall")
+
+    @property
+    def measured_on(self) -> str:
+        """What ``held_out`` is, for people."""
+        return SOME_DRAWN
 
     def references(self) -> dict[str, float]:
         """Guessing among all values; the held-out sequences' own, each equally likely."""

@@ -19,6 +19,11 @@ HELD_OUT = 512  # sequences on which tasks without end are measured
 HELD_OUT_KEY = 20_261_127  # of no run: they count their seeds from 0
 
 
+# What held-out sequences are where they are drawn as those of training, with another key.
+NONE_DRAWN = "sequences that training does not draw"
+SOME_DRAWN = "sequences drawn with another key, some of which training may have drawn too"
+
+
 @runtime_checkable
 class Task(Protocol):
     """Sequences without end, or all there are, and what is asked of them.
@@ -45,6 +50,10 @@ class Task(Protocol):
 
     def held_out(self) -> Batch:
         """A fixed batch to measure on; each task says whether training can draw it."""
+
+    @property
+    def measured_on(self) -> str:
+        """What ``held_out`` is, for people: :data:`NONE_DRAWN`, :data:`SOME_DRAWN`, or in words of its own."""
 
     def references(self) -> dict[str, float]:
         """Losses on ``held_out`` that need no model, by name: nats a target, or the mean squared error."""

@@ -8,6 +8,7 @@ from minitf_mixers import ASSOCIATED, EVERY, EXAMPLE, ONE_WAY, filtered, inputs,
 from properties.models import relative_error
 
 from minitf import ModelConfig, mixers
+from minitf.declaration import declare, is_declaration
 from minitf.mixers.contract import under
 
 LONG = 140  # more than two chunks of every chunked form
@@ -128,11 +129,10 @@ def test_gradients_are_those_of_finite_differences(name):
 
         rng = np.random.default_rng(1)
         along = jax.tree.map(lambda y: jax.device_put(rng.normal(size=y.shape)), (own, x))
-        frozen = {"frozen": "association", "synthesizer fixed": "scores"}.get(name)
-        if frozen:
-            along[0][frozen] = jnp.zeros_like(own[frozen])
+        trained = jax.tree.map(lambda d: d.trained, declare(config).layers.attention, is_leaf=is_declaration)
+        along = (jax.tree.map(lambda d, yes: d * yes, along[0], trained), along[1])
         gradient, by_gradient, by_itself = slopes(own, x, along)
-        assert frozen is None or not np.any(gradient[0][frozen])
+        assert not any(jax.tree.leaves(jax.tree.map(lambda g, yes: np.any(g) and not yes, gradient[0], trained)))
         assert by_gradient == pytest.approx(float(by_itself), rel=1e-6, abs=1e-7)
 
 
