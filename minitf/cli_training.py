@@ -93,9 +93,8 @@ class Train:
             above["sweep"] = settings.sweep_from(self.sweep)
         words = settings.from_words(self.settings)
         for name in above.get("sweep", {}):
-            group, _, key = name.partition(".")
-            if key in words.get(group, {}):
-                raise ValueError(f"{name} is set to {words[group][key]}, and swept with --sweep: leave out one")
+            if (value := settings.value_of(words, name)) is not None:
+                raise ValueError(f"{name} is set to {value}, and swept with --sweep: leave out one")
         return settings.tables_of(self.preset, self.config, settings.laid_over(words, above))
 
     def after_interrupt(self) -> str:

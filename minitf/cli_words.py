@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -47,7 +48,7 @@ def _settings_first(words: list[str], flags: set[str]) -> list[str]:
 
 def _check_dashes(words: list[str]) -> None:
     """Raises ValueError where a setting is written as an option."""
-    for word, after in zip(words, [*words[1:], "--"], strict=True):
+    for word, after in itertools.pairwise([*words, "--"]):
         if dashed := DASHED.fullmatch(word):
             name, value = dashed.groups()
             value = value if value is not None else "VALUE" if after.startswith("--") else after

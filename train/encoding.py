@@ -3,7 +3,6 @@
 import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def learned(settings: DataSettings, files: list[Path], read: Callable[[str], Ite
         columns = table_columns(files[0], settings.columns, settings.dialect)
         return bins_of(columns, _first_rows(training(), len(columns)), settings.bins)
     if encoding == "ids":
-        return Ids(settings.vocabulary or 1 + max(map(partial(_largest, settings), files)))
+        return Ids(settings.vocabulary or 1 + max(_largest(file, settings.raw) for file in files))
     if encoding == "bpe":
         return Pieces(train_encoding(_beginning(training()), settings.vocabulary or BPE_PIECES))
     if encoding in ("characters", "symbols"):
@@ -66,9 +65,9 @@ def learned(settings: DataSettings, files: list[Path], read: Callable[[str], Ite
     return Bytes()
 
 
-def _largest(settings: DataSettings, file: Path) -> int:
+def _largest(file: Path, raw: str) -> int:
     """The largest token of a file. Raises ValueError where no token file can hold it."""
-    largest = int(token_array(file, settings.raw).max())
+    largest = int(token_array(file, raw).max())
     if largest >= LARGEST_VOCABULARY:
         raise ValueError(f"{file} has the token {largest}; tokens are below {LARGEST_VOCABULARY}")
     return largest

@@ -75,6 +75,10 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     Another task's settings, or another mixer's, are not mixed with those there were.
     """
     joined = dict(below)
+    swept = below.get("sweep")
+    if isinstance(swept, Mapping):
+        # Who says a number means it, and not the values that a file has for it.
+        joined["sweep"] = {name: values for name, values in swept.items() if value_of(above, name) is None}
     for group, fields in above.items():
         known = joined.get(group)
         if not isinstance(known, Mapping) or not isinstance(fields, Mapping):
@@ -83,19 +87,14 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
             joined[group] = dict(fields)
         else:
             joined[group] = {**known, **fields}
-    swept = below.get("sweep")
-    if isinstance(swept, Mapping):
-        # Who says a number means it, and not the values that a file has for it.
-        kept = {name: values for name, values in swept.items() if not _says(above, name)}
-        joined["sweep"] = {**kept, **above.get("sweep", {})}
     return joined
 
 
-def _says(tables: Mapping[str, Any], name: str) -> bool:
-    """Whether tables give a value to ``group.field``."""
+def value_of(tables: Mapping[str, Any], name: str) -> Any:
+    """The value that tables have for ``group.field``; None where they have none."""
     group, _, key = name.partition(".")
     fields = tables.get(group)
-    return isinstance(fields, Mapping) and key in fields
+    return fields.get(key) if isinstance(fields, Mapping) else None
 
 
 def from_words(words: Iterable[str]) -> dict[str, Any]:
