@@ -35,8 +35,26 @@ def linear(
     bias: Float[Array, " outputs"] | None = None,
 ) -> Float[Array, "rows outputs"]:
     """``rows @ weight + bias``."""
-    out = rows @ weight
+    out = _product(rows, weight) if jax.default_backend() == "cpu" else rows @ weight
     return out if bias is None else out + bias
+
+
+@jax.custom_jvp
+def _product(
+    rows: Float[Array, "rows inputs"], weight: Float[Array, "inputs outputs"]
+) -> Float[Array, "rows outputs"]:
+    """``rows @ weight``, where the slope of the weight is a product with rows that are laid out anew for it.
+
+    XLA for CPUs is fast, often twice, where the left side adds up along its last axis: the rows are copied for that.
+    The fence behind the slope keeps it from being turned around again, as a tied table's would be.
+    """
+    return rows @ weight
+
+
+_product.defjvps(
+    lambda moved, out, rows, weight: moved @ weight,
+    lambda moved, out, rows, weight: jax.lax.dot_general(fenced(rows.T), fenced(moved), (((0,), (0,)), ((), ()))),
+)
 
 
 def embed(
