@@ -45,8 +45,8 @@ def _product(
 ) -> Float[Array, "rows outputs"]:
     """``rows @ weight``, where the slope of the weight is a product with rows that are laid out anew for it.
 
-    XLA for CPUs is fast, often twice, where the left side adds up along its last axis: the rows are copied for that.
-    The fence behind the slope keeps it from being turned around again, as a tied table's would be.
+    XLA for CPUs is fast, often twice as fast, where the left side adds up along its last axis: the rows are copied
+    for that. The fence behind the slope keeps it from being turned around again, as a tied table's would be.
     """
     return rows @ weight
 
