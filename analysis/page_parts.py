@@ -84,15 +84,25 @@ def claim_rows(claims: Iterable[Claim]) -> list[dict[str, Any]]:
             "asked": _interval(np.ravel(one.threshold)[:2])
             if one.direction == "within"
             else f"{one.direction} {_numbers(one.threshold)}",
-            "verdict": "holds" if one.holds else "does not hold",
+            "verdict": "holds"
+            if one.holds
+            else "does not hold"
+            if np.all(np.isfinite(one.value))
+            else "cannot be told",
             "settled": is_settled(one),
         }
         for one in claims
     ]
 
 
+def _verdict(one: Claim) -> str:
+    if not np.all(np.isfinite(one.value)):
+        return "cannot be told"
+    return "holds" if one.holds else "does not hold"
+
+
 def _numbers(value: Any) -> str:
-    return ", ".join(f"{x:.3g}" for x in np.ravel(value))
+    return ", ".join(f"{x:.3g}" if np.isfinite(x) else "no number" for x in np.ravel(value))
 
 
 def _interval(ends: np.ndarray) -> str:

@@ -15,6 +15,7 @@ from minitf.analysis.mixer_study.cell import Cell, train_cell
 from minitf.analysis.mixer_study.replaced import Replaced, replace_all
 from minitf.analysis.mixer_study.rows import BLIND, LAYERS, QUICK, ROWS, WIDTH, model_for, possible
 from minitf.analysis.mixer_study.tasks import NO_RECALL
+from minitf.analysis.page_parts import claim_rows
 from minitf.analysis.run_folder import Problem
 from minitf.declaration import count, initialize
 from minitf.edits import set_to
@@ -267,6 +268,8 @@ def test_models_that_have_learned_nothing_hold_no_claim_of_shares(less):
     shares += ("uniform_share", "fixed_pairs_recall", "fnet", "uniform_classification")
     assert not any(found[f"mixers.{name}"].holds for name in shares)
     assert "null" in as_json(found.values())
+    shown = claim_rows([found["mixers.constant_classification"]])[0]
+    assert (shown["value"], shown["verdict"]) == ("no number", "cannot be told")
 
 
 def test_only_what_ran_is_claimed():
