@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -227,7 +228,8 @@ def run_benchmarks(
     What is measured is written as it comes; stopped early, the table of it is printed all the same.
 
     ``pythons`` are interpreters of environments with further peers, such as another version of TransformerLens.
-    Raises ValueError for an unknown name, OSError for a folder that cannot be made, Problem for a full disk.
+    Raises ValueError for an unknown name and for an interpreter that there is not or that nothing uses, OSError for
+    a folder that cannot be made, Problem for a full disk.
     """
     from minitf.analysis.fourbit.bench import bench_fourbit  # noqa: PLC0415 (they use this file)
     from minitf.analysis.mixer_bench import bench_mixers  # noqa: PLC0415
@@ -245,6 +247,11 @@ def run_benchmarks(
     for name in names:
         if name not in known:
             raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(known)}")
+    if pythons and "walk" not in (names or known):
+        raise ValueError(f"pythons are for the benchmark walk, which is not among {', '.join(names)}")
+    for python in pythons:
+        if shutil.which(python) is None:
+            raise ValueError(f"pythons: there is no program {python!r}; it must be an interpreter, by its path")
     # On a GPU several processes share its memory, and by itself JAX takes three quarters of it in each of them.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is told before minutes of measuring

@@ -1,5 +1,6 @@
 """Optimizers, by optax, with rates that may be traced numbers: a grid of rates is one ``vmap``."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -116,10 +117,7 @@ def from_settings(
         case "lion":
             inner = optax.lion(rate, *betas, **decay)
         case "adafactor":
-            inner = optax.chain(
-                optax.adafactor(rate, multiply_by_parameter_scale=False, momentum=momentum),
-                decayed(rate, s.weight_decay, mask),
-            )
+            inner = optax.chain(_adafactor(rate, momentum, config), decayed(rate, s.weight_decay, mask))
         case "muon":
             inner = _muon(s, config, steps, mask)
         case _:
@@ -152,6 +150,43 @@ def _pull(rate: Callable[[Any], Any], weight_decay: float | Float[Array, ""]) ->
         return jax.tree.map(lambda u, p: u - by * p, updates, parameters), count + 1
 
     return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
+
+
+def _adafactor(
+    rate: Callable[[Any], Any], momentum: float | Float[Array, ""] | None, config: ModelConfig
+) -> optax.GradientTransformation:
+    """Adafactor (Shazeer and Stern 2018) as ``optax.adafactor`` has it, but factored by whole linear maps.
+
+    By itself it factors the largest two axes, from 128 each: of a map that gives many narrow heads, none. As optax
+    does, it clips by the root mean square of a weight in all layers together.
+    """
+    return optax.chain(
+        _of_matrices(optax.scale_by_factored_rms(), config),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_learning_rate(rate, flip_sign=False),
+        optax.identity() if momentum is None else optax.ema(momentum, debias=False),
+        optax.scale(-1.0),
+    )
+
+
+def _of_matrices(inner: optax.GradientTransformation, config: ModelConfig) -> optax.GradientTransformation:
+    """A transformation that sees a linear map as one matrix, or one for each layer, whatever axes it has."""
+
+    def as_matrix(declaration: Declaration, weight: Array) -> Array:
+        if declaration.sides is None:
+            return weight
+        summed, made = (tuple(weight.shape[axis] for axis in axes) for axes in declaration.sides)
+        several = weight.shape[: weight.ndim - len(summed) - len(made)]
+        return weight.reshape(*several, math.prod(summed), math.prod(made))
+
+    def matrices(tree: Any) -> Any:
+        return jax.tree.map(as_matrix, declare(config), tree, is_leaf=is_declaration)
+
+    def update(updates: Any, state: Any, parameters: Any) -> tuple[Any, Any]:
+        found, state = inner.update(matrices(updates), state, matrices(parameters))
+        return jax.tree.map(lambda new, old: new.reshape(old.shape), found, updates), state
+
+    return optax.GradientTransformation(lambda parameters: inner.init(matrices(parameters)), update)
 
 
 def muon_axes(config: ModelConfig) -> Any:

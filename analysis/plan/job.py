@@ -264,6 +264,9 @@ ROWS = {
 def _memory_table(found: Plan, one: Option) -> Table:
     mesh, device = one.mesh, found.device
     title = f"{_sized(count(found.run.model))} parameters on {mesh.devices} x {device.name} ({_split(one)})"
+    own = found.run.config.mesh.devices
+    if own != mesh.devices:
+        title += f": the best way to divide it; its own mesh is of {own}"
     table = _table(title, "each device holds", "MiB")
     sizes = {name: getattr(one.memory, name) for name in ROWS}
     for name, size in sizes.items():

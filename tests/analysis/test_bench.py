@@ -63,6 +63,16 @@ def test_a_name_that_is_no_benchmark_is_refused_before_anything_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [(["train"], "pythons are for the benchmark walk"), (["walk"], "there is no program 'no/python'")],
+)
+def test_an_interpreter_that_nothing_can_use_is_refused_before_anything_runs(tmp_path, names, told):
+    with pytest.raises(ValueError, match=told):
+        bench.run_benchmarks(names, tmp_path, pythons=["no/python"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_was_measured_before_it_was_stopped_is_kept_and_shown(tmp_path, monkeypatch, capsys):
     def stopped(**settings):
         settings["say"]("the first [of two]")

@@ -114,8 +114,12 @@ def test_what_follows_an_option_is_its_value_though_it_looks_like_a_setting():
 
 def test_a_plan_is_printed_and_kept(capsys, tmp_path):
     assert run("plan", "--preset", "gpt2-124m", "mesh.data=8", "--devices", 8, "--out", tmp_path / "plan") == 0
-    assert "H100" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "H100" in told
+    assert "its own mesh" not in told
     assert json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert run("plan", "--preset", "gpt2-124m", "mesh.data=8", "--devices", 4) == 0
+    assert "the best way to divide it; its own mesh is of 8" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

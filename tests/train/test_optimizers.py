@@ -23,6 +23,7 @@ from minitf.train.optimizers import (
     from_settings,
     muon_axes,
     sgd,
+    share_of_rate,
 )
 
 STEPS = 12
@@ -206,6 +207,37 @@ def test_adafactors_momentum_may_be_swept():
 
     both = jax.vmap(update)(jnp.array([0.8, 0.9]))
     np.testing.assert_allclose(both, [update(0.8), update(0.9)], rtol=1e-6)
+
+
+def random_like(tree, key):
+    return jax.tree.map(lambda x: jax.random.normal(key, x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_adafactor_is_optaxs_on_whole_linear_maps_however_many_heads_they_give(momentum):
+    config = ModelConfig(vocabulary=8, layers=2, width=128, heads=4, length=4, biases=True)
+    settings = OptimizerSettings(
+        name="adafactor", momentum=momentum, rate=0.1, weight_decay=0.0, clip=0.0, warm_up=0
+    )
+    optimizer = from_settings(settings, config, STEPS)
+    published = optax.adafactor(
+        lambda count: 0.1 * share_of_rate(count, settings, STEPS),
+        multiply_by_parameter_scale=False,
+        momentum=momentum or None,
+    )
+    flat = {"query": (2, 128, 128), "output": (2, 128, 128), "query_bias": (2, 4, 32)}
+    parameters = initialize(config, jax.random.key(0))
+    of = lambda tree: {name: getattr(tree.layers.attention, name) for name in flat}
+    theirs = {name: x.reshape(flat[name]) for name, x in of(parameters).items()}
+    state, their_state = optimizer.init(parameters), published.init(theirs)
+    assert max(x.size for x in jax.tree.leaves(state[0][0].v.layers.attention)) == 2 * 128  # those of biases
+    for key in jax.random.split(jax.random.key(1), 3):
+        slope = random_like(parameters, key)
+        update, state = optimizer.update(slope, state, parameters)
+        their_slope = {name: x.reshape(flat[name]) for name, x in of(slope).items()}
+        their_update, their_state = published.update(their_slope, their_state, theirs)
+        for name, found in of(update).items():
+            np.testing.assert_allclose(found.reshape(flat[name]), their_update[name], rtol=1e-6, err_msg=name)
 
 
 def table_parameters():
