@@ -228,8 +228,8 @@ def run_benchmarks(
     What is measured is written as it comes; stopped early, the table of it is printed all the same.
 
     ``pythons`` are interpreters of environments with further peers, such as another version of TransformerLens.
-    Raises ValueError for an unknown name and for an interpreter that there is not or that nothing uses, OSError for
-    a folder that cannot be made, Problem for a full disk.
+    Raises ValueError for an unknown name and for an interpreter that there is not or nothing uses, OSError for a
+    folder that cannot be made, Problem for a full disk.
     """
     from minitf.analysis.fourbit.bench import bench_fourbit  # noqa: PLC0415 (they use this file)
     from minitf.analysis.mixer_bench import bench_mixers  # noqa: PLC0415
