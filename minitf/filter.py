@@ -51,9 +51,14 @@ def _product(
     return rows @ weight
 
 
+@partial(jax.checkpoint, prevent_cse=False)  # so that the rows are kept for the way back, and not their copy
+def _along_weight(rows: Array, moved: Array) -> Array:
+    return jax.lax.dot_general(fenced(rows.T), fenced(moved), (((0,), (0,)), ((), ())))
+
+
 _product.defjvps(
     lambda moved, out, rows, weight: moved @ weight,
-    lambda moved, out, rows, weight: jax.lax.dot_general(fenced(rows.T), fenced(moved), (((0,), (0,)), ((), ()))),
+    lambda moved, out, rows, weight: _along_weight(rows, moved),
 )
 
 
