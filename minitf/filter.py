@@ -51,7 +51,7 @@ def _product(
     return rows @ weight
 
 
-@partial(jax.checkpoint, prevent_cse=False)  # so that the rows are kept for the way back, and not their copy
+@jax.checkpoint  # so that the rows are kept for the way back, and not their copy
 def _along_weight(rows: Array, moved: Array) -> Array:
     return jax.lax.dot_general(fenced(rows.T), fenced(moved), (((0,), (0,)), ((), ())))
 

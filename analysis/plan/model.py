@@ -305,6 +305,9 @@ def memory(run: Run, mesh: MeshSettings, parts: int, steps: int, device: Device 
     layer = 2 * stream
     if rematerialize:
         layer += again
+        if on_cpu:
+            # What its linear maps read is laid out anew for the slopes of their weights.
+            layer += rows * (3 * m.width + hidden) * c
     elif not unrolled:
         # A loop keeps its arrays to the end: gradients of the feed-forward's, of scores and patterns, come on top.
         pairs = 0 if fused else sequences * _over(m.heads, t) * seen_keys(m, m.length)[0]
