@@ -84,11 +84,7 @@ def claim_rows(claims: Iterable[Claim]) -> list[dict[str, Any]]:
             "asked": _interval(np.ravel(one.threshold)[:2])
             if one.direction == "within"
             else f"{one.direction} {_numbers(one.threshold)}",
-            "verdict": "holds"
-            if one.holds
-            else "does not hold"
-            if np.all(np.isfinite(one.value))
-            else "cannot be told",
+            "verdict": _verdict(one),
             "settled": is_settled(one),
         }
         for one in claims
