@@ -10,21 +10,20 @@ from browsing import Opened
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     here = tmp_path_factory.mktemp("mixers")
-    options = [
-        "--mixers",
-        "FNet",
-        "--tasks",
-        "memorisation",
-        "--seeds",
-        "2",
-        "--steps",
-        "3",
+    options = ["--mixers", "FNet", "--tasks", "memorisation", "--seeds", "1", "--steps", "3"]
+    asked = "\n\n".join(f"What is association {i} for? <b>Ask</b> what a task loses." * 3 for i in range(60))
+    (here / "text.txt").write_text(asked)
+    command = [
+        sys.executable,
+        "-m",
+        "minitf",
+        "mixers",
+        "--text",
+        here / "text.txt",
+        *options,
         "--out",
         here / "run",
     ]
-    asked = "\n\n".join(f"What is association {i} for? <b>Ask</b> what a task loses." * 3 for i in range(60))
-    (here / "text.txt").write_text(asked)
-    command = [sys.executable, "-m", "minitf", "mixers", "--text", here / "text.txt", *options]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"Report: {(here / 'run' / 'report.html').resolve()}\n")
