@@ -13,17 +13,8 @@ def out(tmp_path_factory):
     options = ["--mixers", "FNet", "--tasks", "memorisation", "--seeds", "1", "--steps", "3"]
     asked = "\n\n".join(f"What is association {i} for? <b>Ask</b> what a task loses." * 3 for i in range(60))
     (here / "text.txt").write_text(asked)
-    command = [
-        sys.executable,
-        "-m",
-        "minitf",
-        "mixers",
-        "--text",
-        here / "text.txt",
-        *options,
-        "--out",
-        here / "run",
-    ]
+    files = ["--text", here / "text.txt", "--out", here / "run"]
+    command = [sys.executable, "-m", "minitf", "mixers", *files, *options]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"Report: {(here / 'run' / 'report.html').resolve()}\n")
