@@ -248,49 +248,75 @@ def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[A
     def draw(key: Key[Array, ""], step: Array) -> Tree:
         return task.batch(jax.random.fold_in(jax.random.fold_in(key, 1), step), step)
 
-    def chunk(
-        hyper: Tree, state: tuple[Tree, Tree], batch_of: Callable[[Array], Tree], done: Array, targets: Array
-    ) -> tuple[tuple[Tree, Tree], Array, Tree]:
-        optimizer = task.optimizer(hyper)
+    def take(hyper: Tree, state: tuple[Tree, Tree], batch: Tree) -> tuple[tuple[Tree, Tree], Array]:
+        parameters, moments = state
+        loss, gradient = jax.value_and_grad(task.loss)(parameters, batch)
+        update, moments = task.optimizer(hyper).update(gradient, moments, parameters)
+        return (optax.apply_updates(parameters, update), moments), loss.astype(jnp.float32)
 
-        def one_step(carry: tuple) -> tuple:
-            (parameters, moments), losses, step = carry
-            loss, gradient = jax.value_and_grad(task.loss)(parameters, batch_of(step))
-            update, moments = optimizer.update(gradient, moments, parameters)
-            losses = losses.at[step - done].set(loss.astype(jnp.float32))
-            return (optax.apply_updates(parameters, update), moments), losses, step + 1
-
-        def to_next_record(carry: tuple, target: Array) -> tuple[tuple, Tree]:
-            carry = jax.lax.while_loop(lambda c: c[2] < target, one_step, carry)
-            return carry, task.record(carry[0][0])
-
-        empty = jnp.full(capacity, jnp.nan, jnp.float32)
-        (state, losses, _), records = jax.lax.scan(to_next_record, (state, empty, done), targets)
-        return state, losses, records
-
+    # Loops are around what runs side by side, not in it: JAX traces the body of a loop anew, several times, for
+    # each axis that is put on it.
     def side_by_side(keys: Array, hyper: Tree, states: Tree, done: Array, targets: Array) -> Any:
-        def one_seed(key: Key[Array, ""], state: Tree) -> Any:
-            return jax.vmap(lambda h, s: chunk(h, s, partial(draw, key), done, targets))(hyper, state)
+        def take_all(states: Tree, step: Array) -> tuple[Tree, Array]:
+            def one_seed(key: Key[Array, ""], state: Tree) -> tuple[Tree, Array]:
+                return jax.vmap(take, in_axes=(0, 0, None))(hyper, state, draw(key, step))
 
-        return jax.vmap(one_seed)(keys, states)
+            return jax.vmap(one_seed)(keys, states)
+
+        runs = len(keys), len(jax.tree.leaves(hyper)[0])
+        return _to_each_record(take_all, jax.vmap(jax.vmap(task.record)), states, done, targets, capacity, runs)
 
     def one_after_another(keys: Array, hyper: Tree, states: Tree, done: Array, targets: Array) -> Any:
-        def one_seed(key_and_state: tuple) -> Any:
-            key, state = key_and_state
+        def one_seed(key_and_states: tuple) -> Any:
+            key, states = key_and_states
+            many = _at_once(states)
+            groups = partial(jax.tree.map, lambda x: x.reshape(-1, many, *x.shape[1:]))
+            one_list = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
             # Drawn once for all rates, which do not all run at the same time.
             batches = jax.lax.map(partial(draw, key), done + jnp.arange(capacity, dtype=jnp.int32))
 
-            def batch_of(step: Array) -> Tree:
-                return jax.tree.map(lambda x: x[step - done], batches)
+            def one_group(hyper_and_states: tuple) -> Any:
+                hyper, states = hyper_and_states
 
-            return jax.lax.map(
-                lambda x: chunk(x[0], x[1], batch_of, done, targets), (hyper, state), batch_size=_at_once(state)
-            )
+                def take_all(states: Tree, step: Array) -> tuple[Tree, Array]:
+                    batch = jax.tree.map(lambda x: x[step - done], batches)
+                    return jax.vmap(take, in_axes=(0, 0, None))(hyper, states, batch)
+
+                return _to_each_record(take_all, jax.vmap(task.record), states, done, targets, capacity, (many,))
+
+            return one_list(jax.lax.map(one_group, groups((hyper, states))))
 
         return jax.lax.map(one_seed, (keys, states))
 
     all_starts = jax.vmap(jax.vmap(start, in_axes=(None, 0)), in_axes=(0, None))
     return jax.jit(all_starts), jax.jit(one_after_another if how == "map" else side_by_side)
+
+
+def _to_each_record(
+    take: Callable[[Tree, Array], tuple[Tree, Array]],
+    record: Callable[[Tree], Tree],
+    states: Tree,
+    done: Array,
+    targets: Array,
+    capacity: int,
+    runs: tuple[int, ...],
+) -> tuple[Tree, Array, Tree]:
+    """Steps of all runs from ``done`` to each target, and there a record: the states, losses ``[*runs, capacity]``
+    (NaN where no step was taken) and records ``[*runs, target, ...]``.
+    """
+
+    def one_step(carry: tuple) -> tuple:
+        states, losses, step = carry
+        states, loss = take(states, step)
+        return states, losses.at[..., step - done].set(loss), step + 1
+
+    def to_next_record(carry: tuple, target: Array) -> tuple[tuple, Tree]:
+        carry = jax.lax.while_loop(lambda c: c[2] < target, one_step, carry)
+        return carry, record(carry[0][0])
+
+    empty = jnp.full((*runs, capacity), jnp.nan, jnp.float32)
+    (states, losses, _), records = jax.lax.scan(to_next_record, (states, empty, done), targets)
+    return states, losses, jax.tree.map(lambda x: jnp.moveaxis(x, 0, len(runs)), records)
 
 
 def _at_once(state: Tree) -> int:

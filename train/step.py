@@ -222,17 +222,31 @@ class Program:
 
         ``windows`` ``[most, batch, length + 1]`` are the tokens of these steps.
         """
-        empty = Measures(*(jnp.full(most, jnp.nan, jnp.float32),) * 2)
 
-        def one(step: Array, carry: tuple[State, Measures]) -> tuple[State, Measures]:
-            state, measured = carry
-            window = None if windows is None else windows[step - done]
-            state, new = self.take(state, key, hyper, step, window)
-            put = lambda all, x: all.at[step - done].set(x.astype(jnp.float32))
-            return state, jax.tree.map(put, measured, new)
+        def take(state: State, step: Array) -> tuple[State, Measures]:
+            return self.take(state, key, hyper, step, None if windows is None else windows[step - done])
 
-        # The counter is not the state's: with many models side by side it must be one for all of them.
-        return jax.lax.fori_loop(done, to, one, (state, empty))
+        return _step_by_step(take, state, done, to, (most,))
+
+
+def _step_by_step(
+    take: Callable[[State, Array], tuple[State, Measures]],
+    state: State,
+    done: Array,
+    to: Array,
+    shape: tuple[int, ...],
+) -> tuple[State, Measures]:
+    """The steps ``done`` to ``to``; measures are of that shape, whose last axis is that of steps."""
+
+    def one(step: Array, carry: tuple[State, Measures]) -> tuple[State, Measures]:
+        state, measured = carry
+        state, new = take(state, step)
+        put = lambda all, x: all.at[..., step - done].set(x.astype(jnp.float32))
+        return state, jax.tree.map(put, measured, new)
+
+    empty = Measures(*(jnp.full(shape, jnp.nan, jnp.float32),) * 2)
+    # The counter is not the state's: with many models side by side it must be one for all of them.
+    return jax.lax.fori_loop(done, to, one, (state, empty))
 
 
 def layers_at_once(config: TrainConfig, model: ModelConfig, kind: str) -> int | bool:
@@ -275,12 +289,32 @@ def side_by_side(program: Program, most: int, at_once: int) -> Callable[..., tup
         done: Array,
         to: Array,
     ) -> tuple[State, Measures]:
-        def one(model: tuple[State, Array, Mapping[str, Array], Array]) -> tuple[State, Measures]:
-            state, key, numbers, seed = model
-            mine = None if windows is None else windows[seed]
-            return program.advance(state, key, numbers, mine, done, to, most)
+        def together(models: tuple[State, Array, Mapping[str, Array], Array]) -> tuple[State, Measures]:
+            states, keys, numbers, seed_of = models
 
-        models = (states, keys, hyper, seed_of)
-        return jax.lax.map(one, models, batch_size=at_once)
+            # The loop over steps is around what runs side by side: JAX traces a loop that it is to batch anew.
+            def take(states: State, step: Array) -> tuple[State, Measures]:
+                def one(state: State, key: Array, numbers: Mapping[str, Array], seed: Array) -> Any:
+                    window = None if windows is None else windows[seed, step - done]
+                    return program.take(state, key, numbers, step, window)
+
+                return jax.vmap(one)(states, keys, numbers, seed_of)
+
+            return _step_by_step(take, states, done, to, (len(keys), most))
+
+        return _in_turn(together, (states, keys, hyper, seed_of), len(keys), at_once)
 
     return advance
+
+
+def _in_turn(function: Callable[[Tree], Tree], tree: Tree, many: int, at_once: int) -> Tree:
+    """The function of so many entries at once, of the first axis of all leaves, and of those that are left."""
+    if at_once >= many:
+        return function(tree)
+    whole = many - many % at_once
+    groups = jax.tree.map(lambda x: x[:whole].reshape(-1, at_once, *x.shape[1:]), tree)
+    found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(function, groups))
+    if whole == many:
+        return found
+    rest = function(jax.tree.map(lambda x: x[whole:], tree))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), found, rest)

@@ -233,7 +233,6 @@ COMPILED = {
 }
 
 
-@pytest.mark.optimized
 def test_temporary_memory_is_what_the_compiler_says_within_a_fifth():
     found, planned = {}, {}
     for name, (training, model) in COMPILED.items():
