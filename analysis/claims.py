@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from minitf.files import write_atomically
 
@@ -138,7 +138,7 @@ def mean_ci95(samples: Sequence[float] | np.ndarray) -> tuple[float, Interval | 
     mean = float(x.mean())
     if x.size == 1:
         return mean, None
-    half = float(stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
+    half = float(special.stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size))
     return mean, (mean - half, mean + half)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
-from scipy import stats
+from scipy import special
 
 from minitf.analysis.patching import Metric
 from minitf.train.batch import NO_TARGET
@@ -97,4 +97,4 @@ def margin(
         return np.full(growth.shape[:-1], np.nan)
     off = growth - growth.mean(axis=-1, keepdims=True) * (counts / counts.mean())
     error = np.sqrt(np.sum(off**2, axis=-1) / (many * (many - 1)))
-    return np.asarray(stats.t.ppf(0.975, many - 1) * error)
+    return np.asarray(special.stdtrit(many - 1, 0.975) * error)

@@ -25,7 +25,6 @@ def test_sign_claim_holds_and_its_value_is_that_of_the_recurrence():
     assert found.value[1:3] == pytest.approx((1.0, 1.0), abs=1e-5)
 
 
-@pytest.mark.optimized
 def test_codes_freeze_with_linear_levels_and_go_on_with_others():
     frozen, changing = claims.frozen_claims()
     assert frozen.holds and changing.holds
@@ -66,7 +65,6 @@ def test_texts_follow_the_chain():
     )
 
 
-@pytest.mark.optimized
 def test_a_model_trained_with_few_bits_is_as_good_and_with_zeros_diverges():
     for c in claims.training_claims():
         assert c.holds, c
