@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties.models import BERT, GPT2, LLAMA, NEOX, configs, examples, random_parameters
 
-from minitf import ModelConfig, change, walk
+from minitf import ModelConfig, change, compose, walk
 from minitf.changes import identity_edit
 from minitf.decode import Sampling, _check, _padded, empty_cache, generate, likely, sample, stream
 from minitf.edits import ablate, patch
@@ -31,9 +31,12 @@ TABLES = ModelConfig(
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
 
 
-def full(parameters, sequence, config):
-    """The logits of every position, computed at once."""
-    return np.asarray(walk(parameters, jnp.array([sequence]), config).logits[0])
+def full(parameters, sequences, config):
+    """The logits of every position, computed at once; of shorter sequences with zeros after them, unseen."""
+    tokens = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return np.asarray(walk(parameters, jnp.asarray(tokens), config).logits)
 
 
 @examples(8)
@@ -58,7 +61,10 @@ def test_keys_and_values_in_the_cache_can_be_edited_as_they_are_seen_and_stay_as
     parameters, tokens = random_parameters(LLAMA), jnp.array([[3, 1, 4, 1, 5, 2]])
     begun = walk_on(parameters, tokens[:, :4], empty_cache(LLAMA, 1, 8), LLAMA)[1]
     seen, after = walk_on(parameters, tokens[:, 4:5], begun, LLAMA)
-    for edit in (identity_edit(seen), patch(seen, "layers.k", seen), patch(seen, "layers.v", seen, layer=0)):
+    neutral = identity_edit(seen)
+    patches = patch(seen, "layers.k", seen), patch(seen, "layers.v", seen, layer=0)
+    # Of all leaves each, so of one program.
+    for edit in (neutral, *(compose(neutral, one) for one in patches)):
         same, _ = walk_on(parameters, tokens[:, 4:5], begun, LLAMA, edit=edit)
         np.testing.assert_array_equal(same.logits, seen.logits)
     # A value that was kept earlier is not seen now, and is there again.
@@ -86,9 +92,10 @@ def test_prompts_of_different_lengths_continue_as_each_would_alone(config):
     prompts = [[t % config.vocabulary for t in p] for p in PROMPTS]
     found = generate(parameters, prompts, config, steps=3)
     assert found.tokens.shape == (3, 3) and found.lengths.tolist() == [3, 3, 3]
-    for prompt, continued in zip(prompts, found.tokens.tolist(), strict=True):
-        logits = full(parameters, [*prompt, *continued[:-1]], config)
-        assert continued == logits[len(prompt) - 1 :].argmax(axis=-1).tolist()
+    tokens = found.tokens.tolist()
+    whole = full(parameters, [[*p, *continued[:-1]] for p, continued in zip(prompts, tokens, strict=True)], config)
+    for prompt, continued, logits in zip(prompts, tokens, whole, strict=True):
+        assert continued == logits[len(prompt) - 1 :][:3].argmax(axis=-1).tolist()
 
 
 def test_streamed_tokens_are_the_generated_ones_and_end_with_the_stop_token():

@@ -145,7 +145,9 @@ def test_the_fused_kernel_is_asked_for_what_the_association_computes(monkeypatch
     # bfloat16 keeps 8 bits, and the two round in other places.
     assert relative_error(found.astype(jnp.float32), expected.astype(jnp.float32)) < 8 * 2.0**-8
     asked.clear()
-    walk(parameters, tokens, config)
-    walk(parameters, tokens, config, association=False, valid=jnp.ones(tokens.shape, bool))
-    walk(random_parameters(config), tokens, config, association=False)
+    # What is asked for is known before anything is compiled.
+    would = lambda parameters, **fields: jax.eval_shape(lambda: walk(parameters, tokens, config, **fields))
+    would(parameters)
+    would(parameters, association=False, valid=jnp.ones(tokens.shape, bool))
+    would(random_parameters(config), association=False)
     assert not asked

@@ -170,7 +170,7 @@ def neutral(config):
     return identity_edit(shapes(config))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64, typed=True)  # True is another answer than 1, and equal to it
 def compiled(config, unroll=1):
     """The whole walk of a configuration under jit, once for all tests that ask for it."""
     return jax.jit(
@@ -178,7 +178,7 @@ def compiled(config, unroll=1):
     )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64, typed=True)  # True is another answer than 1, and equal to it
 def compiled_logits(config, unroll=1):
     """The same, with all of the walk but the logits dropped."""
     return jax.jit(

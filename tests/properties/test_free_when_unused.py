@@ -42,7 +42,7 @@ def test_logits_alone_cost_what_a_plain_forward_costs(norm, unroll, biases):
     kind, placement = norm
     config = ModelConfig(
         vocabulary=101,
-        layers=3,
+        layers=2,
         width=64,
         heads=4,
         length=32,

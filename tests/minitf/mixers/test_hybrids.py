@@ -61,6 +61,7 @@ def test_its_walk_adds_up_and_layer_by_layer_is_the_same():
         assert relative_error(jnp.sum(heads, axis=2), walked.layers.attention_step[number]) < 1e-5
         alone = layer_walk(PARAMETERS, walked.layers.resid_pre[number], HYBRID, number)
         assert relative_error(alone.resid_post, walked.layers.resid_post[number]) < 1e-6
+    for number in (1, 2):
         rest = walk_from(PARAMETERS, walked.layers.resid_pre[number], HYBRID, number)
         assert relative_error(rest.logits, walked.logits) < 1e-5
         end = end_from(PARAMETERS, walked.layers.resid_pre[number], HYBRID, number, at=(-1,))
@@ -72,7 +73,9 @@ def test_the_identity_edit_changes_nothing_and_layers_are_edited_by_number():
     plain = run(PARAMETERS, TOKENS)
     same = run(PARAMETERS, TOKENS, identity_edit(shapes(HYBRID, PARAMETERS, TOKENS)))
     assert relative_error(same.logits, plain.logits) < 1e-5
-    knocked = run(PARAMETERS, TOKENS, ablate(plain, "layers.z", layer=2, head=1))
+    # The other edit leaves its layer as it is, so that what follows is of the same program.
+    one = compose(ablate(plain, "layers.z", layer=2, head=1), change(plain, "layers.z", layer=0, head=5))
+    knocked = run(PARAMETERS, TOKENS, one)
     assert not np.any(knocked.layers.z[2][:, :, 1]) and np.any(knocked.layers.z[2][:, :, 0])
     np.testing.assert_array_equal(knocked.layers.z[1], plain.layers.z[1])
     both = compose(ablate(plain, "layers.z", layer=2, head=1), ablate(plain, "layers.z", layer=0, head=5))
@@ -80,14 +83,24 @@ def test_the_identity_edit_changes_nothing_and_layers_are_edited_by_number():
     assert not np.any(twice.layers.z[2][:, :, 1]) and not np.any(twice.layers.z[0][:, :, 5])
 
 
-@pytest.mark.parametrize("layer", range(4))
-def test_any_association_can_be_set_and_the_values_are_mixed_under_it(layer):
+def test_any_association_can_be_set_and_the_values_are_mixed_under_it():
     plain = compiled(HYBRID)(PARAMETERS, TOKENS)
     uniform = np.tril(np.ones((9, 9))) / np.arange(1, 10)[:, None]
-    edit = set_to(plain, "layers.pattern", uniform, layer=layer)
-    edited = compiled(HYBRID)(PARAMETERS, TOKENS, edit)
-    expected = np.einsum("ts,bshc->bthc", uniform, np.asarray(plain.layers.v[layer]))
-    np.testing.assert_allclose(edited.layers.z[layer], expected, atol=1e-4)
+
+    def edited(layer):
+        """One edit of the same leaves, so of one program: that layer's association is set, the others' stay."""
+        of = lambda number: change(
+            plain, "layers.pattern", layer=number, keep=1.0 * (number != layer), put=put_in(number)
+        )
+        put_in = lambda number: uniform if number == layer else -0.0 * uniform
+        return compiled(HYBRID)(PARAMETERS, TOKENS, functools.reduce(compose, map(of, range(4))))
+
+    for layer in range(4):
+        expected = np.einsum("ts,bshc->bthc", uniform, np.asarray(plain.layers.v[layer]))
+        found = edited(layer).layers
+        np.testing.assert_allclose(found.z[layer], expected, atol=1e-4)
+        for before in range(layer):
+            assert relative_error(found.z[before], plain.layers.z[before]) < 1e-5
 
 
 def test_record_keeps_what_is_asked_of_layers_that_differ():
@@ -104,13 +117,20 @@ def test_it_decodes_as_it_runs_and_prompts_of_any_lengths():
     whole = compiled(HYBRID)(PARAMETERS, TOKENS)
     cache, found = empty_cache(HYBRID, 2, 9), []
     go_on = jax.jit(lambda part, cache: walk_on(PARAMETERS, part, cache, HYBRID))
-    for part in (TOKENS[:, :5], TOKENS[:, 5:6], TOKENS[:, 6:]):
+    # By fours, and one alone.
+    for part in (TOKENS[:, :4], TOKENS[:, 4:5], TOKENS[:, 5:]):
         walked, cache = go_on(part, cache)
         found.append(walked.logits)
     assert relative_error(np.concatenate(found, axis=1), whole.logits) < 1e-4
-    together = generate(PARAMETERS, [[3, 1, 4], [1]], HYBRID, steps=3).tokens
-    for prompt, continued in zip([[3, 1, 4], [1]], together, strict=True):
-        np.testing.assert_array_equal(continued, generate(PARAMETERS, [prompt], HYBRID, steps=3).tokens[0])
+    prompts = [[3, 1, 4], [1]]
+    together = np.asarray(generate(PARAMETERS, prompts, HYBRID, steps=3).tokens)
+    # Each whole, and after it zeros that nothing before them sees: as long as what is compiled already.
+    alone = np.zeros((2, 9), np.int32)
+    for row, prompt, continued in zip(alone, prompts, together, strict=True):
+        row[: len(prompt) + 3] = *prompt, *continued
+    likeliest = np.argmax(compiled(HYBRID)(PARAMETERS, alone).logits, axis=-1)
+    for prompt, continued, row in zip(prompts, together, likeliest, strict=True):
+        np.testing.assert_array_equal(continued, row[len(prompt) - 1 : len(prompt) + 2])
 
 
 def test_a_sweep_over_single_layers_is_one_edited_walk_for_each_place():
