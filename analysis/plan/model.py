@@ -371,6 +371,7 @@ def weights_of(model: ModelConfig) -> list[Declaration]:
     return jax.tree.leaves(declare(model), is_leaf=is_declaration)
 
 
+@functools.lru_cache(maxsize=1024)
 def largest_gathered(model: ModelConfig, tensor: int) -> int:
     """Numbers of what is gathered at a time: a layer's weights, or the embedding, divided by ``tensor`` alone."""
     inside = outside = 0
@@ -383,6 +384,7 @@ def largest_gathered(model: ModelConfig, tensor: int) -> int:
     return max(inside, outside)
 
 
+@functools.lru_cache(maxsize=4096)
 def numbers_on_device(declaration: Declaration, fsdp: int, tensor: int) -> int:
     """Numbers of a weight on each device."""
     sizes = {"data": 1, "fsdp": fsdp, "tensor": tensor}

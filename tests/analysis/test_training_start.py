@@ -237,7 +237,7 @@ def test_a_model_of_next_tokens_goes_on_with_masked_ones(begun, tmp_path):
 
 
 def test_a_series_is_read_as_the_model_reads_it(tmp_path):
-    (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{i % 7},{i % 3}\n" for i in range(40_000)))
+    (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{i % 7},{i % 3}\n" for i in range(4000)))
     table = {"format": "csv", "paths": [str(tmp_path / "x.csv")]}
     fresh = laid_over(STILL, {"data": {**table, "columns": ["b", "a"], "bins": 3}, "model": SMALL})
     job.run(as_config(fresh), tmp_path / "one", quiet=True)
