@@ -39,7 +39,6 @@ def test_a_linear_filter_has_the_slopes_of_a_product_also_along_a_direction_of_m
     )
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("tied", [False, True])
 def test_on_a_cpu_every_product_of_a_training_step_adds_up_along_the_last_axis_of_its_left_side(tied):
     """Else XLA takes up to twice as long for it."""

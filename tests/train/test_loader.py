@@ -138,7 +138,6 @@ def test_too_little_for_a_validation_window_is_refused():
         spread_windows(np.arange(9), 3, 0)
 
 
-@pytest.mark.optimized
 def test_grain_is_not_loaded_for_nothing():
     program = "import sys, minitf.train.symbols, minitf.train.loader; print('grain' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -108,7 +108,6 @@ def test_who_reads_the_loss_alone_pays_for_nothing_else():
     assert flops(jax.grad(loss), PARAMETERS) < 3.2 * forward
 
 
-@pytest.mark.optimized
 def test_nothing_as_large_as_all_logits_is_kept_in_chunks():
     config = ModelConfig(vocabulary=4000, layers=1, width=8, length=64, feed_forward="none")
     batch = next_token(jnp.zeros((4, 65), jnp.int32))
