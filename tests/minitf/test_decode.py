@@ -39,19 +39,20 @@ def full(parameters, sequences, config):
     return np.asarray(walk(parameters, jnp.asarray(tokens), config).logits)
 
 
-@examples(8)
+@examples(6)
 @given(configs(causal=True, length=8))
 def test_cached_decoding_gives_the_full_passs_logits_at_every_position(config):
     parameters = random_parameters(config)
     tokens = np.random.default_rng(1).integers(config.vocabulary, size=(2, 7))
-    whole = walk(parameters, jnp.array(tokens), config)
+    whole = jax.device_get(walk(parameters, jnp.asarray(tokens), config))
     cache = empty_cache(config, 2, 8)
     found = []
     for part in (tokens[:, :3], tokens[:, 3:4], tokens[:, 4:]):
-        walked, cache = walk_on(parameters, jnp.array(part), cache, config)
+        walked, cache = walk_on(parameters, jnp.asarray(part), cache, config)
         found.append(walked.logits)
+    cache = jax.device_get(cache)
     # Sums over eight slots of which some are forbidden: float32 rounding of another order of adding.
-    scale = float(jnp.max(jnp.abs(whole.logits)))
+    scale = float(np.max(np.abs(whole.logits)))
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole.logits, atol=2e-5 * max(1.0, scale))
     assert cache.filled.tolist() == [7, 7]
     np.testing.assert_allclose(cache.states[0][:, :, :7], whole.layers.k, atol=1e-5 * max(1.0, scale))
@@ -104,21 +105,21 @@ def test_streamed_tokens_are_the_generated_ones_and_end_with_the_stop_token():
     free = generate(parameters, PROMPTS[:2], GPT2, steps=5, sampling=sampling, key=key).tokens
     stop = [int(free[0, 2])]
     found = generate(parameters, PROMPTS[:2], GPT2, steps=5, sampling=sampling, key=key, stop=stop)
+    streamed = list(stream(parameters, PROMPTS[:2], GPT2, steps=5, sampling=sampling, key=key, stop=stop))
     for i in range(2):
         expected = free[i].tolist()
         length = expected.index(stop[0]) + 1 if stop[0] in expected else 5
         assert int(found.lengths[i]) == length
         assert found.tokens[i, :length].tolist() == expected[:length]
-        streamed = [
-            s[i] for s in stream(parameters, PROMPTS[:2], GPT2, steps=5, sampling=sampling, key=key, stop=stop)
-        ]
-        assert [int(t) for t in streamed if t >= 0] == expected[:length]
+        assert [int(tokens[i]) for tokens in streamed if tokens[i] >= 0] == expected[:length]
 
 
 def test_a_key_decides_the_tokens():
     parameters = random_parameters(GPT2)
+    # As many as are streamed in another test, so of one program.
+    sampling = Sampling(temperature=1.5)
     draw = lambda seed: (
-        generate(parameters, [[1]] * 8, GPT2, steps=4, sampling=Sampling(2.0), key=jax.random.key(seed)).tokens
+        generate(parameters, PROMPTS[:2], GPT2, steps=5, sampling=sampling, key=jax.random.key(seed)).tokens
     )
     assert np.array_equal(draw(0), draw(0)) and not np.array_equal(draw(0), draw(1))
 

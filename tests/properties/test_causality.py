@@ -37,8 +37,9 @@ UNIT = 2.0**-24
 def test_changing_a_token_never_changes_positions_before_it(config, place):
     parameters, tokens = random_parameters(config), random_tokens(config)
     run = quick_jit(lambda p, t: walk(p, t, config).logits)
-    changed = tokens.at[:, place].set((tokens[:, place] + 1) % config.vocabulary)
-    before, after = run(parameters, tokens), run(parameters, changed)
+    changed = np.array(tokens)
+    changed[:, place] = (changed[:, place] + 1) % config.vocabulary
+    before, after = (np.asarray(run(parameters, x)) for x in (tokens, changed))
     np.testing.assert_array_equal(before[:, :place], after[:, :place])
 
 
@@ -51,9 +52,9 @@ def test_by_gradient_a_position_depends_on_its_past_alone(name):
         edit = Edit(token_embedding=Change(jnp.zeros(()), embeddings))
         return jnp.sum(jnp.sin(walk(parameters, tokens, config, edit=edit).logits[0, place]))
 
-    embeddings = parameters.embedding[tokens]
-    by_place = quick_jit(jax.vmap(jax.grad(at), (None, 0)))(embeddings, jnp.arange(LENGTH))
-    influence = np.abs(np.asarray(by_place[:, 0])).sum(-1)  # [position, token]
+    embeddings = np.asarray(parameters.embedding)[np.asarray(tokens)]
+    by_place = quick_jit(jax.vmap(jax.grad(at), (None, 0)))(embeddings, np.arange(LENGTH))
+    influence = np.abs(np.asarray(by_place)[:, 0]).sum(-1)  # [position, token]
     future = ~np.tri(LENGTH, dtype=bool)
     assert (influence[~future] > 0).all()
     assert not influence[future].any() if config.causal else (influence[future] > 0).all()
@@ -66,7 +67,7 @@ def test_by_gradient_a_position_depends_on_its_past_alone(name):
 )
 def test_without_positions_the_past_is_a_bag_of_tokens(config, order):
     parameters, tokens = random_parameters(config), random_tokens(config)
-    shuffled = jnp.concatenate([tokens[:, np.array(order)], tokens[:, -1:]], axis=1)
+    shuffled = np.asarray(tokens)[:, [*order, LENGTH - 1]]
     run = quick_jit(lambda p, t: walk(p, t, config).logits[:, -1])
     assert relative_error(run(parameters, shuffled), run(parameters, tokens)) < 100 * UNIT
 
@@ -74,9 +75,10 @@ def test_without_positions_the_past_is_a_bag_of_tokens(config, order):
 def test_with_positions_the_past_has_an_order():
     for config in (GPT2, LLAMA, NEOX):
         parameters, tokens = random_parameters(config), random_tokens(config)
-        shuffled = jnp.concatenate([tokens[:, 3::-1], tokens[:, -1:]], axis=1)
+        shuffled = np.asarray(tokens)[:, [3, 2, 1, 0, 4]]
         run = compiled_logits(config)
-        assert largest(run(parameters, shuffled)[:, -1] - run(parameters, tokens)[:, -1]) > 1e-3
+        one, other = (np.asarray(run(parameters, x))[:, -1] for x in (shuffled, tokens))
+        assert largest(one - other) > 1e-3
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA, BERT], ids=["gpt2", "llama", "bert"])
@@ -85,17 +87,17 @@ def test_seeds_under_vmap_are_a_loop_over_seeds(config):
     keys = jax.random.split(jax.random.key(0), 3)
     draw = lambda key: initialize(config, key)
     many, one_by_one = quick_jit(jax.vmap(draw))(keys), quick_jit(draw)
-    together = quick_jit(jax.vmap(lambda p: walk(p, tokens, config)))(many)
+    together = jax.device_get(quick_jit(jax.vmap(lambda p: walk(p, tokens, config)))(many))
     for index, key in enumerate(keys):
         single = compiled(config)(one_by_one(key), tokens)
         for (name, found), (_, expected) in zip(
             leaves(jax.tree.map(lambda x, i=index: x[i], together)), leaves(single), strict=True
         ):
-            one, other = (np.where(np.isfinite(x), x, 0.0) for x in (found, expected))
+            one, other = (np.where(np.isfinite(x), x, 0.0) for x in map(np.asarray, (found, expected)))
             assert largest(one - other) <= 1e-5 * max(largest(other), 1e-3), name
 
 
-@examples(6)
+@examples(5)
 @given(config=configs())
 def test_half_precision_runs_without_nan_and_keeps_its_statistics_in_single(config):
     parameters, tokens = random_parameters(config, dtype=jnp.bfloat16), random_tokens(config)

@@ -72,7 +72,7 @@ def test_the_identity_edit_changes_no_bit(config):
 
 
 @pytest.mark.optimized
-@examples(5)
+@examples(4)
 @given(config=configs())
 def test_compiled_otherwise_the_identity_edit_moves_at_most_the_last_bits(config):
     # XLA may contract a product and a sum into one rounding in the one program and not in the other: one unit
@@ -83,7 +83,6 @@ def test_compiled_otherwise_the_identity_edit_moves_at_most_the_last_bits(config
     assert relative_error(edited, plain) <= 2 * config.layers * 10 * UNIT
 
 
-@pytest.mark.optimized
 def test_a_thousand_edits_run_through_one_executable(gpt2):
     run = jax.jit(lambda p, t, e: walk(p, t, GPT2, edit=e).logits)
     seen = set()
@@ -105,7 +104,6 @@ def test_a_traced_index_sweeps_over_layers_in_one_program(gpt2):
         assert relative_error(together[layer], single) < 20 * UNIT
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("leaf", ["layers.z", "layers.pattern", "layers.v"])
 def test_a_head_edited_to_zero_is_a_head_without_output_weights(gpt2, leaf):
     parameters, tokens = gpt2
@@ -132,13 +130,13 @@ def test_a_head_step_edited_to_zero_takes_the_whole_step_with_it(gpt2):
 
 
 @examples(10)
-@given(first=st.integers(0, 10**6), second=st.integers(0, 10**6), config=st.sampled_from([GPT2, BERT]))
-def test_doing_one_edit_and_then_another_is_their_composition(first, second, config):
+@given(first=st.integers(0, 10**6), second=st.integers(0, 10**6))
+def test_doing_one_edit_and_then_another_is_their_composition(first, second):
     # On one leaf at a time "then" is defined by what the leaf is after the first edit.
-    one, two = (random_edit(config, seed, some(EDITED, seed)) for seed in (first, second))
+    one, two = (random_edit(GPT2, seed, some(EDITED, seed)) for seed in (first, second))
     both = compose(one, two)
     value = np.random.default_rng(first).normal()
-    for name, _ in leaves(shapes(config)):
+    for name, _ in leaves(shapes(GPT2)):
         expected = value
         for edit in (one, two):
             c = get(edit, name)
@@ -210,7 +208,9 @@ def test_the_gradient_by_put_at_the_neutral_edit_is_the_attribution_of_every_lea
         like = shapes(config, parameters, tokens)
         edit = identity_edit(like)
         number = lambda e: jnp.sum(jnp.sin(walk(parameters, tokens, config, edit=e).logits))
-        measure, gradient = quick_jit(number), quick_jit(jax.grad(number))(edit)
+        # One program: the slopes that come with the other numbers are not looked at.
+        both = quick_jit(jax.value_and_grad(number))
+        gradient = jax.device_get(both(edit)[1])
         generator = np.random.default_rng(0)
         for name, shape in leaves(like):
             direction, step = generator.normal(size=shape.shape), 1e-6
@@ -218,10 +218,9 @@ def test_the_gradient_by_put_at_the_neutral_edit_is_the_attribution_of_every_lea
                 # Forbidden pairs stay forbidden whatever an edit says.
                 assert not np.asarray(get(gradient, name).put)[np.isneginf(blocked(config, shape))].any()
             moved = [
-                measure(put(edit, name, Change(get(edit, name).keep, jnp.asarray(sign * step * direction))))
-                for sign in (1, -1)
+                both(put(edit, name, Change(get(edit, name).keep, sign * step * direction)))[0] for sign in (1, -1)
             ]
-            expected = (moved[0] - moved[1]) / (2 * step)
+            expected = (float(moved[0]) - float(moved[1])) / (2 * step)
             found = np.sum(np.asarray(get(gradient, name).put) * direction)
             # Central differences err by the third derivative times step^2 and by rounding over step: some 1e-8.
             assert abs(found - expected) <= 1e-7 * max(1.0, abs(found)), name
