@@ -41,7 +41,7 @@ def long_run(name):
 
     The aggregate and what comes out of the gate; the recurrence's aggregate.
     """
-    config = model(name, layers=1, length=1024)
+    config = model(name, layers=1, length=2048)
     mixer = config.mixer
 
     def together(own, x):
