@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from minitf.cores import cores, largest_divisor
 from minitf.filter import in_statistics_dtype
+from minitf.in_turn import in_turn
 
 # Queries in one block, at least; and blocks at most, since each is compiled.
 BLOCK, MOST_BLOCKS = 64, 8
@@ -131,9 +132,4 @@ def _few_at_a_time(function: Callable[..., Any], *arrays: Array) -> Any:
     batch, length, heads = arrays[0].shape[:3]
     one, most = heads * min(block_of(length), length) * length * 4, cores()
     most = ONE_CORE_BYTES if most == 1 else most * SHARED_CORE_BYTES
-    few = largest_divisor(batch, most // one)
-    if few >= batch:
-        return function(*arrays)
-    apart = jax.tree.map(lambda x: x.reshape(batch // few, few, *x.shape[1:]), arrays)
-    found = jax.lax.map(lambda x: function(*x), apart)
-    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), found)
+    return in_turn(lambda x: function(*x), arrays, largest_divisor(batch, most // one))

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Key
 
 from minitf.cores import CACHE_BYTES, cores, largest_divisor
+from minitf.in_turn import in_turn
 
 Tree = Any
 Report = Callable[[int, float], None]  # step, mean loss over the runs
@@ -270,8 +271,6 @@ def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[A
         def one_seed(key_and_states: tuple) -> Any:
             key, states = key_and_states
             many = _at_once(states)
-            groups = partial(jax.tree.map, lambda x: x.reshape(-1, many, *x.shape[1:]))
-            one_list = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
             # Drawn once for all rates, which do not all run at the same time.
             batches = jax.lax.map(partial(draw, key), done + jnp.arange(capacity, dtype=jnp.int32))
 
@@ -284,7 +283,7 @@ def _programs(task: Task, how: Literal["vmap", "map"], capacity: int) -> tuple[A
 
                 return _to_each_record(take_all, jax.vmap(task.record), states, done, targets, capacity, (many,))
 
-            return one_list(jax.lax.map(one_group, groups((hyper, states))))
+            return in_turn(one_group, (hyper, states), many)
 
         return jax.lax.map(one_seed, (keys, states))
 

@@ -12,6 +12,7 @@ from flax import struct
 from jaxtyping import Array, Key
 
 from minitf import ModelConfig, initialize
+from minitf.in_turn import in_turn
 from minitf.train import optimizers
 from minitf.train.batch import Batch
 from minitf.train.config import Objective, TrainConfig
@@ -302,19 +303,6 @@ def side_by_side(program: Program, most: int, at_once: int) -> Callable[..., tup
 
             return _step_by_step(take, states, done, to, (len(keys), most))
 
-        return _in_turn(together, (states, keys, hyper, seed_of), len(keys), at_once)
+        return in_turn(together, (states, keys, hyper, seed_of), at_once)
 
     return advance
-
-
-def _in_turn(function: Callable[[Tree], Tree], tree: Tree, many: int, at_once: int) -> Tree:
-    """The function of so many entries at once, of the first axis of all leaves, and of those that are left."""
-    if at_once >= many:
-        return function(tree)
-    whole = many - many % at_once
-    groups = jax.tree.map(lambda x: x[:whole].reshape(-1, at_once, *x.shape[1:]), tree)
-    found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(function, groups))
-    if whole == many:
-        return found
-    rest = function(jax.tree.map(lambda x: x[whole:], tree))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), found, rest)

@@ -211,3 +211,17 @@ def bits(tree):
     """A tree's structure and memory: equal exactly if two trees are, down to the sign of zero."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [np.asarray(x).tobytes() for x in leaves]
+
+
+def likeliest_after(logits_of, prompts, continued, length=0):
+    """What a full pass says is likeliest at each place of the continuations, ``[prompt, step]``.
+
+    Each prompt stands whole in a row, and after it zeros that nothing before them sees; rows have that length, or
+    that of the longest.
+    """
+    whole = [[*prompt, *after] for prompt, after in zip(prompts, continued, strict=True)]
+    tokens = np.zeros((len(whole), length or max(map(len, whole))), np.int32)
+    for row, sequence in zip(tokens, whole, strict=True):
+        row[: len(sequence)] = sequence
+    likeliest = np.argmax(np.asarray(logits_of(tokens)), axis=-1)
+    return np.stack([row[len(p) - 1 : len(s) - 1] for row, p, s in zip(likeliest, prompts, whole, strict=True)])

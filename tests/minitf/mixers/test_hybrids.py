@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from minitf_mixers import EVERY, model
-from properties.models import compiled, random_parameters, random_tokens, relative_error, shapes
+from properties.models import compiled, likeliest_after, random_parameters, random_tokens, relative_error, shapes
 
 from minitf import Edit, ModelConfig, change, compose, describe, identity_edit, initialize, mixers, walk
 from minitf.analysis import association, edges, path_patching, patterns
@@ -124,13 +124,9 @@ def test_it_decodes_as_it_runs_and_prompts_of_any_lengths():
     assert relative_error(np.concatenate(found, axis=1), whole.logits) < 1e-4
     prompts = [[3, 1, 4], [1]]
     together = np.asarray(generate(PARAMETERS, prompts, HYBRID, steps=3).tokens)
-    # Each whole, and after it zeros that nothing before them sees: as long as what is compiled already.
-    alone = np.zeros((2, 9), np.int32)
-    for row, prompt, continued in zip(alone, prompts, together, strict=True):
-        row[: len(prompt) + 3] = *prompt, *continued
-    likeliest = np.argmax(compiled(HYBRID)(PARAMETERS, alone).logits, axis=-1)
-    for prompt, continued, row in zip(prompts, together, likeliest, strict=True):
-        np.testing.assert_array_equal(continued, row[len(prompt) - 1 : len(prompt) + 2])
+    # As long as what is compiled already.
+    logits_of = lambda tokens: compiled(HYBRID)(PARAMETERS, tokens).logits
+    np.testing.assert_array_equal(together, likeliest_after(logits_of, prompts, together, length=9))
 
 
 def test_a_sweep_over_single_layers_is_one_edited_walk_for_each_place():

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 from minitf_mixers import EVERY, ONE_WAY, filtered, inputs, model, stepped, weights
-from properties.models import compiled, compiled_logits, random_parameters, random_tokens, relative_error, shapes
+from properties.models import (
+    compiled,
+    compiled_logits,
+    likeliest_after,
+    random_parameters,
+    random_tokens,
+    relative_error,
+    shapes,
+)
 
 from minitf import ModelConfig, change, compose, initialize, mixers, walk
 from minitf.decode import empty_cache, generate
@@ -134,13 +142,8 @@ def test_prompts_of_different_lengths_continue_as_each_would_alone(name):
     config = model(name, length=10)
     parameters, prompts = random_parameters(config), [[3, 1, 4, 1], [5]]
     together = np.asarray(generate(parameters, prompts, config, steps=3).tokens)
-    # Each whole, and after it zeros that nothing before them sees.
-    alone = np.zeros((2, 7), np.int32)
-    for row, prompt, continued in zip(alone, prompts, together, strict=True):
-        row[: len(prompt) + 3] = *prompt, *continued
-    likeliest = np.argmax(compiled_logits(config)(parameters, alone), axis=-1)
-    for prompt, continued, row in zip(prompts, together, likeliest, strict=True):
-        np.testing.assert_array_equal(continued, row[len(prompt) - 1 : len(prompt) + 2])
+    logits_of = lambda tokens: compiled_logits(config)(parameters, tokens)
+    np.testing.assert_array_equal(together, likeliest_after(logits_of, prompts, together))
 
 
 def test_queries_and_keys_that_are_never_trained_get_no_gradient_and_scores_of_size_one():
